@@ -1,0 +1,66 @@
+# Everything a developer types. `make` alone lists it.
+
+PYTHON ?= python3
+PORT ?= 8000
+SSH_PORT ?= 22
+# More arguments for pytest: make test ARGS='-k half_close -x'
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# What tests/support/debian.py looks for, and the means to build the environment.
+DEBIAN_PACKAGES := openssh-server openssh-client nginx rsync git tinyproxy openssl \
+	netcat-openbsd procps iproute2 python3-venv python3-websocket
+
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-debian run test check sync soak mutants clean
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+setup: $(STAMP) ## create .venv and install everything for development into it
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+setup-debian: ## install the Debian packages that the end-to-end tests use
+	@missing=""; \
+	for package in $(DEBIAN_PACKAGES); do \
+		dpkg-query --show --showformat='$${Status}\n' $$package 2>/dev/null \
+			| grep -q '^install ok installed' || missing="$$missing $$package"; \
+	done; \
+	if test -z "$$missing"; then echo "all Debian packages are there"; exit 0; fi; \
+	echo "installing:$$missing"; \
+	$(SUDO) apt-get update --quiet && \
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive \
+		apt-get install --quiet --yes --no-install-recommends $$missing
+
+run: $(STAMP) ## start a server and a client named demo here, and print an ssh line (PORT=8000 SSH_PORT=22)
+	@exec $(BIN)/python deploy/demo.py --port $(PORT) --ssh-port $(SSH_PORT)
+
+test: $(STAMP) ## run every test but the soak tests (3 minutes at most)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) ## format, lint, types, and the generated block of the proxy command
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python .ci/sync.py --check
+
+sync: $(STAMP) ## write the shared block of ssh_proxy_command.py anew
+	$(BIN)/python .ci/sync.py
+
+soak: $(STAMP) ## the long tests, with the full figures
+	$(BIN)/python -m pytest tests/soak $(ARGS)
+
+mutants: $(STAMP) ## break each rule of the design once, and see its test fail
+	$(BIN)/python tests/mutants.py
+
+clean: ## remove .venv, caches and build artefacts (never credentials.json)
+	rm -rf .venv .run .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

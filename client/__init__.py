@@ -1,0 +1,1 @@
+"""The client: keeps one leg to the server and dials targets for its tunnels."""

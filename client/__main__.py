@@ -1,0 +1,67 @@
+"""The command `client`: settings, log, signals; the agent does the work."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+from client.agent import Agent
+from client.config import read_config
+from client.errors import RelayError
+from client.transport import websocket_client
+
+# All threads are joined within this after a signal.
+_STOP_S = 1.9
+# The interpreter hands the GIL on after 5 ms by default, which a keystroke would feel.
+_SWITCH_INTERVAL_S = 0.0005
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run until SIGTERM or SIGINT; returns the exit code."""
+    try:
+        config = read_config(sys.argv[1:] if argv is None else argv, os.environ)
+        websocket_client()
+    except RelayError as exc:
+        print(f"client: {exc}", file=sys.stderr)
+        return exc.exit_code
+    logging.basicConfig(
+        level=logging.DEBUG if config.is_verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    log = logging.getLogger("http_network_relay.client")
+    if not config.endpoint.is_tls and not config.endpoint.is_loopback:
+        log.warning("%s is not encrypted: use https", config.endpoint.url)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    # SimpleQueue.put is reentrant: the one thing that a handler may safely do.
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.put(number))
+    agent = Agent(config)
+    agent.start()
+    signum = _wait(signals, agent)
+    begun = time.monotonic()
+    agent.stop()
+    if not agent.join(begun + _STOP_S):
+        logging.shutdown()
+        os._exit(0 if signum else 1)  # A thread is stuck; the process ends all the same.
+    return 0 if signum else 1
+
+
+def _wait(signals: queue.SimpleQueue[int], agent: Agent) -> int:
+    """Return the signal that came, 0 if the agent failed (a bug, logged)."""
+    while not agent.failed:
+        try:
+            # With a timeout: Windows does not run handlers during an endless wait.
+            return signals.get(timeout=1.0)
+        except queue.Empty:
+            pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The client's settings: flag > environment > default."""
+
+from __future__ import annotations
+
+import argparse
+import ssl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from client.dial import Endpoint, make_context, parse_server_url
+from client.errors import RelayError
+from client.settings import max_window, ping_interval, read_secret_file
+from client.wire import (
+    CLIENTS_PATH,
+    DEFAULT_MAX_WINDOW_BYTES,
+    DEFAULT_PING_INTERVAL_S,
+    NAME_PATTERN,
+    is_secret,
+    matches,
+)
+
+DEFAULT_SERVER_URL = "ws://127.0.0.1:8000" + CLIENTS_PATH
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """What one client runs with. Checked; its repr has no secret."""
+
+    endpoint: Endpoint
+    name: str
+    secret: str = field(repr=False)
+    context: ssl.SSLContext | None = None
+    ping_interval_s: float = DEFAULT_PING_INTERVAL_S
+    max_window_bytes: int = DEFAULT_MAX_WINDOW_BYTES
+    is_verbose: bool = False
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `python -m client`."""
+    parser = argparse.ArgumentParser(
+        prog="client",
+        description="Keep a WebSocket open to the server and dial targets for its proxy users.",
+    )
+    parser.add_argument(
+        "--server_url",
+        "--server-url",
+        dest="server_url",
+        metavar="URL",
+        help="[HTTP_NETWORK_RELAY_SERVER_URL] such as https://relay.example",
+    )
+    parser.add_argument("--client-name", metavar="NAME", help="[HTTP_NETWORK_RELAY_CLIENT_NAME]")
+    parser.add_argument(
+        "--client-secret",
+        metavar="SECRET",
+        help="[HTTP_NETWORK_RELAY_CLIENT_SECRET] `ps` shows it to other users: prefer the file",
+    )
+    parser.add_argument(
+        "--client-secret-file", metavar="FILE", help="a file that holds the secret and nothing else"
+    )
+    parser.add_argument("--ca-file", metavar="FILE", help="trust this private CA as well")
+    parser.add_argument(
+        "--ping-interval",
+        metavar="SECONDS",
+        help="[HTTP_NETWORK_RELAY_PING_INTERVAL] default 20",
+    )
+    parser.add_argument(
+        "--max-window",
+        metavar="BYTES",
+        help="[HTTP_NETWORK_RELAY_MAX_WINDOW] per tunnel and direction, default 4194304",
+    )
+    parser.add_argument("--verbose", action="store_true", help="log debugging details")
+    return parser
+
+
+def read_config(argv: Sequence[str], environ: Mapping[str, str]) -> ClientConfig:
+    """Return the checked settings; raises RelayError (usage) that names flag and variable."""
+    args = make_parser().parse_args(argv)
+    name = args.client_name or environ.get("HTTP_NETWORK_RELAY_CLIENT_NAME", "")
+    if not matches(NAME_PATTERN, name):
+        raise RelayError(
+            "usage",
+            "--client-name (HTTP_NETWORK_RELAY_CLIENT_NAME) must be 1 to 128 printable ASCII"
+            " characters without spaces and colons",
+        )
+    url = args.server_url or environ.get("HTTP_NETWORK_RELAY_SERVER_URL") or DEFAULT_SERVER_URL
+    endpoint = parse_server_url(url, CLIENTS_PATH)
+    return ClientConfig(
+        endpoint=endpoint,
+        name=name,
+        secret=_secret(args, environ),
+        context=make_context(args.ca_file) if endpoint.is_tls else None,
+        ping_interval_s=ping_interval(args.ping_interval, environ),
+        max_window_bytes=max_window(args.max_window, environ),
+        is_verbose=args.verbose,
+    )
+
+
+def _secret(args: argparse.Namespace, environ: Mapping[str, str]) -> str:
+    if args.client_secret_file is not None and args.client_secret is None:
+        secret = read_secret_file("--client-secret-file", args.client_secret_file)
+    else:
+        secret = args.client_secret or environ.get("HTTP_NETWORK_RELAY_CLIENT_SECRET", "")
+    if not is_secret(secret):
+        raise RelayError(
+            "usage",
+            "--client-secret-file, --client-secret or HTTP_NETWORK_RELAY_CLIENT_SECRET must give"
+            " a secret of printable ASCII without spaces",
+        )
+    return secret

@@ -1,0 +1,46 @@
+"""Settings that the client and the proxy command read alike: flag > environment > default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from client.errors import RelayError
+from client.wire import DEFAULT_MAX_WINDOW_BYTES, DEFAULT_PING_INTERVAL_S, MIN_WINDOW_BYTES
+
+
+def read_secret_file(flag: str, path: str) -> str:
+    """Return a file's content without the line end; raises RelayError (usage)."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(64 * 1024).strip("\r\n")
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = getattr(exc, "strerror", None) or "not a text file"
+        raise RelayError("usage", f"{flag} {path} cannot be read: {reason}") from exc
+
+
+def ping_interval(flag: str | None, environ: Mapping[str, str]) -> float:
+    """Return the ping interval in seconds, 0.05 to 3600."""
+    text = flag or environ.get("HTTP_NETWORK_RELAY_PING_INTERVAL") or str(DEFAULT_PING_INTERVAL_S)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.05 <= seconds <= 3600:
+        raise RelayError(
+            "usage",
+            "--ping-interval (HTTP_NETWORK_RELAY_PING_INTERVAL) must be 0.05 to 3600 seconds,"
+            f" not {text!r}",
+        )
+    return seconds
+
+
+def max_window(flag: str | None, environ: Mapping[str, str]) -> int:
+    """Return the largest window of a tunnel and direction, in bytes."""
+    text = flag or environ.get("HTTP_NETWORK_RELAY_MAX_WINDOW") or str(DEFAULT_MAX_WINDOW_BYTES)
+    if not text.isdecimal() or not MIN_WINDOW_BYTES <= int(text) <= 2**30:
+        raise RelayError(
+            "usage",
+            f"--max-window (HTTP_NETWORK_RELAY_MAX_WINDOW) must be {MIN_WINDOW_BYTES} to {2**30}"
+            f" bytes, not {text!r}",
+        )
+    return int(text)

@@ -1,0 +1,200 @@
+"""One tunnel of the client: dials the target, then one thread reads it, one writes it.
+
+The reader thread owns the target's socket: it starts the writer, joins it and closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from client.dial import dial_tcp
+from client.duplex import wait_ready
+from client.errors import DialError, RelayError
+from client.outbox import Frame, Outbox
+from client.tunnel_end import TunnelEnd
+from client.wire import FLUSH_S, OP_TEXT, encode_control
+
+# The dial of a target in all, name lookup included. Shorter than the proxy command's
+# 15 s, so that the proxy user reads our reason.
+DIAL_TARGET_S = 10.0
+# A write to a target that does not read looks this often whether the tunnel has ended.
+_STUCK_WRITE_S = 0.25
+# Linux and macOS: try, do not wait, whatever the socket's mode.
+_DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
+_REFUSED_CODES = {
+    "refused": "target_refused",
+    "timeout": "target_timeout",
+    "unknown": "target_unknown",
+    "unreachable": "target_unreachable",
+}
+
+log = logging.getLogger("http_network_relay.client")
+
+
+class Tunnel:
+    """From `open` to the end. The leg's reader calls `end.on_...`; it never waits."""
+
+    def __init__(
+        self,
+        opening: dict[str, Any],
+        outbox: Outbox,
+        max_window_bytes: int,
+        forget: Callable[[Tunnel], None],
+    ) -> None:
+        self.channel: int = opening["channel"]
+        self.key = (opening["user"], opening["tunnel_id"])
+        self.end = TunnelEnd(outbox, self.channel, max_window_bytes)
+        self._opening = opening
+        self._outbox = outbox
+        self._forget = forget
+        self._sock: socket.socket | None = None
+        self._target_is_read = threading.Event()
+        self._begun = time.monotonic()
+        short_id = opening["tunnel_id"][:8]
+        self._about = f"tunnel={short_id} user={opening['user']}"
+        self.thread = threading.Thread(target=self._run, name=f"tunnel-reader:{short_id}")
+        self._writer = threading.Thread(target=self._write, name=f"tunnel-writer:{short_id}")
+
+    def _run(self) -> None:
+        try:
+            self._sock = self._dial()
+            if self._sock is not None:
+                self._writer.start()
+                self._read(self._sock)
+                self.end.wait_over()
+                self._writer.join()
+                self._close(self._sock)
+        except Exception:
+            log.exception("tunnel failed %s", self._about)
+            self.end.reset(RelayError("internal_error", "the client failed; its log says why"))
+        finally:
+            self._forget(self)
+
+    def _dial(self) -> socket.socket | None:
+        host, port = self._opening["host"], self._opening["port"]
+        try:
+            deadline = time.monotonic() + DIAL_TARGET_S
+            sock = dial_tcp(host, port, deadline, lambda: self.end.is_over)
+        except DialError as exc:
+            if exc.kind in _REFUSED_CODES:
+                log.info("tunnel refused %s reason=%s: %s", self._about, exc.kind, exc)
+                self._refuse(RelayError(_REFUSED_CODES[exc.kind], f"target {exc}"))
+            return None
+        if not self.end.on_open(self._opening["limit"]):
+            sock.close()  # The user went away during the dial.
+            return None
+        text = encode_control("opened", self.channel, limit=self.end.first_limit, grace_s=0)
+        self._outbox.put_first(self.channel, Frame(OP_TEXT, b"", text))
+        log.info("tunnel opened %s target=%s:%d", self._about, host, port)
+        return sock
+
+    def _refuse(self, error: RelayError) -> None:
+        self.end.on_end(error)
+        refuse(self._outbox, self.channel, error)
+
+    # Target to leg.
+
+    def _read(self, sock: socket.socket) -> None:
+        end = self.end
+        try:
+            while size := end.wait_credit():
+                data = sock.recv(size)
+                if data:
+                    end.send(data)
+                elif end.send_eof():
+                    break
+                else:
+                    end.reset(RelayError("target_reset", "the target closed the connection"))
+                    break
+            if end.ended is not None and end.ended.code == "user_gone":
+                # To its end: closing on unread bytes would send RST instead of FIN.
+                while sock.recv(65536):
+                    pass
+        except OSError as exc:
+            end.reset(_target_error(exc))
+        finally:
+            self._target_is_read.set()
+
+    # Leg to target.
+
+    def _write(self) -> None:
+        sock, end = self._sock, self.end
+        assert sock is not None  # Started by _run() after the dial.
+        try:
+            while chunk := end.next_chunk():
+                if not self._write_chunk(sock, chunk):
+                    break
+                end.delivered(len(chunk))
+            if chunk == b"":
+                sock.shutdown(socket.SHUT_WR)
+                end.delivered_eof()
+        except OSError as exc:
+            # The reader reads what the target still said, then tells the user.
+            end.fail_consumer(_target_error(exc))
+        except Exception:
+            log.exception("tunnel failed %s", self._about)
+            end.reset(RelayError("internal_error", "the client failed; its log says why"))
+        end.wait_over()
+        if end.ended is not None:
+            self._wake_reader(sock, is_clean=end.ended.code == "user_gone")
+
+    def _write_chunk(self, sock: socket.socket, chunk: Any) -> bool:
+        """Write all; False if the tunnel ended and the target did not take it in time."""
+        view = memoryview(chunk)
+        while view:
+            try:
+                view = view[sock.send(view, _DONT_WAIT) :]
+            except BlockingIOError:
+                if self.end.must_stop():
+                    return False
+                wait_ready(sock, write=True, timeout_s=_STUCK_WRITE_S)
+        return True
+
+    def _wake_reader(self, sock: socket.socket, *, is_clean: bool) -> None:
+        """Let the reader's recv() return; a clean end first gives the target its say."""
+        with contextlib.suppress(OSError):
+            if is_clean:
+                sock.shutdown(socket.SHUT_WR)
+                self._target_is_read.wait(FLUSH_S)
+            # Not SHUT_RDWR: a FIN would tell the target of a clean end.
+            sock.shutdown(socket.SHUT_RD)
+
+    def _close(self, sock: socket.socket) -> None:
+        """FIN for a clean end and for a user who has gone, RST for any other."""
+        ended = self.end.ended
+        if ended is not None and ended.code != "user_gone":
+            linger_0 = struct.pack("ii", 1, 0)
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_0)
+        sock.close()
+        down, up = self.end.counts
+        reason = ended.code if ended is not None else "eof"
+        log.info(
+            "tunnel closed %s reason=%s up=%d down=%d secs=%.1f",
+            self._about,
+            reason,
+            up,
+            down,
+            time.monotonic() - self._begun,
+        )
+
+
+def refuse(outbox: Outbox, channel: int, error: RelayError) -> None:
+    """Answer an `open` or `resume` with `refused`."""
+    text = encode_control("refused", channel, code=error.code, message=str(error))
+    outbox.put_first(channel, Frame(OP_TEXT, b"", text))
+
+
+def _target_error(exc: OSError) -> RelayError:
+    if isinstance(exc, (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)):
+        return RelayError("target_reset", "the target reset the connection")
+    return RelayError(
+        "target_lost", f"the connection to the target was lost: {exc.strerror or exc}"
+    )

@@ -1,0 +1,1 @@
+"""The relay: the public process that pairs proxy users with clients."""

@@ -1,0 +1,310 @@
+"""A WebSocket into the server: ClientLeg carries many tunnels, UserLeg one.
+
+The handler's thread runs run() and is the leg's reader; a writer thread drains the
+outbox; the timer ticks. Any thread may call end(). The reader never waits for anything
+but its socket (rule 3 of the design).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from server.errors import TunnelRefused
+from server.logs import ROOT_NAME
+from server.outbox import Frame, Outbox
+from server.transport import ReadEnd, Transport, close_frame
+from server.tunnel import USER_CHANNEL, Channels, Tunnel
+from server.wire import (
+    CHANNEL_BYTES,
+    CLOSE_INTERNAL_ERROR,
+    CLOSE_NORMAL,
+    FLUSH_S,
+    FROM_CLIENT,
+    FROM_USER,
+    OP_PING,
+    OP_TEXT,
+    SILENCE_INTERVALS,
+    LegError,
+    TunnelError,
+    encode_control,
+    parse_control,
+    split_channel,
+)
+
+_log = logging.getLogger(f"{ROOT_NAME}.leg")
+
+# From the upgrade to a user leg's `open` or `resume`; a client leg has nothing to say first.
+FIRST_MESSAGE_S = 10.0
+# A user's end whose tunnel is over closes by itself, at once; this catches one that does not.
+_LATE_CLOSE_S = 10.0
+# A leg that was replaced holds a thread beyond its slot while its close frame goes out.
+_REPLACED_FLUSH_S = 0.2
+# The timer's next try when the outbox's lock was taken.
+_PING_RETRY_S = 0.01
+_PING = Frame(OP_PING, b"", b"")
+
+
+class Leg:
+    """What both kinds share: reader loop, writer, pings, the end."""
+
+    def __init__(
+        self, transport: Transport, label: str, ping_interval_s: float, wake_timer: Callable[[], None]
+    ) -> None:
+        self.label = label
+        self.outbox = Outbox()
+        self._transport = transport
+        self._ping_interval_s = ping_interval_s
+        self._wake_timer = wake_timer
+        now = time.monotonic()
+        # Used by the timer's thread alone.
+        self._ping_at = now + ping_interval_s
+        # When the leg is shut down hard. A float is read and written whole: no lock.
+        self._abort_at = float("inf")
+        # Why it ends; the first reason stays.
+        self.reason = ""
+
+    def run(self) -> None:
+        """Serve until the leg has ended; writer and descriptor are then free."""
+        writer = threading.Thread(target=self._write, name=f"leg-writer:{self.label}")
+        writer.start()
+        try:
+            ended = self._read()
+            # The tunnels' other ends hear of it before anything here can take time.
+            self._lost(self.reason)
+            if ended is ReadEnd.LOST:
+                self._transport.abort()
+                self.outbox.stop()
+            else:
+                self._abort_by(time.monotonic() + FLUSH_S)
+                if ended is ReadEnd.BROKEN:
+                    self._transport.discard_input()
+        finally:
+            # The timer ends a writer that is stuck, at the deadline set above.
+            writer.join()
+            self._transport.abort()
+
+    def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
+        """Send a close behind all that is queued; shut down hard after `flush_s`."""
+        self._note(reason)
+        self.outbox.close(close_frame(close_code))
+        self._abort_by(time.monotonic() + flush_s)
+
+    def abort(self, reason: str) -> None:
+        """Shut down at once. Never waits."""
+        self._note(reason)
+        self._transport.abort()
+
+    def tick(self, now: float) -> float:
+        """For the timer: never writes, never waits for a lock (rule 7)."""
+        silent_at = self._transport.heard_at + SILENCE_INTERVALS * self._ping_interval_s
+        abort_at = min(silent_at, self._abort_at)
+        if now >= abort_at:
+            self.abort("silent" if now >= silent_at else "stuck")
+            return now + self._ping_interval_s
+        if now >= self._ping_at:
+            if self.outbox.try_put_leg("ping", _PING):
+                self._ping_at = now + self._ping_interval_s
+            else:
+                self._ping_at = now + _PING_RETRY_S
+        return min(abort_at, self._ping_at)
+
+    def _abort_by(self, when: float) -> None:
+        self._abort_at = min(self._abort_at, when)
+        self._wake_timer()
+
+    def _note(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    def _read(self) -> ReadEnd:
+        try:
+            ended = self._transport.read(self._on_message, self.outbox)
+        except LegError as exc:
+            _log.warning("leg broke the rules leg=%s error=%s", self.label, exc)
+            self._note("protocol_error")
+            self.outbox.close(close_frame(exc.close_code), flush=False)
+            return ReadEnd.BROKEN
+        except Exception:
+            _log.exception("leg failed leg=%s", self.label)
+            self._note("internal_error")
+            self.outbox.close(close_frame(CLOSE_INTERNAL_ERROR), flush=False)
+            return ReadEnd.BROKEN
+        self._note({"lost": "lost", "closed": "closed", "broken": "protocol_error"}[ended.value])
+        return ended
+
+    def _write(self) -> None:
+        """The writer's thread: the only one that writes after the upgrade."""
+        try:
+            while (frame := self.outbox.take()) is not None:
+                self._transport.write(frame)
+            self._transport.finish_sending()
+        except OSError:
+            # The peer is gone, or abort() was called: the reader finds out now.
+            self._transport.abort()
+        except Exception:
+            _log.exception("leg's writer failed leg=%s", self.label)
+            self._transport.abort()
+
+    def _on_message(self, message: bytes | str) -> None:
+        raise NotImplementedError
+
+    def _lost(self, reason: str) -> None:
+        """Tell the tunnels; called once or more."""
+        raise NotImplementedError
+
+
+class ClientLeg(Leg):
+    """The one leg of a client: many channels, one lock for all of them."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        label: str,
+        ping_interval_s: float,
+        wake_timer: Callable[[], None],
+        budget_bytes: int,
+    ) -> None:
+        super().__init__(transport, label, ping_interval_s, wake_timer)
+        self.channels = Channels(budget_bytes)
+        # Held from a channel's numbering until its `open` is queued, so that they go
+        # out in number order; taken before the channels' lock, never under it.
+        self._open_order = threading.Lock()
+
+    def open(self, tunnel: Tunnel, max_window_bytes: int) -> None:
+        """Give the tunnel a channel and queue its `open`. Raises TunnelRefused."""
+        with self._open_order:
+            with self.channels.lock:
+                frame = tunnel.assign_locked(max_window_bytes)
+            self.outbox.put_first(tunnel.channel, frame, cancellable=True)
+
+    def replace(self, close_code: int) -> None:
+        """A newer leg of the same client is there: end this one at once."""
+        self._note("replaced")
+        self._lost("client_replaced")
+        self.outbox.close(close_frame(close_code), flush=False)
+        self._abort_by(time.monotonic() + _REPLACED_FLUSH_S)
+
+    def going_away(self, spread_ms: int) -> None:
+        """The server drains: say so, give up the tunnels, close after the flush."""
+        put_going_away(self.outbox, spread_ms)
+        self._lost("server_restart")
+
+    def _on_message(self, message: bytes | str) -> None:
+        if isinstance(message, str):
+            self._on_control(message)
+            return
+        try:
+            channel = split_channel(message)
+            tunnel = self._tunnel(channel)
+            if tunnel is not None:
+                tunnel.on_client_data(memoryview(message)[CHANNEL_BYTES:])
+        except TunnelError as exc:
+            self._fail(exc.channel or channel, exc)
+
+    def _on_control(self, text: str) -> None:
+        channel = 0
+        try:
+            control = parse_control(text, FROM_CLIENT, has_channel=True)
+            channel = control["channel"]
+            tunnel = self._tunnel(channel)
+            if tunnel is not None:
+                tunnel.on_client_control(control)
+        except TunnelError as exc:
+            self._fail(exc.channel or channel, exc)
+
+    def _tunnel(self, channel: int) -> Tunnel | None:
+        """Return the channel's tunnel, None if it has ended. Raises LegError."""
+        with self.channels.lock:
+            if not 0 < channel <= self.channels.highest:
+                raise LegError(f"channel {channel} was never assigned")
+            return self.channels.tunnels.get(channel)
+
+    def _fail(self, channel: int, error: TunnelError) -> None:
+        tunnel = self._tunnel(channel)
+        if tunnel is not None:
+            tunnel.fail(error)
+
+    def _lost(self, reason: str) -> None:
+        code = reason if reason in ("client_replaced", "server_restart") else "client_lost"
+        with self.channels.lock:
+            self.channels.is_closed = True
+            tunnels = list(self.channels.tunnels.values())
+        for tunnel in tunnels:
+            tunnel.client_lost(code)
+
+
+class UserLeg(Leg):
+    """The leg of one proxy user: one tunnel, named by its first message."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        label: str,
+        ping_interval_s: float,
+        wake_timer: Callable[[], None],
+        open_tunnel: Callable[[UserLeg, dict[str, object]], Tunnel],
+    ) -> None:
+        super().__init__(transport, label, ping_interval_s, wake_timer)
+        self._open_tunnel = open_tunnel
+        # Set once by the reader's thread.
+        self.tunnel: Tunnel | None = None
+        self._is_refused = False
+        self._abort_at = time.monotonic() + FIRST_MESSAGE_S
+
+    def expect_close(self) -> None:
+        """The user's end closes now by itself; see that it does."""
+        self._abort_by(time.monotonic() + _LATE_CLOSE_S)
+
+    def refuse(self, code: str, message: str) -> None:
+        """Answer the first message with `refused`, and close."""
+        self._is_refused = True
+        text = encode_control("refused", code=code, message=message)
+        self.outbox.put_first(USER_CHANNEL, Frame(OP_TEXT, b"", text))
+        self.end(CLOSE_NORMAL, code)
+
+    def going_away(self, spread_ms: int) -> None:
+        """The server drains: say so. The tunnel hears of it by its client's leg."""
+        put_going_away(self.outbox, spread_ms)
+
+    def _on_message(self, message: bytes | str) -> None:
+        if self._is_refused:
+            return
+        try:
+            if isinstance(message, bytes):
+                if self.tunnel is None:
+                    raise TunnelError("data before open")
+                self.tunnel.on_user_data(message)
+                return
+            control = parse_control(message, FROM_USER, has_channel=False)
+            if self.tunnel is not None:
+                self.tunnel.on_user_control(control)
+            else:
+                self._on_first(control)
+        except TunnelRefused as exc:
+            self.refuse(exc.code, exc.message)
+        except TunnelError as exc:
+            if self.tunnel is None:
+                self.refuse(exc.code, str(exc))
+            else:
+                self.tunnel.fail(exc)
+
+    def _on_first(self, control: dict[str, object]) -> None:
+        kind = control["type"]
+        if kind == "resume":
+            raise TunnelRefused("unknown_tunnel", "the relay does not resume tunnels")
+        if kind != "open":
+            raise TunnelError(f"{kind} before open")
+        self._abort_at = float("inf")
+        self.tunnel = self._open_tunnel(self, control)
+
+    def _lost(self, reason: str) -> None:
+        if self.tunnel is not None:
+            self.tunnel.user_lost()
+
+
+def put_going_away(outbox: Outbox, spread_ms: int) -> None:
+    """Queue the one message that a draining server has for each leg."""
+    text = encode_control("going_away", spread_ms=spread_ms)
+    outbox.put_leg("going_away", Frame(OP_TEXT, b"", text))

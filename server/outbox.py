@@ -1,0 +1,225 @@
+# Written by `make sync` from client/outbox.py, do not edit.
+"""What waits to be written on one leg, in the order of docs/protocol.md, "Order".
+
+Any thread puts, and never waits for the network; the leg's writer alone takes.
+The fast lane is bounded by its slots, the data by the windows of the tunnels.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+from server.wire import FLUSH_S, MAX_DATA_BYTES, OP_BINARY
+
+
+class Frame(NamedTuple):
+    """One WebSocket message: opcode, and payload in two parts (channel, bytes)."""
+
+    opcode: int
+    head: bytes
+    payload: Any  # bytes, bytearray or memoryview
+
+
+def append_merged(queue: deque[Any], data: Any) -> None:
+    """Append bytes, merged into a small last piece.
+
+    Without it a peer that sends single bytes would make us keep a queue entry, some
+    hundred bytes, for each byte of its window.
+    """
+    if queue and len(queue[-1]) + len(data) <= MAX_DATA_BYTES:
+        last = queue[-1]
+        if not isinstance(last, bytearray):
+            last = bytearray(last)
+            queue[-1] = last
+        last += data
+    else:
+        queue.append(data)
+
+
+class _Channel:
+    """Data and the end of one channel that wait for their turn."""
+
+    def __init__(self, head: bytes) -> None:
+        self.head = head
+        self.data: deque[Any] = deque()
+        self.last: list[Frame] = []  # eof, then an end that takes its turn
+        self.overtakes_at: float | None = None
+
+
+class Outbox:
+    """A fair outbox: a fast lane of fixed slots, then channels by turns."""
+
+    def __init__(self) -> None:
+        # Guards everything below; woken when there is something to take.
+        self._ready = threading.Condition()
+        self._fast: dict[Hashable, Frame] = {}
+        self._cancellable: dict[int, Hashable] = {}
+        self._channels: dict[int, _Channel] = {}
+        self._turns: deque[int] = deque()
+        self._close: Frame | None = None
+        self._is_over = False
+
+    # Fast lane.
+
+    def put_first(self, channel: int, frame: Frame, *, cancellable: bool = False) -> None:
+        """Queue a channel's first message; `cancellable` if an end may take it back."""
+        with self._ready:
+            key = ("first", channel)
+            if cancellable:
+                self._cancellable[channel] = key
+            self._put_fast_locked(key, frame)
+
+    def put_ack(self, channel: int, frame: Frame) -> None:
+        """Queue an ack; it replaces one of the same channel that is still here."""
+        with self._ready:
+            self._put_fast_locked(("ack", channel), frame)
+
+    def put_leg(self, kind: str, frame: Frame) -> None:
+        """Queue a message of the leg itself (pong, going_away): one slot a kind."""
+        with self._ready:
+            self._put_fast_locked(kind, frame)
+
+    def try_put_leg(self, kind: str, frame: Frame) -> bool:
+        """As put_leg, but never wait, not even for the lock; False: try later."""
+        if not self._ready.acquire(blocking=False):
+            return False
+        try:
+            self._put_fast_locked(kind, frame)
+        finally:
+            self._ready.release()
+        return True
+
+    # Data, by turns.
+
+    def put_data(self, channel: int, head: bytes, data: Any) -> None:
+        """Queue stream bytes; the caller has made sure that the window allows them."""
+        with self._ready:
+            entry = self._channel_locked(channel, head)
+            if entry is not None and not entry.last:
+                append_merged(entry.data, data)
+                self._ready.notify()
+
+    def put_eof(self, channel: int, frame: Frame) -> None:
+        """Queue the eof behind the channel's data."""
+        with self._ready:
+            entry = self._channel_locked(channel, b"")
+            if entry is not None and not entry.last:
+                entry.last.append(frame)
+                self._ready.notify()
+
+    def put_end(self, channel: int, frame: Frame, *, in_turn: bool = False) -> None:
+        """Queue a channel's reset or detached; whatever still waits of it is deleted.
+
+        `in_turn` puts it behind the channel's data instead; after a second it overtakes.
+        """
+        with self._ready:
+            if self._fast.pop(self._cancellable.pop(channel, None), None) is not None:
+                self._drop_locked(channel)
+                return
+            if in_turn:
+                entry = self._channel_locked(channel, b"")
+                if entry is not None and entry.overtakes_at is None:
+                    entry.last.append(frame)
+                    entry.overtakes_at = time.monotonic() + FLUSH_S
+            else:
+                self._drop_locked(channel)
+                self._put_fast_locked(("end", channel), frame)
+            self._ready.notify()
+
+    # The leg's end.
+
+    def close(self, frame: Frame, *, flush: bool = True) -> None:
+        """Send `frame` (a close) last: behind all that is queued, or at once.
+
+        What is put later is dropped. The first close wins.
+        """
+        with self._ready:
+            if self._close is None:
+                self._close = frame
+                if not flush:
+                    self._clear_locked()
+            self._ready.notify()
+
+    def stop(self) -> None:
+        """End the writer now; nothing more is taken."""
+        with self._ready:
+            self._is_over = True
+            self._clear_locked()
+            self._ready.notify_all()
+
+    def is_empty(self) -> bool:
+        """Whether nothing waits."""
+        with self._ready:
+            return not self._fast and not self._turns
+
+    # The writer.
+
+    def take(self) -> Frame | None:
+        """Wait for the next frame; None once stop() was called or the close was taken."""
+        with self._ready:
+            while True:
+                if self._is_over:
+                    return None
+                frame, wait_s = self._next_locked()
+                if frame is not None:
+                    return frame
+                if self._close is not None:
+                    self._is_over = True
+                    return self._close
+                self._ready.wait(wait_s)
+
+    def _next_locked(self) -> tuple[Frame | None, float | None]:
+        if self._fast:
+            key = next(iter(self._fast))
+            frame = self._fast.pop(key)
+            if isinstance(key, tuple) and key[0] == "first":
+                self._cancellable.pop(key[1], None)
+            return frame, None
+        if not self._turns:
+            return None, None
+        channel = self._turns.popleft()
+        entry = self._channels[channel]
+        if entry.overtakes_at is not None and time.monotonic() >= entry.overtakes_at:
+            del self._channels[channel]
+            return entry.last[-1], None
+        if entry.data:
+            data = entry.data.popleft()
+            frame = Frame(OP_BINARY, entry.head, data)
+        else:
+            frame = entry.last.pop(0)
+        if entry.data or entry.last:
+            self._turns.append(channel)
+        else:
+            del self._channels[channel]
+        return frame, None
+
+    def _put_fast_locked(self, key: Hashable, frame: Frame) -> None:
+        if self._close is None and not self._is_over:
+            self._fast[key] = frame
+            self._ready.notify()
+
+    def _channel_locked(self, channel: int, head: bytes) -> _Channel | None:
+        if self._close is not None or self._is_over:
+            return None
+        entry = self._channels.get(channel)
+        if entry is None:
+            entry = self._channels[channel] = _Channel(head)
+            self._turns.append(channel)
+        elif not entry.head:
+            entry.head = head
+        return entry
+
+    def _drop_locked(self, channel: int) -> None:
+        self._fast.pop(("ack", channel), None)
+        if self._channels.pop(channel, None) is not None:
+            self._turns.remove(channel)
+
+    def _clear_locked(self) -> None:
+        self._fast.clear()
+        self._cancellable.clear()
+        self._channels.clear()
+        self._turns.clear()

@@ -1,0 +1,408 @@
+"""Pairs a user leg with a channel of a client leg; counts, and ends once with one reason.
+
+The counts are docs/protocol.md, "Streams and credit"; the ends are its "Ends". The
+reader threads of both legs come in here. Each call decides under the client leg's one
+lock and acts (outboxes, log) after it: an act that comes late reaches a channel that has
+ended, which every receiver drops.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any, Protocol
+
+from server.errors import TunnelRefused
+from server.logs import ROOT_NAME, FieldsAdapter
+from server.outbox import Frame, Outbox
+from server.wire import (
+    CLOSE_NORMAL,
+    CLOSE_RESTART,
+    MAX_DATA_BYTES,
+    MIN_WINDOW_BYTES,
+    OP_TEXT,
+    TunnelError,
+    encode_channel,
+    encode_control,
+)
+
+_log = logging.getLogger(f"{ROOT_NAME}.tunnel")
+
+# The only channel of a user leg, in its outbox; on the wire it has no number.
+USER_CHANNEL = 0
+# The part of a budget that no window grows into: each newcomer needs the smallest window
+# at once, or would be refused because of others' downloads. A quarter is 64 newcomers.
+_NEWCOMERS_SHARE = 4
+# These ends take their turn behind the channel's data (docs/protocol.md, "Order").
+ENDS_IN_TURN = frozenset({"user_gone", "target_reset"})
+
+
+class Budget:
+    """Window bytes that all tunnels of a client leg may hold, in one direction."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.free = total_bytes
+        self._newcomers = total_bytes // _NEWCOMERS_SHARE
+
+    @property
+    def growth(self) -> int:
+        """What windows above the smallest may still take."""
+        return max(0, self.free - self._newcomers)
+
+
+class Direction:
+    """One direction of a tunnel as the server counts it. Guarded by the leg's lock.
+
+    Every method raises TunnelError for what the peer may not do, and then changes nothing.
+    """
+
+    def __init__(self, budget: Budget, cap_bytes: int) -> None:
+        self._budget = budget
+        self._cap = cap_bytes
+        # The part of the budget that is ours: the window granted, at least the smallest.
+        self._reserved = MIN_WINDOW_BYTES
+        budget.free -= MIN_WINDOW_BYTES
+        self._asked = 0
+        self.limit = 0
+        self.forwarded = 0
+        self.delivered = 0
+        self.eof_count: int | None = None
+        self.eof_acked = False
+
+    def on_data(self, size: int) -> None:
+        """Count `size` bytes before they are queued onward."""
+        if not 0 < size <= MAX_DATA_BYTES:
+            raise TunnelError(f"a data message of {size} bytes, not 1 to {MAX_DATA_BYTES}")
+        if self.eof_count is not None:
+            raise TunnelError("data after eof")
+        if self.forwarded + size > self.limit:
+            raise TunnelError(f"window overrun: {self.forwarded + size} over {self.limit}")
+        self.forwarded += size
+
+    def on_eof(self, count: int) -> None:
+        """Take the sender's eof in."""
+        if self.eof_count is not None:
+            raise TunnelError("a second eof")
+        if count != self.forwarded:
+            raise TunnelError(f"eof after {count} bytes, {self.forwarded} came")
+        self.eof_count = count
+
+    def on_ack(self, delivered: int, limit: int, eof: bool) -> int:
+        """Take the receiver's ack in; return the limit to pass on to the sender."""
+        if not self.delivered <= delivered <= self.forwarded:
+            raise TunnelError(
+                f"ack of {delivered} bytes after {self.delivered}, {self.forwarded} were sent"
+            )
+        if limit < self._asked:
+            raise TunnelError(f"limit fell from {self._asked} to {limit}")
+        if eof and delivered != self.eof_count:
+            raise TunnelError("ack of an eof that is not due")
+        self.delivered = delivered
+        self.eof_acked = self.eof_acked or eof
+        return self.grant(limit)
+
+    def grant(self, asked: int) -> int:
+        """Return the limit to pass on: what the receiver asks, as far as the budget goes.
+
+        Never below `delivered` + the smallest window, which was reserved at the start,
+        and never below what was passed on before.
+        """
+        self._asked = asked
+        # At least the smallest window, and what stands from before as `delivered` rises.
+        reach = max(MIN_WINDOW_BYTES, min(self._cap, self._reserved + self._budget.growth))
+        self.limit = min(asked, max(self.delivered + reach, self.limit))
+        needed = max(MIN_WINDOW_BYTES, self.limit - self.delivered)
+        self._budget.free += self._reserved - needed
+        self._reserved = needed
+        return self.limit
+
+    def release(self) -> None:
+        """Give our part of the budget back; the tunnel is over."""
+        self._budget.free += self._reserved
+        self._reserved = 0
+
+
+class Channels:
+    """All tunnels of one client leg: the table, the numbers and the budgets.
+
+    `lock` is the one lock of a client leg. It guards everything here and all counts and
+    states of the leg's tunnels; under it there is no I/O, no outbox and no log.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.lock = threading.Lock()
+        self.tunnels: dict[int, Tunnel] = {}
+        self.highest = 0
+        self.is_closed = False
+        self.up_budget = Budget(budget_bytes)
+        self.down_budget = Budget(budget_bytes)
+
+
+class TunnelLeg(Protocol):
+    """What a tunnel needs of its user leg."""
+
+    outbox: Outbox
+
+    def end(self, close_code: int, reason: str) -> None:
+        """Close the leg after what is queued."""
+
+
+    def expect_close(self) -> None:
+        """The peer closes the leg now by itself; see that it does."""
+
+
+class ChannelLeg(Protocol):
+    """What a tunnel needs of its client leg."""
+
+    outbox: Outbox
+    channels: Channels
+    label: str
+
+
+def _text(kind: str, channel: int = 0, **fields: Any) -> Frame:
+    return Frame(OP_TEXT, b"", encode_control(kind, channel, **fields))
+
+
+class Tunnel:
+    """One tunnel, from the `open` that goes to the client to its one end."""
+
+    def __init__(
+        self, client_leg: ChannelLeg, user_leg: TunnelLeg, control: dict[str, Any], user: str
+    ) -> None:
+        self._client_leg = client_leg
+        self._user_leg = user_leg
+        self._channels = client_leg.channels
+        self._control = control
+        self._user = user
+        self._started_at = time.monotonic()
+        self._log = FieldsAdapter(
+            _log,
+            {"client": client_leg.label, "tunnel": control["tunnel_id"][:8], "user": user},
+        )
+        # The rest is guarded by the lock of the client leg's channels.
+        self.channel = 0
+        self._prefix = b""
+        self._is_opened = False
+        self._is_over = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended; once true, true for ever."""
+        return self._is_over
+
+    def assign_locked(self, max_window_bytes: int) -> Frame:
+        """Take a channel and window; return the `open` for the client.
+
+        Raises TunnelRefused. The caller holds the lock, and queues opens in number order.
+        """
+        channels = self._channels
+        if channels.is_closed:
+            raise TunnelRefused("client_offline", "the client's link was lost")
+        if min(channels.up_budget.free, channels.down_budget.free) < MIN_WINDOW_BYTES:
+            raise TunnelRefused("busy", "the client has too many tunnels; try again later")
+        self.up = Direction(channels.up_budget, max_window_bytes)
+        self.down = Direction(channels.down_budget, max_window_bytes)
+        channels.highest += 1
+        self.channel = channels.highest
+        self._prefix = encode_channel(self.channel)
+        channels.tunnels[self.channel] = self
+        fields = {name: value for name, value in self._control.items() if name != "type"}
+        fields["limit"] = self.down.grant(self._control["limit"])
+        return _text("open", self.channel, **fields, user=self._user)
+
+    def log_start(self) -> None:
+        """Write the tunnel's first line."""
+        host, port = self._control["host"], self._control["port"]
+        self._log.info("tunnel started host=%s port=%d", host, port)
+
+    # From the user's leg.
+
+    def on_user_data(self, data: bytes) -> None:
+        """Forward stream bytes to the client."""
+        with self._channels.lock:
+            if self._is_over:
+                return
+            self._check_opened_locked()
+            self.up.on_data(len(data))
+        self._client_leg.outbox.put_data(self.channel, self._prefix, data)
+
+    def on_user_control(self, control: dict[str, Any]) -> None:
+        """Act on a checked control of the user's end."""
+        kind = control["type"]
+        if kind == "reset":
+            self._on_reset(control, self._client_leg.outbox, self.channel)
+            return
+        if kind not in ("ack", "eof"):
+            raise TunnelError(f"a second {kind}")
+        outbox = self._client_leg.outbox
+        self._on_flow(control, self.up, self.down, outbox, self.channel)
+
+    def user_lost(self) -> None:
+        """The user's leg is gone."""
+        with self._channels.lock:
+            was_opened = self._is_opened
+            if not self._end_locked():
+                return
+        if was_opened:
+            frame = _text("detached", self.channel, code="user_lost")
+            self._client_leg.outbox.put_end(self.channel, frame)
+        else:
+            self._reset_client("user_gone", "the proxy user's link was lost")
+        self._log_end("user_lost" if was_opened else "user_gone")
+
+    # From the client's leg.
+
+    def on_client_data(self, data: memoryview) -> None:
+        """Forward stream bytes to the user."""
+        with self._channels.lock:
+            if self._is_over:
+                return
+            self._check_opened_locked()
+            self.down.on_data(len(data))
+        self._user_leg.outbox.put_data(USER_CHANNEL, b"", data)
+
+    def on_client_control(self, control: dict[str, Any]) -> None:
+        """Act on a checked control of the client's end."""
+        kind = control["type"]
+        if kind == "reset":
+            self._on_reset(control, self._user_leg.outbox, USER_CHANNEL)
+        elif kind == "opened":
+            self._on_opened(control)
+        elif kind == "refused":
+            self._on_refused(control["code"], control["message"])
+        elif kind in ("ack", "eof"):
+            self._on_flow(control, self.down, self.up, self._user_leg.outbox, USER_CHANNEL)
+        else:
+            raise TunnelError(f"{kind} without a resume")
+
+    def client_lost(self, code: str) -> None:
+        """The client's leg is gone, is replaced, or ends with the server."""
+        with self._channels.lock:
+            was_opened = self._is_opened
+            if not self._end_locked():
+                return
+        if was_opened:
+            frame = _text("detached", code=code)
+            # In turn: the data that is here is on its way to the consumer already.
+            self._user_leg.outbox.put_end(USER_CHANNEL, frame, in_turn=True)
+            self._user_leg.end(CLOSE_RESTART, code)
+        elif code == "server_restart":
+            self._refuse_user(code, "the relay restarts; try again")
+        else:
+            self._refuse_user("client_offline", "the client's link was lost")
+        self._log_end(code)
+
+    # From either.
+
+    def fail(self, error: TunnelError) -> None:
+        """A peer broke the tunnel's rules: reset both ends, the legs go on."""
+        with self._channels.lock:
+            was_opened = self._is_opened
+            if not self._end_locked():
+                return
+        message = str(error)
+        self._reset_client(error.code, message)
+        if was_opened:
+            self._user_leg.outbox.put_end(
+                USER_CHANNEL, _text("reset", code=error.code, message=message)
+            )
+            self._user_leg.end(CLOSE_NORMAL, error.code)
+        else:
+            self._refuse_user(error.code, message)
+        self._log_end(error.code)
+
+    def _on_opened(self, control: dict[str, Any]) -> None:
+        with self._channels.lock:
+            if self._is_over:
+                return
+            if self._is_opened:
+                raise TunnelError("a second opened")
+            self._is_opened = True
+            limit = self.up.grant(control["limit"])
+        frame = _text("opened", limit=limit, grace_s=control["grace_s"])
+        self._user_leg.outbox.put_first(USER_CHANNEL, frame)
+
+    def _on_refused(self, code: str, message: str) -> None:
+        with self._channels.lock:
+            if self._is_over:
+                return
+            if self._is_opened:
+                raise TunnelError("refused after opened")
+            self._end_locked()
+        self._refuse_user(code, message)
+        self._log_end(code)
+
+    def _on_flow(
+        self,
+        control: dict[str, Any],
+        sent: Direction,
+        taken: Direction,
+        outbox: Outbox,
+        channel: int,
+    ) -> None:
+        """An eof of the direction that the peer sends, or an ack of the other."""
+        with self._channels.lock:
+            if self._is_over:
+                return
+            self._check_opened_locked()
+            if control["type"] == "eof":
+                sent.on_eof(control["count"])
+                is_finished = False
+            else:
+                limit = taken.on_ack(control["delivered"], control["limit"], control["eof"])
+                is_finished = sent.eof_acked and taken.eof_acked and self._end_locked()
+                ack = {"delivered": taken.delivered, "limit": limit, "eof": taken.eof_acked}
+        if control["type"] == "eof":
+            outbox.put_eof(channel, _text("eof", channel, count=control["count"]))
+        else:
+            outbox.put_ack(channel, _text("ack", channel, **ack))
+        if is_finished:
+            self._user_leg.expect_close()
+            self._log_end("eof")
+
+    def _on_reset(self, control: dict[str, Any], outbox: Outbox, channel: int) -> None:
+        """An end gave up: tell the other one, in turn where the bytes before it count."""
+        code, message = control["code"], control["message"]
+        with self._channels.lock:
+            was_opened = self._is_opened
+            if not self._end_locked():
+                return
+        if channel == USER_CHANNEL and not was_opened:
+            self._refuse_user(code, message)
+        else:
+            frame = _text("reset", channel, code=code, message=message)
+            outbox.put_end(channel, frame, in_turn=code in ENDS_IN_TURN)
+            if channel == USER_CHANNEL:
+                self._user_leg.end(CLOSE_NORMAL, code)
+            else:
+                self._user_leg.expect_close()
+        self._log_end(code)
+
+    def _check_opened_locked(self) -> None:
+        if not self._is_opened:
+            raise TunnelError("data, eof or ack before opened")
+
+    def _end_locked(self) -> bool:
+        """End it; False if it has ended before."""
+        if self._is_over:
+            return False
+        self._is_over = True
+        del self._channels.tunnels[self.channel]
+        self.up.release()
+        self.down.release()
+        return True
+
+    def _reset_client(self, code: str, message: str) -> None:
+        frame = _text("reset", self.channel, code=code, message=message)
+        self._client_leg.outbox.put_end(self.channel, frame)
+
+    def _refuse_user(self, code: str, message: str) -> None:
+        frame = _text("refused", code=code, message=message)
+        self._user_leg.outbox.put_first(USER_CHANNEL, frame)
+        self._user_leg.end(CLOSE_NORMAL, code)
+
+    def _log_end(self, reason: str) -> None:
+        secs = time.monotonic() - self._started_at
+        up, down = self.up.forwarded, self.down.forwarded
+        self._log.info("tunnel closed reason=%s up=%d down=%d secs=%.1f", reason, up, down, secs)

@@ -1,0 +1,2418 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["websocket-client>=1.2.3"]
+# ///
+"""The proxy command: carries stdin and stdout to a TCP port behind a relay's client.
+
+    ssh -o ProxyCommand='ssh_proxy_command.py device 127.0.0.1 22 tcp \
+        --server-url https://relay.example --secret-key-file ~/.relay-token' device
+
+One file: copy it anywhere; it needs Python >= 3.9 and websocket-client. Threads: main
+reads the leg and never touches stdin or stdout; pump-up carries stdin to the leg and
+watches for signals and a closed stdout; pump-down writes stdout and acknowledges; the
+leg's writer; the timer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import errno
+import functools
+import ipaddress
+import json
+import os
+import queue
+import random
+import re
+import select
+import selectors
+import signal
+import socket
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+# --- begin of the shared block: written by `make sync` from client/, do not edit ---
+
+# wire
+#
+# The wire, version 1: names, numbers and controls (docs/protocol.md, normative).
+#
+# Knows no socket, clock, thread or log. Every control that comes in is checked
+# field by field against one table and copied; nothing unknown passes.
+
+
+SUBPROTOCOL = "http-network-relay.v1"
+CLIENTS_PATH = "/ws_for_clients"
+USERS_PATH = "/ws_for_ssh_proxy_command"
+# On every HTTP answer of the relay, so that a peer can tell it from a proxy's answer.
+RELAY_HEADER = "HTTP-Network-Relay"
+RELAY_HEADER_VALUE = "v1"
+INSTANCE_HEADER = "HTTP-Network-Relay-Instance"
+
+OP_TEXT = 0x1
+OP_BINARY = 0x2
+OP_CLOSE = 0x8
+OP_PING = 0x9
+OP_PONG = 0xA
+
+# A data message: large enough to spread the cost of a frame, small enough that a
+# keystroke of another tunnel waits for one of them only some milliseconds.
+MAX_DATA_BYTES = 64 * 1024
+# A control: the longest legal `open` is under 2 KiB.
+MAX_CONTROL_BYTES = 4 * 1024
+CHANNEL_BYTES = 4
+# Counts travel as JSON numbers, exact up to here in every language.
+MAX_COUNT = 2**53
+# The smallest window: enough for a fast LAN, and what the server never goes below.
+MIN_WINDOW_BYTES = 256 * 1024
+# 4 MiB carry 320 Mbit/s over 100 ms.
+DEFAULT_MAX_WINDOW_BYTES = 4 * 1024 * 1024
+# nginx cuts an idle connection after 60 s, mobile NAT after 30 s.
+DEFAULT_PING_INTERVAL_S = 20.0
+# A link is given up when nothing was heard for this many of one's own ping intervals.
+SILENCE_INTERVALS = 2.5
+# What is written after an end (a flush, bytes before a reset) has this long.
+FLUSH_S = 1.0
+
+CLOSE_NORMAL = 1000
+CLOSE_PROTOCOL_ERROR = 1002
+CLOSE_TOO_BIG = 1009
+CLOSE_INTERNAL_ERROR = 1011
+CLOSE_RESTART = 1012
+CLOSE_REPLACED_BY_SELF = 4408
+CLOSE_REPLACED_BY_OTHER = 4409
+
+
+class LegError(Exception):
+    """The peer broke the leg's rules; the leg ends with `close_code`."""
+
+    def __init__(self, message: str, close_code: int = CLOSE_PROTOCOL_ERROR) -> None:
+        super().__init__(message)
+        self.close_code = close_code
+
+
+class TunnelError(Exception):
+    """The peer broke one tunnel's rules; that tunnel is reset, the leg goes on."""
+
+    def __init__(self, message: str, channel: int = 0, code: str = "protocol_error") -> None:
+        super().__init__(message)
+        self.channel = channel
+        self.code = code
+
+
+def _count(value: Any) -> int | None:
+    # bool is an int in Python, not on the wire.
+    return value if type(value) is int and 0 <= value <= MAX_COUNT else None
+
+
+def _whole(lowest: int, highest: int) -> Callable[[Any], int | None]:
+    def check(value: Any) -> int | None:
+        return value if type(value) is int and lowest <= value <= highest else None
+
+    return check
+
+
+def _flag(value: Any) -> bool | None:
+    return value if type(value) is bool else None
+
+
+def _matching(pattern: str) -> Callable[[Any], str | None]:
+    regex = re.compile(pattern)
+
+    def check(value: Any) -> str | None:
+        return value if isinstance(value, str) and regex.fullmatch(value) else None
+
+    return check
+
+
+def _prose(value: Any) -> str | None:
+    """A sentence for a person: shortened, with nothing that moves a terminal's cursor."""
+    if not isinstance(value, str):
+        return None
+    return "".join(c if c.isprintable() else "?" for c in value[:MAX_MESSAGE_CHARS])
+
+
+MAX_MESSAGE_CHARS = 500
+NAME_PATTERN = r"[!-9;-~]{1,128}"  # printable ASCII without space and colon (HTTP Basic)
+HOST_PATTERN = r"[!-~]{1,255}"
+_code = _matching(r"[a-z][a-z_]{0,63}")
+_seconds = _whole(0, 10**6)
+
+_Check = Callable[[Any], Any]
+_OPEN: dict[str, _Check] = {
+    "client": _matching(NAME_PATTERN),
+    "host": _matching(HOST_PATTERN),
+    "port": _whole(1, 65535),
+    "protocol": _matching(r"[a-z]{1,16}"),
+    "tunnel_id": _matching(r"[0-9a-f]{32}"),
+    "resume_token": _matching(r"[0-9a-f]{64}"),
+    "limit": _count,
+    "grace_s": _seconds,
+}
+_REASON: dict[str, _Check] = {"code": _code, "message": _prose}
+# One row a type: field -> check that returns the value, or None for a bad one.
+FIELDS: dict[str, dict[str, _Check]] = {
+    "open": _OPEN,
+    "opened": {"limit": _count, "grace_s": _seconds},
+    "refused": _REASON,
+    "ack": {"delivered": _count, "limit": _count, "eof": _flag},
+    "eof": {"count": _count},
+    "reset": _REASON,
+    "detached": {"code": _code},
+    "going_away": {"spread_ms": _whole(0, 10**6)},
+    "resume": {**_OPEN, "attempt": _count, "received": _count, "delivered": _count},
+    "resumed": {"received": _count, "delivered": _count, "limit": _count},
+}
+# Fields that the server adds on the way to a client.
+_ADDED_BY_SERVER: dict[str, _Check] = {"user": _matching(r"[!-~]{1,128}")}
+
+FROM_USER: frozenset[str] = frozenset({"open", "resume", "ack", "eof", "reset"})
+FROM_CLIENT: frozenset[str] = frozenset({"opened", "resumed", "refused", "ack", "eof", "reset"})
+TO_CLIENT: frozenset[str] = FROM_USER | {"detached", "going_away"}
+TO_USER: frozenset[str] = FROM_CLIENT | {"detached", "going_away"}
+# These concern the leg and have no channel.
+LEG_TYPES: frozenset[str] = frozenset({"going_away"})
+MAX_CHANNEL = 2**32 - 1
+_channel = _whole(1, MAX_CHANNEL)
+
+
+def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> dict[str, Any]:
+    """Return a new dict with `type`, `channel` (on a client leg) and the known fields.
+
+    `legal` is what may come from this side. Unknown fields are ignored. Raises
+    LegError or TunnelError as docs/protocol.md, "Errors", tells them apart.
+    """
+    if len(text) > MAX_CONTROL_BYTES or len(text.encode("utf-8", "replace")) > MAX_CONTROL_BYTES:
+        raise LegError(f"a control is longer than {MAX_CONTROL_BYTES} bytes", CLOSE_TOO_BIG)
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise LegError("a text message is not JSON") from exc
+    kind = raw.get("type") if isinstance(raw, dict) else None
+    if not isinstance(kind, str) or kind not in FIELDS:
+        raise LegError("a control has no known type")
+    control: dict[str, Any] = {"type": kind}
+    if has_channel and kind not in LEG_TYPES:
+        channel = _channel(raw.get("channel"))
+        if channel is None:
+            raise LegError(f"{kind} has no valid channel")
+        control["channel"] = channel
+    channel = control.get("channel", 0)
+    if kind not in legal:
+        raise TunnelError(f"{kind} does not come from this side", channel)
+    checks = FIELDS[kind]
+    if has_channel and kind in ("open", "resume"):
+        checks = {**checks, **_ADDED_BY_SERVER}
+    for name, check in checks.items():
+        value = check(raw.get(name))
+        if value is None:
+            raise TunnelError(f"{kind} has a missing or bad field {name}", channel)
+        control[name] = value
+    return control
+
+
+def encode_control(kind: str, channel: int = 0, **fields: Any) -> bytes:
+    """Return the JSON of a control; `channel` 0 leaves that field out (a user leg)."""
+    control: dict[str, Any] = {"type": kind}
+    if channel:
+        control["channel"] = channel
+    if "message" in fields:
+        fields["message"] = _prose(fields["message"])
+    control.update(fields)
+    return json.dumps(control, separators=(",", ":")).encode("ascii")
+
+
+def encode_channel(channel: int) -> bytes:
+    """Return the 4 bytes that stand before the stream bytes on a client leg."""
+    return channel.to_bytes(CHANNEL_BYTES, "big")
+
+
+def split_channel(message: bytes) -> int:
+    """Return the channel of a binary message of a client leg; its bytes follow at 4."""
+    if len(message) < CHANNEL_BYTES:
+        raise LegError("a binary message is shorter than its channel")
+    channel = int.from_bytes(message[:CHANNEL_BYTES], "big")
+    if len(message) == CHANNEL_BYTES or len(message) > CHANNEL_BYTES + MAX_DATA_BYTES:
+        raise TunnelError("a data message has not 1 to 65536 bytes", channel)
+    return channel
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Whether the whole text has the pattern."""
+    return re.fullmatch(pattern, text) is not None
+
+
+def is_secret(text: str) -> bool:
+    """Whether a secret can travel in a header: printable ASCII without spaces."""
+    return matches(r"[!-~]{1,4096}", text)
+
+
+# errors
+#
+# Every error that a person or an operator may see: its code, and what follows from it.
+#
+# One table: code -> exit code of the proxy command, and whether a new try may help.
+# The codes are those of docs/protocol.md, "Codes"; the local ones stand last.
+
+
+EXIT_CLEAN = 0
+EXIT_TUNNEL_LOST = 1
+EXIT_USAGE = 2
+EXIT_UNAUTHORIZED = 3
+EXIT_CLIENT_OFFLINE = 4
+EXIT_TARGET = 5
+EXIT_SERVER = 6
+EXIT_SIGNAL_BASE = 128
+# What EPIPE on stdout counts as, on every system: 128 + SIGPIPE.
+EXIT_SIGPIPE = 141
+
+# code -> (exit code, a new try may help)
+ERRORS: dict[str, tuple[int, bool]] = {
+    # HTTP answers before the upgrade.
+    "bad_request": (EXIT_SERVER, False),
+    "unauthorized": (EXIT_UNAUTHORIZED, False),
+    "forbidden": (EXIT_UNAUTHORIZED, False),
+    "not_found": (EXIT_SERVER, False),
+    "version_unsupported": (EXIT_SERVER, False),
+    "too_many": (EXIT_SERVER, True),
+    "wrong_worker": (EXIT_SERVER, False),
+    "busy": (EXIT_SERVER, True),
+    "server_restart": (EXIT_SERVER, True),
+    # `refused`
+    "client_unknown": (EXIT_CLIENT_OFFLINE, False),
+    "client_offline": (EXIT_CLIENT_OFFLINE, True),
+    "unknown_tunnel": (EXIT_TUNNEL_LOST, False),
+    "protocol_unsupported": (EXIT_USAGE, False),
+    "target_refused": (EXIT_TARGET, False),
+    "target_unreachable": (EXIT_TARGET, False),
+    "target_timeout": (EXIT_TARGET, False),
+    "target_unknown": (EXIT_TARGET, False),
+    # `reset` and `detached`
+    "protocol_error": (EXIT_TUNNEL_LOST, False),
+    "user_gone": (EXIT_TUNNEL_LOST, False),
+    "target_reset": (EXIT_TUNNEL_LOST, False),
+    "target_lost": (EXIT_TUNNEL_LOST, False),
+    "client_stopped": (EXIT_TUNNEL_LOST, False),
+    "superseded": (EXIT_TUNNEL_LOST, False),
+    "user_lost": (EXIT_TUNNEL_LOST, False),
+    "client_lost": (EXIT_TUNNEL_LOST, True),
+    "client_replaced": (EXIT_TUNNEL_LOST, True),
+    # Local: seen by this end alone.
+    "usage": (EXIT_USAGE, False),
+    "server_unreachable": (EXIT_SERVER, True),
+    "tls_failed": (EXIT_SERVER, True),
+    "proxy_failed": (EXIT_SERVER, True),
+    "not_a_relay": (EXIT_SERVER, True),
+    "leg_lost": (EXIT_TUNNEL_LOST, True),
+    "open_timeout": (EXIT_TARGET, True),
+    "internal_error": (EXIT_TUNNEL_LOST, False),
+}
+
+
+class RelayError(Exception):
+    """Something failed that has a code; `str()` is a sentence for a person."""
+
+    def __init__(self, code: str, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    @property
+    def exit_code(self) -> int:
+        """The proxy command's exit code; an unknown code of a newer peer counts as a loss."""
+        return ERRORS.get(self.code, (EXIT_TUNNEL_LOST, False))[0]
+
+    @property
+    def is_retryable(self) -> bool:
+        """Whether a new try may help."""
+        return ERRORS.get(self.code, (EXIT_TUNNEL_LOST, False))[1]
+
+
+class DialError(Exception):
+    """A TCP dial failed: `kind` is refused, unreachable, timeout, unknown or cancelled."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+# settings
+#
+# Settings that the client and the proxy command read alike: flag > environment > default.
+
+
+def read_secret_file(flag: str, path: str) -> str:
+    """Return a file's content without the line end; raises RelayError (usage)."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(64 * 1024).strip("\r\n")
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = getattr(exc, "strerror", None) or "not a text file"
+        raise RelayError("usage", f"{flag} {path} cannot be read: {reason}") from exc
+
+
+def ping_interval(flag: str | None, environ: Mapping[str, str]) -> float:
+    """Return the ping interval in seconds, 0.05 to 3600."""
+    text = flag or environ.get("HTTP_NETWORK_RELAY_PING_INTERVAL") or str(DEFAULT_PING_INTERVAL_S)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.05 <= seconds <= 3600:
+        raise RelayError(
+            "usage",
+            "--ping-interval (HTTP_NETWORK_RELAY_PING_INTERVAL) must be 0.05 to 3600 seconds,"
+            f" not {text!r}",
+        )
+    return seconds
+
+
+def max_window(flag: str | None, environ: Mapping[str, str]) -> int:
+    """Return the largest window of a tunnel and direction, in bytes."""
+    text = flag or environ.get("HTTP_NETWORK_RELAY_MAX_WINDOW") or str(DEFAULT_MAX_WINDOW_BYTES)
+    if not text.isdecimal() or not MIN_WINDOW_BYTES <= int(text) <= 2**30:
+        raise RelayError(
+            "usage",
+            f"--max-window (HTTP_NETWORK_RELAY_MAX_WINDOW) must be {MIN_WINDOW_BYTES} to {2**30}"
+            f" bytes, not {text!r}",
+        )
+    return int(text)
+
+
+# outbox
+#
+# What waits to be written on one leg, in the order of docs/protocol.md, "Order".
+#
+# Any thread puts, and never waits for the network; the leg's writer alone takes.
+# The fast lane is bounded by its slots, the data by the windows of the tunnels.
+
+
+class Frame(NamedTuple):
+    """One WebSocket message: opcode, and payload in two parts (channel, bytes)."""
+
+    opcode: int
+    head: bytes
+    payload: Any  # bytes, bytearray or memoryview
+
+
+def append_merged(queue: deque[Any], data: Any) -> None:
+    """Append bytes, merged into a small last piece.
+
+    Without it a peer that sends single bytes would make us keep a queue entry, some
+    hundred bytes, for each byte of its window.
+    """
+    if queue and len(queue[-1]) + len(data) <= MAX_DATA_BYTES:
+        last = queue[-1]
+        if not isinstance(last, bytearray):
+            last = bytearray(last)
+            queue[-1] = last
+        last += data
+    else:
+        queue.append(data)
+
+
+class _Channel:
+    """Data and the end of one channel that wait for their turn."""
+
+    def __init__(self, head: bytes) -> None:
+        self.head = head
+        self.data: deque[Any] = deque()
+        self.last: list[Frame] = []  # eof, then an end that takes its turn
+        self.overtakes_at: float | None = None
+
+
+class Outbox:
+    """A fair outbox: a fast lane of fixed slots, then channels by turns."""
+
+    def __init__(self) -> None:
+        # Guards everything below; woken when there is something to take.
+        self._ready = threading.Condition()
+        self._fast: dict[Hashable, Frame] = {}
+        self._cancellable: dict[int, Hashable] = {}
+        self._channels: dict[int, _Channel] = {}
+        self._turns: deque[int] = deque()
+        self._close: Frame | None = None
+        self._is_over = False
+
+    # Fast lane.
+
+    def put_first(self, channel: int, frame: Frame, *, cancellable: bool = False) -> None:
+        """Queue a channel's first message; `cancellable` if an end may take it back."""
+        with self._ready:
+            key = ("first", channel)
+            if cancellable:
+                self._cancellable[channel] = key
+            self._put_fast_locked(key, frame)
+
+    def put_ack(self, channel: int, frame: Frame) -> None:
+        """Queue an ack; it replaces one of the same channel that is still here."""
+        with self._ready:
+            self._put_fast_locked(("ack", channel), frame)
+
+    def put_leg(self, kind: str, frame: Frame) -> None:
+        """Queue a message of the leg itself (pong, going_away): one slot a kind."""
+        with self._ready:
+            self._put_fast_locked(kind, frame)
+
+    def try_put_leg(self, kind: str, frame: Frame) -> bool:
+        """As put_leg, but never wait, not even for the lock; False: try later."""
+        if not self._ready.acquire(blocking=False):
+            return False
+        try:
+            self._put_fast_locked(kind, frame)
+        finally:
+            self._ready.release()
+        return True
+
+    # Data, by turns.
+
+    def put_data(self, channel: int, head: bytes, data: Any) -> None:
+        """Queue stream bytes; the caller has made sure that the window allows them."""
+        with self._ready:
+            entry = self._channel_locked(channel, head)
+            if entry is not None and not entry.last:
+                append_merged(entry.data, data)
+                self._ready.notify()
+
+    def put_eof(self, channel: int, frame: Frame) -> None:
+        """Queue the eof behind the channel's data."""
+        with self._ready:
+            entry = self._channel_locked(channel, b"")
+            if entry is not None and not entry.last:
+                entry.last.append(frame)
+                self._ready.notify()
+
+    def put_end(self, channel: int, frame: Frame, *, in_turn: bool = False) -> None:
+        """Queue a channel's reset or detached; whatever still waits of it is deleted.
+
+        `in_turn` puts it behind the channel's data instead; after a second it overtakes.
+        """
+        with self._ready:
+            if self._fast.pop(self._cancellable.pop(channel, None), None) is not None:
+                self._drop_locked(channel)
+                return
+            if in_turn:
+                entry = self._channel_locked(channel, b"")
+                if entry is not None and entry.overtakes_at is None:
+                    entry.last.append(frame)
+                    entry.overtakes_at = time.monotonic() + FLUSH_S
+            else:
+                self._drop_locked(channel)
+                self._put_fast_locked(("end", channel), frame)
+            self._ready.notify()
+
+    # The leg's end.
+
+    def close(self, frame: Frame, *, flush: bool = True) -> None:
+        """Send `frame` (a close) last: behind all that is queued, or at once.
+
+        What is put later is dropped. The first close wins.
+        """
+        with self._ready:
+            if self._close is None:
+                self._close = frame
+                if not flush:
+                    self._clear_locked()
+            self._ready.notify()
+
+    def stop(self) -> None:
+        """End the writer now; nothing more is taken."""
+        with self._ready:
+            self._is_over = True
+            self._clear_locked()
+            self._ready.notify_all()
+
+    def is_empty(self) -> bool:
+        """Whether nothing waits."""
+        with self._ready:
+            return not self._fast and not self._turns
+
+    # The writer.
+
+    def take(self) -> Frame | None:
+        """Wait for the next frame; None once stop() was called or the close was taken."""
+        with self._ready:
+            while True:
+                if self._is_over:
+                    return None
+                frame, wait_s = self._next_locked()
+                if frame is not None:
+                    return frame
+                if self._close is not None:
+                    self._is_over = True
+                    return self._close
+                self._ready.wait(wait_s)
+
+    def _next_locked(self) -> tuple[Frame | None, float | None]:
+        if self._fast:
+            key = next(iter(self._fast))
+            frame = self._fast.pop(key)
+            if isinstance(key, tuple) and key[0] == "first":
+                self._cancellable.pop(key[1], None)
+            return frame, None
+        if not self._turns:
+            return None, None
+        channel = self._turns.popleft()
+        entry = self._channels[channel]
+        if entry.overtakes_at is not None and time.monotonic() >= entry.overtakes_at:
+            del self._channels[channel]
+            return entry.last[-1], None
+        if entry.data:
+            data = entry.data.popleft()
+            frame = Frame(OP_BINARY, entry.head, data)
+        else:
+            frame = entry.last.pop(0)
+        if entry.data or entry.last:
+            self._turns.append(channel)
+        else:
+            del self._channels[channel]
+        return frame, None
+
+    def _put_fast_locked(self, key: Hashable, frame: Frame) -> None:
+        if self._close is None and not self._is_over:
+            self._fast[key] = frame
+            self._ready.notify()
+
+    def _channel_locked(self, channel: int, head: bytes) -> _Channel | None:
+        if self._close is not None or self._is_over:
+            return None
+        entry = self._channels.get(channel)
+        if entry is None:
+            entry = self._channels[channel] = _Channel(head)
+            self._turns.append(channel)
+        elif not entry.head:
+            entry.head = head
+        return entry
+
+    def _drop_locked(self, channel: int) -> None:
+        self._fast.pop(("ack", channel), None)
+        if self._channels.pop(channel, None) is not None:
+            self._turns.remove(channel)
+
+    def _clear_locked(self) -> None:
+        self._fast.clear()
+        self._cancellable.clear()
+        self._channels.clear()
+        self._turns.clear()
+
+
+# duplex
+#
+# One socket, TLS or plain, for one reading and one writing thread at once.
+#
+# Two locks, taken in this order (rule 4 of the design):
+#
+# - `_send_lock` from a frame's first byte to its last, waits included: whole frames;
+# - `_tls_lock`, TLS only, for one non-blocking read or write and never across a wait:
+#   OpenSSL's connection object must not be entered by two threads (CPython does not
+#   guard it), and nothing seen from outside tells when it was.
+#
+# The reader never takes `_send_lock`.
+
+
+# The largest TLS record: a longer write would hold `_tls_lock` for several of them.
+_TLS_WRITE_BYTES = 16 * 1024
+# OpenSSL may want the other direction's event (a key update). The other thread may
+# take that event away, so such a wait is short and then tries again.
+_CROSS_WAIT_S = 0.05
+
+
+def wait_ready(sock: socket.socket, *, write: bool, timeout_s: float | None) -> bool:
+    """Wait until the socket can be read or written, or has failed; False: timed out."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT if write else select.POLLIN)
+        return bool(poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000))
+    both = ([], [sock], [sock]) if write else ([sock], [], [sock])
+    return any(select.select(*both, timeout_s))
+
+
+class Duplex:
+    """Owns `sock` (connected, TLS handshake done) until close()."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._is_tls = isinstance(sock, ssl.SSLSocket)
+        # Plain sockets block in the kernel, where two threads are safe.
+        sock.settimeout(0.0 if self._is_tls else None)
+        self._send_lock = threading.Lock()  # Makes frames whole.
+        self._tls_lock = threading.Lock()  # Guards the OpenSSL object.
+        # When any byte last came, monotonic. Written by the reader, read by the timer.
+        self.heard_at = time.monotonic()
+
+    def recv(self, size: int) -> bytes:
+        """Return 1 to `size` bytes, b"" at the end of the stream. Raises OSError."""
+        data = self._recv_tls(size) if self._is_tls else self._sock.recv(size)
+        self.heard_at = time.monotonic()
+        return data
+
+    def _recv_tls(self, size: int) -> bytes:
+        while True:
+            # Try first: bytes that OpenSSL has decrypted already are invisible to poll.
+            try:
+                with self._tls_lock:
+                    return self._sock.recv(size)
+            except ssl.SSLWantReadError:
+                wait_ready(self._sock, write=False, timeout_s=None)
+            except ssl.SSLWantWriteError:
+                wait_ready(self._sock, write=True, timeout_s=_CROSS_WAIT_S)
+
+    def send(self, *parts: Any) -> None:
+        """Write all bytes of `parts` as one unit. Raises OSError; woken by abort()."""
+        with self._send_lock:
+            if self._is_tls:
+                self._send_tls(memoryview(b"".join(parts)))
+            elif hasattr(self._sock, "sendmsg"):
+                self._send_parts(parts)
+            else:
+                self._sock.sendall(b"".join(parts))
+
+    def _send_parts(self, parts: Any) -> None:
+        """Write without joining: a header and its payload cross as they are."""
+        sent = self._sock.sendmsg(parts)
+        for part in parts:
+            if sent < len(part):
+                self._sock.sendall(memoryview(part)[sent:])
+                sent = 0
+            else:
+                sent -= len(part)
+
+    def _send_tls(self, view: memoryview) -> None:
+        while view:
+            try:
+                # The very same slice after a Want*: OpenSSL insists on it.
+                with self._tls_lock:
+                    sent = self._sock.send(view[:_TLS_WRITE_BYTES])
+            except ssl.SSLWantWriteError:
+                wait_ready(self._sock, write=True, timeout_s=None)
+            except ssl.SSLWantReadError:
+                wait_ready(self._sock, write=False, timeout_s=_CROSS_WAIT_S)
+            else:
+                view = view[sent:]
+
+    def abort(self) -> None:
+        """Wake both threads for good: their next or present call ends or fails. Any thread."""
+        with contextlib.suppress(OSError):  # Not connected any more: nothing waits.
+            # Not SSLSocket.shutdown(), which takes the object away under the threads.
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Free the descriptor; only when neither thread can enter any more."""
+        with contextlib.suppress(OSError):
+            self._sock.close()
+
+
+# stream
+#
+# The stream state of one end of a tunnel (docs/protocol.md, "Streams and credit").
+#
+# No I/O, no clock, no thread. Both ends use it unchanged, so it does not know which
+# end it is. Offsets are counts of bytes from 0 in each direction.
+
+
+# An ack is due at the latest when the receive queue is empty and this much was not
+# acked: the receiver cannot know how far the server lowered its limit.
+_DRAINED_ACK_BYTES = 64 * 1024
+# The ack round trip may grow this much over its minimum before the window shrinks:
+# more means that our own bytes stand in a queue somewhere.
+_QUEUE_S = 0.020
+
+
+class Ack(NamedTuple):
+    """What an `ack` says: bytes handed on, the sender's new limit, eof handed on."""
+
+    delivered: int
+    limit: int
+    eof: bool
+
+
+class Sender:
+    """The bytes that this end sends. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.limit = 0
+        self.delivered = 0
+        self.eof_sent = False
+        self.eof_acked = False
+
+    @property
+    def credit(self) -> int:
+        """How many bytes may be sent now."""
+        return 0 if self.eof_sent else self.limit - self.sent
+
+    def send(self, size: int) -> None:
+        """Record that `size` bytes, at most `credit`, go out."""
+        if size > self.credit:
+            raise ValueError(f"{size} bytes to send, credit for {self.credit}")
+        self.sent += size
+
+    def end(self) -> int:
+        """Record that eof goes out; return its count."""
+        self.eof_sent = True
+        return self.sent
+
+    def on_ack(self, ack: Ack) -> None:
+        """Take the peer's ack in; raises TunnelError if it cannot be true."""
+        if not self.delivered <= ack.delivered <= self.sent:
+            raise TunnelError(f"ack of {ack.delivered} bytes, {self.sent} were sent")
+        if ack.limit < self.limit:
+            raise TunnelError(f"limit fell from {self.limit} to {ack.limit}")
+        if ack.eof and not (self.eof_sent and ack.delivered == self.sent):
+            raise TunnelError("ack of an eof that is not due")
+        self.delivered, self.limit = ack.delivered, ack.limit
+        self.eof_acked = self.eof_acked or ack.eof
+
+
+class Receiver:
+    """The bytes that this end takes in and hands on. Not thread-safe.
+
+    The window grows while the peer uses it up within an ack's round trip, and shrinks
+    when that round trip grows: then the bytes stand in a queue on the way.
+    """
+
+    def __init__(self, max_window_bytes: int = DEFAULT_MAX_WINDOW_BYTES) -> None:
+        self._max_window = max_window_bytes
+        self.window = MIN_WINDOW_BYTES
+        self.limit = self.window
+        self.received = 0
+        self.delivered = 0
+        self.eof_at: int | None = None
+        self.eof_delivered = False
+        self.eof_acked = False
+        self._acked = 0
+        # The limit before the ack being timed, its time, and `received` then.
+        self._probe: tuple[int, float, int] | None = None
+        self._shortest_s = float("inf")
+
+    def on_data(self, size: int, now: float) -> None:
+        """Record `size` bytes that came in; raises TunnelError for an overrun."""
+        if self.eof_at is not None:
+            raise TunnelError("data after eof")
+        if self.received + size > self.limit:
+            raise TunnelError(f"window overrun: {self.received + size} over {self.limit}")
+        self.received += size
+        if self._probe is not None and self.received > self._probe[0]:
+            _, since, received = self._probe
+            self._probe = None
+            self._resize(now - since, self.received - received)
+
+    def _resize(self, round_trip_s: float, size: int) -> None:
+        self._shortest_s = min(self._shortest_s, round_trip_s)
+        if round_trip_s > self._shortest_s + _QUEUE_S:
+            # By a quarter: an ack is due after a quarter, so the limit still never falls.
+            self.window = max(MIN_WINDOW_BYTES, self.window - self.window // 4)
+        elif size * 2 >= self.window:
+            self.window = min(self._max_window, self.window * 2)
+
+    def on_eof(self, count: int) -> None:
+        """Record the peer's eof; raises TunnelError if its count is not ours."""
+        if count != self.received:
+            raise TunnelError(f"eof after {count} bytes, {self.received} came")
+        if self.eof_at is not None:
+            raise TunnelError("a second eof")
+        self.eof_at = count
+
+    def on_delivered(self, size: int, now: float, *, drained: bool) -> Ack | None:
+        """Record that `size` bytes were handed on; return the ack, if one is due.
+
+        Call it after the bytes were written on, not when they arrived: an ack for
+        unread bytes would defeat the window. `drained`: nothing more is queued.
+        """
+        self.delivered += size
+        unacked = self.delivered - self._acked
+        if unacked * 4 < self.window and not (drained and unacked >= _DRAINED_ACK_BYTES):
+            return None
+        return self._ack(now)
+
+    def on_eof_delivered(self, now: float) -> Ack:
+        """Record that the eof was handed on; its ack is due at once.
+
+        Set `eof_acked` when that ack is on its way.
+        """
+        self.eof_delivered = True
+        return self._ack(now)
+
+    def _ack(self, now: float) -> Ack:
+        before = self.limit
+        self.limit = min(MAX_COUNT, max(before, self.delivered + self.window))
+        self._acked = self.delivered
+        if self._probe is None and self.limit > before:
+            self._probe = (before, now, self.received)
+        return Ack(self.delivered, self.limit, self.eof_delivered)
+
+
+class Stream:
+    """One direction-pair of a tunnel at one end."""
+
+    def __init__(self, max_window_bytes: int = DEFAULT_MAX_WINDOW_BYTES) -> None:
+        self.out = Sender()
+        self.into = Receiver(max_window_bytes)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether both eofs were handed on and both acks have passed."""
+        return self.out.eof_acked and self.into.eof_acked
+
+
+# dial
+#
+# Dials: names, staggered addresses, HTTP CONNECT proxies and TLS, under one deadline.
+#
+# websocket-client's own connect is not used: it has a timeout for each read, tries one
+# address, sends secrets to where a redirect points, and reads proxy settings loosely.
+# A deadline is a time of time.monotonic(), made once and passed down.
+
+
+# RFC 8305, "Connection Attempt Delay": a dead first address costs this much.
+_STAGGER_S = 0.250
+# Name lookups cannot be interrupted, so they run in daemon threads; this many at most.
+_lookup_slots = threading.BoundedSemaphore(32)
+# A proxy's answer to CONNECT.
+_MAX_HEAD_BYTES = 16 * 1024
+
+
+class Endpoint(NamedTuple):
+    """Where a server is: what --server-url says."""
+
+    is_tls: bool
+    host: str
+    port: int
+    resource: str
+
+    @property
+    def url(self) -> str:
+        """The WebSocket URL, without secrets."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'wss' if self.is_tls else 'ws'}://{host}:{self.port}{self.resource}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether bytes in clear stay on this machine."""
+        if self.host == "localhost" or self.host.endswith(".localhost"):
+            return True
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(self.host).is_loopback
+        return False
+
+
+class Proxy(NamedTuple):
+    """An HTTP CONNECT proxy."""
+
+    host: str
+    port: int
+    authorization: str | None
+
+
+def parse_server_url(url: str, default_path: str) -> Endpoint:
+    """Read ws, wss, http and https URLs; one without a path gets `default_path`."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as exc:
+        raise RelayError("usage", f"--server-url {url!r} is not a URL: {exc}") from exc
+    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+    if scheme not in ("ws", "wss") or not parts.hostname:
+        raise RelayError(
+            "usage", "--server-url must look like https://relay.example or ws://127.0.0.1:8000"
+        )
+    if parts.username is not None or parts.fragment:
+        raise RelayError(
+            "usage", "--server-url must have no user, password or #fragment; secrets have own flags"
+        )
+    is_tls = scheme == "wss"
+    resource = default_path if parts.path in ("", "/") else parts.path
+    if parts.query:
+        resource += f"?{parts.query}"
+    if not resource.isascii() or not resource.isprintable() or " " in resource:
+        raise RelayError("usage", "--server-url has characters that must be %-encoded")
+    return Endpoint(is_tls, parts.hostname, port or (443 if is_tls else 80), resource)
+
+
+# Name lookup and TCP.
+
+
+def resolve(host: str, port: int, deadline: float) -> list[Any]:
+    """Return getaddrinfo's answers by turns of family. Raises DialError."""
+    slot_s = max(0.0, deadline - time.monotonic())
+    if not _lookup_slots.acquire(timeout=slot_s):
+        raise DialError("timeout", f"too many name lookups are stuck to look up {host}")
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as exc:
+            answers.put(exc)
+        finally:
+            _lookup_slots.release()
+
+    # Daemon: getaddrinfo has no timeout and nothing can wake it.
+    threading.Thread(target=look_up, name=f"lookup:{host}", daemon=True).start()
+    try:
+        answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+    except queue.Empty:
+        raise DialError("timeout", f"the name {host} could not be looked up in time") from None
+    if isinstance(answer, Exception):
+        reason = getattr(answer, "strerror", None) or answer
+        raise DialError("unknown", f"the name {host} is not known ({reason})") from answer
+    return _by_turns(answer)
+
+
+def _by_turns(infos: list[Any]) -> list[Any]:
+    """Alternate the families, first family first (RFC 8305, 4)."""
+    families: dict[int, list[Any]] = {}
+    for info in infos:
+        families.setdefault(info[0], []).append(info)
+    turns: list[Any] = []
+    while any(families.values()):
+        turns += [group.pop(0) for group in families.values() if group]
+    return turns
+
+
+def dial_tcp(
+    host: str, port: int, deadline: float, is_cancelled: Callable[[], bool] = lambda: False
+) -> socket.socket:
+    """Connect to the first address that answers; the socket comes back blocking.
+
+    A new address is tried every 250 ms, or at once when one fails. `is_cancelled` is
+    asked as often. Raises DialError.
+    """
+    infos = resolve(host, port, deadline)
+    last: OSError | None = None
+    next_at = 0.0
+    with selectors.DefaultSelector() as selector:
+        try:
+            while True:
+                now = time.monotonic()
+                if is_cancelled():
+                    raise DialError("cancelled", f"the dial of {host}:{port} was cancelled")
+                if now >= deadline:
+                    raise DialError("timeout", f"{host}:{port} did not answer in time")
+                pending = len(selector.get_map())
+                if not infos and not pending:
+                    raise _dial_error(last, host, port)
+                if infos and (now >= next_at or not pending):
+                    last = _begin(infos.pop(0), selector) or last
+                    next_at = now + _STAGGER_S
+                    continue
+                for key, _ in selector.select(min(_STAGGER_S, deadline - now)):
+                    sock: socket.socket = key.fileobj  # type: ignore[assignment]
+                    selector.unregister(sock)
+                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if code == 0:
+                        _set_options(sock)
+                        return sock
+                    sock.close()
+                    last, next_at = OSError(code, errno.errorcode.get(code, "?")), 0.0
+        finally:
+            for key in list(selector.get_map().values()):
+                key.fileobj.close()  # type: ignore[union-attr]
+
+
+def _begin(info: Any, selector: selectors.BaseSelector) -> OSError | None:
+    """Start a connect; return why it could not even start."""
+    family, kind, protocol, _, address = info
+    try:
+        sock = socket.socket(family, kind, protocol)
+    except OSError as exc:
+        return exc
+    sock.setblocking(False)
+    try:
+        sock.connect(address)
+    except (BlockingIOError, InterruptedError):
+        pass
+    except OSError as exc:
+        sock.close()
+        return exc
+    selector.register(sock, selectors.EVENT_WRITE)
+    return None
+
+
+def _set_options(sock: socket.socket) -> None:
+    sock.setblocking(True)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A host that vanished without a word ends its connection after about two minutes.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _dial_error(error: OSError | None, host: str, port: int) -> DialError:
+    code = error.errno if error is not None else None
+    if code in (errno.ECONNREFUSED, getattr(errno, "WSAECONNREFUSED", -1)):
+        return DialError("refused", f"{host}:{port} refused the connection")
+    if code == errno.ETIMEDOUT:
+        return DialError("timeout", f"{host}:{port} did not answer in time")
+    reason = errno.errorcode.get(code, str(code)) if code else "no address"
+    return DialError("unreachable", f"{host}:{port} cannot be reached ({reason})")
+
+
+# Proxies from the environment.
+
+
+def proxy_for(endpoint: Endpoint, environ: Mapping[str, str]) -> Proxy | None:
+    """Return the HTTP proxy that the environment names for this server, if any."""
+    names = ("https_proxy", "HTTPS_PROXY") if endpoint.is_tls else ("http_proxy", "HTTP_PROXY")
+    for name in (*names, "all_proxy", "ALL_PROXY"):
+        value = environ.get(name, "").strip()
+        if value:
+            break
+    else:
+        return None
+    no_proxy = environ.get("no_proxy", "") or environ.get("NO_PROXY", "")
+    if bypasses_proxy(endpoint.host, endpoint.port, no_proxy):
+        return None
+    try:
+        parts = urlsplit(value if "://" in value else f"http://{value}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if host is None or parts.scheme != "http":
+        raise RelayError(
+            "usage", f"{name} is not a usable proxy: only http://HOST:PORT is (HTTP CONNECT)"
+        )
+    authorization = None
+    if parts.username is not None:
+        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        authorization = "Basic " + base64.b64encode(pair.encode()).decode("ascii")
+    return Proxy(host, port or 80, authorization)
+
+
+def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
+    """Whether NO_PROXY names this host, read exactly.
+
+    `example.com` and `.example.com` stand for the name and what is below it, never for
+    notexample.com; an address for itself; a network in CIDR form for its addresses;
+    `host:port` for that port; `*` for all.
+    """
+    host = host.lower().rstrip(".")
+    address = _address(host)
+    for raw in no_proxy.lower().split(","):
+        entry, entry_port = _split_port(raw.strip())
+        if entry == "*":
+            return True
+        if not entry or entry_port not in (None, port):
+            continue
+        if address is not None:
+            with contextlib.suppress(ValueError):
+                if address in ipaddress.ip_network(entry, strict=False):
+                    return True
+            continue
+        suffix = entry.strip(".")
+        if suffix and (host == suffix or host.endswith(f".{suffix}")):
+            return True
+    return False
+
+
+def _split_port(entry: str) -> tuple[str, int | None]:
+    """Split `host:port` and `[v6]:port`; an IPv6 literal alone has no port."""
+    if entry.startswith("["):
+        name, _, rest = entry[1:].partition("]")
+    elif entry.count(":") == 1:
+        name, _, rest = entry.partition(":")
+        rest = f":{rest}"
+    else:
+        return entry, None
+    return name, int(rest[1:]) if rest[1:].isdigit() else None
+
+
+def _address(text: str) -> Any:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
+# The way to a server.
+
+
+def dial_server(
+    endpoint: Endpoint,
+    context: ssl.SSLContext | None,
+    environ: Mapping[str, str],
+    deadline: float,
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> socket.socket:
+    """Return a connected, non-blocking socket, TLS done if the URL says so."""
+    proxy = proxy_for(endpoint, environ)
+    host, port = (proxy.host, proxy.port) if proxy else (endpoint.host, endpoint.port)
+    what = "the HTTP proxy" if proxy else "the server"
+    try:
+        sock = dial_tcp(host, port, deadline, is_cancelled)
+    except DialError as exc:
+        code = "proxy_failed" if proxy else "server_unreachable"
+        raise RelayError(code, f"cannot reach {what}: {exc}") from exc
+    try:
+        sock.setblocking(False)
+        if proxy:
+            _connect_through(sock, proxy, endpoint, deadline)
+        if endpoint.is_tls:
+            sock = _start_tls(sock, endpoint, context or make_context(None), deadline)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def make_context(ca_file: str | None) -> ssl.SSLContext:
+    """Return a context that verifies, always; `ca_file` adds a private CA."""
+    context = ssl.create_default_context()
+    if ca_file is not None:
+        try:
+            context.load_verify_locations(cafile=ca_file)
+        except (OSError, ssl.SSLError) as exc:
+            reason = exc.strerror or "no certificate in it"
+            raise RelayError("usage", f"--ca-file {ca_file} cannot be used: {reason}") from exc
+    return context
+
+
+def wait_until(sock: socket.socket, deadline: float, *, write: bool, what: str) -> None:
+    """Wait for the socket until the deadline; raises RelayError when it has passed."""
+    if not wait_ready(sock, write=write, timeout_s=max(0.0, deadline - time.monotonic())):
+        raise RelayError("server_unreachable", f"{what} did not answer in time")
+
+
+def _connect_through(
+    sock: socket.socket, proxy: Proxy, endpoint: Endpoint, deadline: float
+) -> None:
+    """Ask the proxy for a way to the server (RFC 9110, 9.3.6)."""
+    host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+    lines = [f"CONNECT {host}:{endpoint.port} HTTP/1.1", f"Host: {host}:{endpoint.port}"]
+    if proxy.authorization:
+        lines.append(f"Proxy-Authorization: {proxy.authorization}")
+    what = f"the HTTP proxy {proxy.host}:{proxy.port}"
+    request = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii", "replace")
+    head = b""
+    try:
+        wait_until(sock, deadline, write=True, what=what)
+        sock.send(request)  # Fits into an empty send buffer whole.
+        while b"\r\n\r\n" not in head:
+            wait_until(sock, deadline, write=False, what=what)
+            # One byte at a time past the end would eat the server's first bytes.
+            piece = sock.recv(_head_step(head))
+            if not piece or len(head) > _MAX_HEAD_BYTES:
+                raise RelayError("proxy_failed", f"{what} ended the connection")
+            head += piece
+    except OSError as exc:
+        raise RelayError("proxy_failed", f"{what} failed: {exc.strerror or exc}") from exc
+    status = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ", 2)
+    if len(status) < 2 or not status[0].startswith("HTTP/1.") or not status[1].startswith("2"):
+        said = " ".join(status[1:]) or "something that is not HTTP"
+        raise RelayError("proxy_failed", f"{what} answered {said} to CONNECT {host}")
+
+
+def _head_step(head: bytes) -> int:
+    """Return how many bytes can be read without passing the blank line at the end."""
+    for have in (3, 2, 1):
+        if head.endswith(b"\r\n\r\n"[:have]):
+            return 4 - have
+    return 4
+
+
+def _start_tls(
+    sock: socket.socket, endpoint: Endpoint, context: ssl.SSLContext, deadline: float
+) -> ssl.SSLSocket:
+    tls = context.wrap_socket(sock, server_hostname=endpoint.host, do_handshake_on_connect=False)
+    what = f"TLS with {endpoint.host}:{endpoint.port}"
+    try:
+        while True:
+            try:
+                tls.do_handshake()
+            except ssl.SSLWantReadError:
+                wait_until(tls, deadline, write=False, what=what)
+            except ssl.SSLWantWriteError:
+                wait_until(tls, deadline, write=True, what=what)
+            else:
+                return tls
+    except ssl.SSLCertVerificationError as exc:
+        tls.close()
+        raise RelayError(
+            "tls_failed",
+            f"the certificate of {endpoint.host} is not trusted ({exc.verify_message});"
+            " a private CA is added with --ca-file",
+        ) from exc
+    except OSError as exc:
+        tls.close()
+        raise RelayError("tls_failed", f"{what} failed: {exc.strerror or exc}") from exc
+    except BaseException:
+        tls.close()
+        raise
+
+
+# transport
+#
+# One leg of a client or a proxy command: a WebSocket over websocket-client.
+#
+# The library makes the handshake and reads frames. Its recv() and send() are not used:
+# they answer pings under the send lock, follow redirects with secrets, and bound neither
+# time nor size. Threads: one reader calls receive(), the writer thread drains the outbox,
+# the timer calls tick(); any thread may put into the outbox, close() or abort().
+
+
+# The whole way from the name lookup to the 101.
+DIAL_SERVER_S = 20.0
+# Large reads: at 64 KiB a frame four of them cross in one system call.
+_READ_BYTES = 256 * 1024
+_MAX_MESSAGE_BYTES = CHANNEL_BYTES + MAX_DATA_BYTES
+# Of an answer to the handshake: a head, and the body of a refusal.
+_MAX_ANSWER_BYTES = 64 * 1024
+# A machine that slept pings at once and waits this long.
+_AFTER_SLEEP_S = 3.0
+_OP_CONTINUATION = 0x0
+
+
+def websocket_client() -> Any:
+    """Import websocket-client late: the import costs a start 50 ms and may be missing."""
+    try:
+        import websocket
+    except ImportError as exc:
+        raise RelayError(
+            "usage",
+            "the Python package websocket-client is missing:"
+            " `pip install websocket-client`, or `apt install python3-websocket`",
+        ) from exc
+    if not hasattr(websocket, "frame_buffer") or not hasattr(websocket, "WebSocket"):
+        raise RelayError(
+            "usage",
+            "the Python module `websocket` here is another package of that name:"
+            " `pip uninstall websocket`, then `pip install websocket-client`",
+        )
+    return websocket
+
+
+@functools.lru_cache(maxsize=256)
+def _xor_table(key: int) -> bytes:
+    return bytes(value ^ key for value in range(256))
+
+
+def masked(key: bytes, head: bytes, payload: Any) -> bytearray:
+    """Return head + payload, masked (RFC 6455, 5.3), 3-4 times as fast as the library."""
+    data = bytearray(head)
+    data += payload
+    for index, byte in enumerate(key):
+        data[index::4] = data[index::4].translate(_xor_table(byte))
+    return data
+
+
+def frame_header(opcode: int, size: int, key: bytes) -> bytes:
+    """Return the header of one whole masked frame (RFC 6455, 5.2)."""
+    if size < 126:
+        return struct.pack("!BB", 0x80 | opcode, 0x80 | size) + key
+    if size < 65536:
+        return struct.pack("!BBH", 0x80 | opcode, 0x80 | 126, size) + key
+    return struct.pack("!BBQ", 0x80 | opcode, 0x80 | 127, size) + key
+
+
+class _HandshakeSocket:
+    """What the library gets as a socket: every call ends by one deadline.
+
+    Keeps what was read too far, and survives the library's close(), so that the body
+    of a refusal can be read with every version of the library.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock = sock
+        self._deadline = deadline
+        self._taken = 0
+        self.buffer = b""
+
+    def gettimeout(self) -> None:
+        return None
+
+    def settimeout(self, _: float | None) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def recv(self, size: int) -> bytes:
+        while not self.buffer:
+            try:
+                self.buffer = self._sock.recv(_READ_BYTES)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                wait_until(self._sock, self._deadline, write=False, what="the server")
+            else:
+                if not self.buffer:
+                    return b""
+        piece, self.buffer = self.buffer[:size], self.buffer[size:]
+        self._taken += len(piece)
+        if self._taken > _MAX_ANSWER_BYTES:
+            raise RelayError("not_a_relay", "the answer to the WebSocket handshake is too long")
+        return piece
+
+    def send(self, data: Any) -> int:
+        while True:
+            try:
+                return self._sock.send(data)
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                wait_until(self._sock, self._deadline, write=True, what="the server")
+
+
+def connect(
+    endpoint: Endpoint,
+    headers: list[str],
+    *,
+    context: ssl.SSLContext | None,
+    environ: Mapping[str, str],
+    ping_interval_s: float,
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> Transport:
+    """Dial, upgrade and return the leg; raises RelayError, within 20 s."""
+    library = websocket_client()
+    deadline = time.monotonic() + DIAL_SERVER_S
+    sock = dial_server(endpoint, context, environ, deadline, is_cancelled)
+    shim = _HandshakeSocket(sock, deadline)
+    try:
+        _upgrade(library, endpoint, headers, shim)
+    except BaseException:
+        sock.close()
+        raise
+    return Transport(library, sock, shim.buffer, ping_interval_s)
+
+
+def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) -> None:
+    where = f"{endpoint.host}:{endpoint.port}"
+    web_socket = library.WebSocket()
+    refusal: tuple[int, Mapping[str, str], bytes | None] | None = None
+    try:
+        web_socket.connect(
+            endpoint.url,
+            socket=shim,
+            header=headers,
+            subprotocols=[SUBPROTOCOL],
+            suppress_origin=True,
+            redirect_limit=0,
+        )
+        status = web_socket.status
+    except library.WebSocketBadStatusException as exc:
+        # Version 1.2.3 gives neither headers nor body by name.
+        found = getattr(exc, "resp_headers", None) or {}
+        refusal = (exc.status_code, found, getattr(exc, "resp_body", None))
+        status = exc.status_code
+    except library.WebSocketException as exc:
+        status = web_socket.status
+        if status is None or status == 101:
+            raise RelayError(
+                "not_a_relay", f"{where} does not speak the relay's WebSocket: {exc}"
+            ) from exc
+    except (OSError, ValueError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        raise RelayError(
+            "server_unreachable", f"{where} ended the WebSocket handshake: {reason}"
+        ) from exc
+    if refusal is None and status == 101:
+        return
+    answer, body = (refusal[1], refusal[2]) if refusal else (web_socket.getheaders() or {}, None)
+    raise _refusal(endpoint, int(status), answer, body if body is not None else _body(answer, shim))
+
+
+def _body(headers: Mapping[str, str], shim: _HandshakeSocket) -> bytes:
+    length = headers.get("content-length", "")
+    wanted = min(int(length), _MAX_ANSWER_BYTES // 2) if length.isdigit() else 0
+    body = b""
+    with contextlib.suppress(OSError, RelayError):
+        while len(body) < wanted:
+            piece = shim.recv(wanted - len(body))
+            if not piece:
+                break
+            body += piece
+    return body
+
+
+def _refusal(
+    endpoint: Endpoint, status: int, headers: Mapping[str, str], body: bytes
+) -> RelayError:
+    """Tell the relay's own refusals from answers of something in between."""
+    where = f"{endpoint.host}:{endpoint.port}"
+    location = headers.get("location")
+    if 300 <= status < 400 and location:
+        return RelayError(
+            "not_a_relay",
+            f"{where} redirects to {_printable(location)}; redirects are not followed with"
+            " secrets, so give that address as --server-url if it is right",
+        )
+    if RELAY_HEADER.lower() not in headers:
+        server = _printable(headers.get("server", "unknown"))
+        return RelayError(
+            "not_a_relay",
+            f"something before the relay answered {status}, Server: {server};"
+            f" check --server-url {endpoint.url}",
+        )
+    try:
+        told = json.loads(body)
+        code, message = str(told["code"]), _printable(str(told["message"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        code, message = "", f"the relay answered {status}"
+    if code not in ERRORS:
+        by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
+        code = by_status.get(status, "busy" if status in (429, 503) else "not_a_relay")
+    retry_after = headers.get("retry-after", "")
+    return RelayError(
+        code, message, retry_after_s=float(retry_after) if retry_after.isdigit() else None
+    )
+
+
+def _printable(text: str) -> str:
+    """Nothing from the network may move a terminal's cursor or fill it."""
+    return "".join(c if c.isprintable() else "?" for c in text[:300])
+
+
+class Transport:
+    """A leg that is up. `outbox` is what it sends."""
+
+    def __init__(self, library: Any, sock: Any, begun: bytes, ping_interval_s: float) -> None:
+        self.outbox = Outbox()
+        self._library = library
+        self._duplex = Duplex(sock)
+        self._frames = library.frame_buffer(None, True)
+        # The library reads by this one method; ours bounds a frame and reads ahead.
+        self._frames.recv_strict = self._read_exactly
+        self._read_ahead = begun
+        self._read_at = 0
+        self._parts: list[bytes] = []  # Of a message in fragments.
+        self._parts_opcode = 0
+        self._writer: threading.Thread | None = None
+        self._ping_interval_s = ping_interval_s
+        # The timer's own.
+        self._ping_at = time.monotonic() + ping_interval_s
+        self._woke_at = 0.0
+        # Set by any thread, read by the timer: abort then. Plain assignments.
+        self._abort_at = float("inf")
+        # Why the leg was given up from here, if it was.
+        self.gave_up: RelayError | None = None
+
+    def start(self, name: str) -> None:
+        """Start the writer thread; stop() joins it."""
+        self._writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
+        self._writer.start()
+
+    # The reader.
+
+    def receive(self) -> tuple[int, Any]:
+        """Wait for the next message: (OP_TEXT or OP_BINARY, payload), or (OP_CLOSE, code).
+
+        A lost connection is a close without a code (1006). Raises LegError.
+        """
+        while True:
+            try:
+                frame = self._frames.recv_frame()
+            except (OSError, EOFError):
+                return OP_CLOSE, 1006
+            except self._library.WebSocketException as exc:
+                raise LegError(f"bad frame from the server: {exc}") from exc
+            opcode, payload = frame.opcode, frame.data
+            if opcode == OP_PING:
+                self.outbox.put_leg("pong", Frame(OP_PONG, b"", payload))
+            elif opcode == OP_CLOSE:
+                self.outbox.close(Frame(OP_CLOSE, b"", payload[:2]), flush=False)
+                return OP_CLOSE, int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
+            elif opcode != OP_PONG:
+                message = self._assemble(opcode, payload, is_last=bool(frame.fin))
+                if message is not None:
+                    return message
+
+    def _assemble(self, opcode: int, payload: bytes, *, is_last: bool) -> tuple[int, Any] | None:
+        """Put fragments together; some proxies make them."""
+        if (opcode == _OP_CONTINUATION) != bool(self._parts_opcode):
+            raise LegError("a fragment out of place")
+        if opcode != _OP_CONTINUATION:
+            if is_last:
+                return opcode, payload
+            self._parts_opcode = opcode
+        self._parts.append(payload)
+        if sum(map(len, self._parts)) > _MAX_MESSAGE_BYTES:
+            raise LegError("a message is too long", CLOSE_TOO_BIG)
+        if not is_last:
+            return None
+        message = (self._parts_opcode, b"".join(self._parts))
+        self._parts, self._parts_opcode = [], 0
+        return message
+
+    def _read_exactly(self, size: int) -> bytes:
+        if size > _MAX_MESSAGE_BYTES:
+            raise LegError("a frame is too long", CLOSE_TOO_BIG)
+        while len(self._read_ahead) - self._read_at < size:
+            data = self._duplex.recv(_READ_BYTES)
+            if not data:
+                raise EOFError
+            self._read_ahead = self._read_ahead[self._read_at :] + data
+            self._read_at = 0
+        start = self._read_at
+        self._read_at += size
+        return self._read_ahead[start : self._read_at]
+
+    # The writer.
+
+    def _write(self) -> None:
+        try:
+            while True:
+                frame = self.outbox.take()
+                if frame is None:
+                    return
+                key = os.urandom(4)
+                data = masked(key, frame.head, frame.payload)
+                self._duplex.send(frame_header(frame.opcode, len(data), key), data)
+        except OSError:
+            # The reader sees the same loss and tells.
+            self.abort()
+
+    # The timer.
+
+    def tick(self, now: float, *, slept: bool) -> float:
+        """Ping, or give a silent leg up; return when to be called again.
+
+        Called by the timer thread: never writes, never waits for a lock.
+        """
+        if slept:
+            self._woke_at = self._ping_at = now
+        heard_at = self._duplex.heard_at
+        if heard_at < self._woke_at:
+            silent_at = self._woke_at + _AFTER_SLEEP_S
+        else:
+            silent_at = heard_at + SILENCE_INTERVALS * self._ping_interval_s
+        if now >= silent_at:
+            silence = f"nothing was heard from the server for {now - heard_at:.0f} s"
+            self.give_up(RelayError("leg_lost", silence))
+        if now >= self._abort_at:
+            self.abort()
+            self._abort_at = float("inf")
+        if now >= self._ping_at:
+            is_put = self.outbox.try_put_leg("ping", Frame(OP_PING, b"", b""))
+            self._ping_at = now + (self._ping_interval_s if is_put else 0.01)
+        return min(self._ping_at, silent_at if now < silent_at else now + 1, self._abort_at)
+
+    def give_up(self, error: RelayError) -> None:
+        """End the leg for a reason that only this end knows."""
+        if self.gave_up is None:
+            self.gave_up = error
+        self.abort()
+
+    # The end.
+
+    def close(self, code: int, reason: str = "", *, flush: bool = True) -> None:
+        """Send a close behind what is queued; the leg is aborted a second later at the latest.
+
+        The caller wakes the timer, whose clock it is.
+        """
+        payload = struct.pack("!H", code) + reason.encode("utf-8")[:120]
+        self._abort_at = min(self._abort_at, time.monotonic() + FLUSH_S)
+        self.outbox.close(Frame(OP_CLOSE, b"", payload), flush=flush)
+
+    def abort(self) -> None:
+        """End the leg now: reader and writer wake."""
+        self._duplex.abort()
+
+    def stop(self) -> None:
+        """End the writer, join it and free the socket. By the reader, or after it ended."""
+        self.outbox.stop()
+        self.abort()
+        if self._writer is not None:
+            self._writer.join()
+        self._duplex.close()
+
+
+# tunnel_end
+#
+# One end of a tunnel between its leg and its two threads; and the timer of a process.
+#
+# The leg's reader calls the on_... methods, which never wait. A consumer thread takes
+# chunks and hands them on; a producer thread waits for credit and sends.
+
+
+# Wall clock against timer: so much later than planned means that the machine slept or
+# the process was stopped.
+_SLEPT_S = 5.0
+# These ends take their turn behind the data (docs/protocol.md, "Order").
+_IN_TURN = ("user_gone", "target_reset")
+
+
+class TunnelEnd:
+    """The thread-safe state of one end; `channel` 0 is a user leg's only tunnel."""
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        channel: int,
+        max_window_bytes: int,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._outbox = outbox
+        self._channel = channel
+        self._head = encode_channel(channel) if channel else b""
+        # Called, without the lock, when credit came or the end did.
+        self._on_change = on_change
+        # Guards all below; woken by whatever a thread of the tunnel waits for.
+        self._changed = threading.Condition()
+        self._stream = Stream(max_window_bytes)
+        self._inbound: deque[Any] = deque()
+        self._is_open = False
+        self._ended: RelayError | None = None
+        self._deliver_until = float("inf")
+        self._consumer_failed = False
+
+    # What is known. Each is one read; none needs the lock.
+
+    @property
+    def ended(self) -> RelayError | None:
+        """Why the tunnel ended before it was finished, if it did. The first reason."""
+        return self._ended
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether both directions ended cleanly and both ends know."""
+        return self._stream.is_finished
+
+    @property
+    def is_over(self) -> bool:
+        """Finished or ended."""
+        return self._ended is not None or self._stream.is_finished
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Bytes sent and bytes handed on, for the log."""
+        return self._stream.out.sent, self._stream.into.delivered
+
+    @property
+    def first_limit(self) -> int:
+        """What `open` or `opened` says: the bytes that the peer may send at first."""
+        return self._stream.into.limit
+
+    @property
+    def has_both_eofs(self) -> bool:
+        """Whether our eof was sent and the peer's handed on; acks may be missing."""
+        return self._stream.out.eof_sent and self._stream.into.eof_delivered
+
+    def must_stop(self) -> bool:
+        """Whether the time for handing on what came before the end has passed."""
+        return self._ended is not None and time.monotonic() >= self._deliver_until
+
+    # The leg's reader. Raise TunnelError for what breaks the protocol.
+
+    def on_open(self, limit: int) -> bool:
+        """Take the peer's first limit; False if the end came first."""
+        with self._changed:
+            if self._ended is not None:
+                return False
+            self._is_open = True
+            self._stream.out.limit = limit
+            return True
+
+    def on_data(self, data: Any) -> None:
+        """Queue stream bytes for the consumer."""
+        with self._changed:
+            if self._ended is not None:
+                return
+            self._require_open_locked("data")
+            self._stream.into.on_data(len(data), time.monotonic())
+            append_merged(self._inbound, data)
+            self._changed.notify_all()
+
+    def on_eof(self, count: int) -> None:
+        """Note that no byte follows."""
+        with self._changed:
+            if self._ended is not None:
+                return
+            self._require_open_locked("eof")
+            self._stream.into.on_eof(count)
+            self._changed.notify_all()
+
+    def on_ack(self, ack: Ack) -> None:
+        """Take an ack in."""
+        with self._changed:
+            if self._ended is not None:
+                return
+            self._require_open_locked("ack")
+            self._stream.out.on_ack(ack)
+            self._changed.notify_all()
+        self._on_change()
+
+    def on_end(self, error: RelayError, *, deliver_s: float = FLUSH_S) -> None:
+        """End the tunnel without a word to the peer: it, or the leg, ended it.
+
+        What came before is still handed on if the consumer takes it in `deliver_s`.
+        """
+        with self._changed:
+            if self._ended is not None or self._stream.is_finished:
+                return
+            self._ended = error
+            self._deliver_until = time.monotonic() + deliver_s
+            self._changed.notify_all()
+        self._on_change()
+
+    def _require_open_locked(self, what: str) -> None:
+        if not self._is_open:
+            raise TunnelError(f"{what} before the tunnel was open", self._channel)
+
+    # The consumer's thread.
+
+    def next_chunk(self) -> Any:
+        """Wait for bytes to hand on; b"" is the eof, None the end of the tunnel."""
+        with self._changed:
+            self._changed.wait_for(self._has_news_locked)
+            if self.must_stop():
+                return None
+            if self._inbound:
+                return self._inbound.popleft()
+            return b"" if self._eof_is_due_locked() else None
+
+    def _has_news_locked(self) -> bool:
+        return bool(self._inbound) or self._ended is not None or self._eof_is_due_locked()
+
+    def _eof_is_due_locked(self) -> bool:
+        into = self._stream.into
+        return into.eof_at is not None and not into.eof_delivered and not self._inbound
+
+    def delivered(self, size: int) -> None:
+        """Say that `size` bytes of a chunk were handed on; sends the ack that is due."""
+        with self._changed:
+            drained = not self._inbound
+            ack = self._stream.into.on_delivered(size, time.monotonic(), drained=drained)
+        self._put_ack(ack)
+
+    def delivered_eof(self) -> None:
+        """Say that the eof was handed on; its ack goes at once."""
+        with self._changed:
+            ack = self._stream.into.on_eof_delivered(time.monotonic())
+        self._put_ack(ack)
+        # Only now: who sees the tunnel finished may close the leg behind this ack.
+        with self._changed:
+            self._stream.into.eof_acked = True
+            self._changed.notify_all()
+        self._on_change()
+
+    def _put_ack(self, ack: Ack | None) -> None:
+        if ack is not None and self._ended is None:
+            text = encode_control("ack", self._channel, **ack._asdict())
+            self._outbox.put_ack(self._channel, Frame(OP_TEXT, b"", text))
+
+    def fail_consumer(self, error: RelayError) -> None:
+        """Say that nothing can be handed on any more (the target, not the user).
+
+        The peer learns of it when what the target still had to say was sent.
+        """
+        with self._changed:
+            self._consumer_failed = True
+            is_last = self._stream.out.eof_sent
+        if is_last:
+            self.reset(error)
+
+    # The producer's thread.
+
+    def credit(self) -> int:
+        """Return how many bytes one message may have now; 0: none, or the tunnel is over."""
+        if self._ended is not None:
+            return 0
+        return min(self._stream.out.credit, MAX_DATA_BYTES)
+
+    def wait_credit(self) -> int:
+        """Wait until a message may be sent; return its size, 0 when the tunnel is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.is_over or self._stream.out.credit > 0)
+            return self.credit()
+
+    def send(self, data: Any) -> None:
+        """Send 1 to credit() bytes."""
+        with self._changed:
+            if self._ended is not None:
+                return
+            self._stream.out.send(len(data))
+        self._outbox.put_data(self._channel, self._head, data)
+
+    def send_eof(self) -> bool:
+        """End our direction; False if the consumer failed before, so that a reset is due."""
+        with self._changed:
+            if self._ended is not None:
+                return True
+            if self._consumer_failed:
+                return False
+            count = self._stream.out.end()
+        text = encode_control("eof", self._channel, count=count)
+        self._outbox.put_eof(self._channel, Frame(OP_TEXT, b"", text))
+        return True
+
+    # Any thread.
+
+    def reset(self, error: RelayError, *, deliver_s: float = FLUSH_S) -> None:
+        """End the tunnel with an error and tell the peer; nothing if it is over already."""
+        with self._changed:
+            if self._ended is not None or self._stream.is_finished:
+                return
+            self._ended = error
+            self._deliver_until = time.monotonic() + deliver_s
+            self._changed.notify_all()
+        text = encode_control("reset", self._channel, code=error.code, message=str(error))
+        in_turn = error.code in _IN_TURN
+        self._outbox.put_end(self._channel, Frame(OP_TEXT, b"", text), in_turn=in_turn)
+        self._on_change()
+
+    def wait_over(self, timeout_s: float | None = None) -> None:
+        """Wait until the tunnel is finished or ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.is_over, timeout_s)
+
+
+class Timer:
+    """The one timer thread of a process: calls `tick(now, slept)` when it is due.
+
+    `tick` returns when it wants to be called again; it never writes and never waits for
+    a lock. post() may be called from a signal handler: SimpleQueue.put is reentrant.
+    """
+
+    def __init__(
+        self,
+        tick: Callable[[float, bool], float],
+        on_signal: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._tick = tick
+        self._on_signal = on_signal
+        self._posts: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="timer")
+
+    def start(self) -> None:
+        """Start the thread; stop() joins it."""
+        self._thread.start()
+
+    def post(self, signum: int) -> None:
+        """Hand a signal to the timer's thread; 0 only wakes it, to look at its clock."""
+        self._posts.put(signum)
+
+    def wake(self) -> None:
+        """Let the timer look anew: something is due sooner than it knows."""
+        self.post(0)
+
+    def stop(self) -> None:
+        """End the thread and join it."""
+        self.post(-1)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        slept = False
+        while True:
+            now = time.monotonic()
+            wait_s = max(0.0, min(self._tick(now, slept) - now, 3600.0))
+            planned = time.time() + wait_s
+            try:
+                signum = self._posts.get(timeout=wait_s)
+            except queue.Empty:
+                signum = 0
+            slept = time.time() - planned > _SLEPT_S
+            if signum < 0:
+                return
+            if signum > 0:
+                self._on_signal(signum)
+
+
+# --- end of the shared block ---
+
+DEFAULT_SERVER_URL = "ws://127.0.0.1:8000" + USERS_PATH
+# Longer than the client's own dial (10 s), so that the user reads the client's reason.
+OPEN_TIMEOUT_S = 15.0
+# A server that restarts is tried again so often, so long.
+RESTART_RETRY_S = (0.1, 0.3)
+RESTART_S = 3.0
+# The interpreter hands the GIL on after 5 ms by default, which a keystroke would feel.
+SWITCH_INTERVAL_S = 0.0005
+STDIN, STDOUT = 0, 1
+# Windows has no poll, and no select for pipes.
+CAN_POLL = hasattr(select, "poll")
+# Signals that mean: the user has gone. ssh sends SIGHUP at the end of each session.
+GONE_SIGNALS = ("SIGHUP", "SIGTERM", "SIGINT")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one tunnel over stdin and stdout; returns the exit code."""
+    try:
+        settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
+        websocket_client()
+    except RelayError as exc:
+        return complain(exc)
+    if not settings.endpoint.is_tls and not settings.endpoint.is_loopback:
+        warn(f"{settings.endpoint.url} is not encrypted: use https")
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    session = Session(settings)
+    try:
+        return session.run()
+    except RelayError as exc:
+        return complain(exc)
+
+
+# What to try, for errors whose sentence does not say it already.
+HINTS = {
+    "unauthorized": "check the token (--secret-key-file) with the relay's operator",
+    "client_unknown": "check the name with the relay's operator",
+    "client_offline": "is the device switched on and its client running?",
+    "target_refused": "does the service run there, on that port?",
+    "target_unreachable": "is the address right, as seen from the device?",
+    "target_timeout": "is the address right, as seen from the device, and no firewall between?",
+    "target_unknown": "is the name right, as seen from the device?",
+    "open_timeout": "try again; the log of the client on the device says more",
+    "server_unreachable": "check the network and --server-url",
+    "busy": "try again in a moment",
+    "server_restart": "try again in a moment",
+    "proxy_failed": "check the proxy settings (https_proxy, no_proxy)",
+}
+
+
+def complain(error: RelayError) -> int:
+    """Say in one line on stderr what failed and what to try; return the exit code."""
+    hint = HINTS.get(error.code)
+    warn(f"{error}; {hint}" if hint else str(error))
+    return error.exit_code
+
+
+def warn(message: str) -> None:
+    """Write one line to stderr, if there is one."""
+    with contextlib.suppress(OSError, ValueError):
+        os.write(2, f"ssh_proxy_command.py: {message}\n".encode("utf-8", "replace"))
+
+
+class Settings(NamedTuple):
+    """What one run needs. Never printed: it holds the token."""
+
+    client: str
+    host: str
+    port: int
+    endpoint: Endpoint
+    token: str
+    context: ssl.SSLContext | None
+    ping_interval_s: float
+    max_window_bytes: int
+
+    @property
+    def target(self) -> str:
+        """The target, as messages name it."""
+        return f"{self.host}:{self.port} at {self.client}"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="ssh_proxy_command.py",
+        description="Carry stdin and stdout to a TCP port behind a relay's client.",
+        epilog="Exit codes: 0 clean, 1 tunnel lost, 2 usage, 3 secret refused, 4 client unknown or"
+        " offline, 5 target refused, 6 server unreachable or busy, 128+n ended by signal n.",
+    )
+    parser.add_argument("target_host_identifier", help="the client's name")
+    parser.add_argument("target_ip", help="address or name, as seen from the client")
+    parser.add_argument("target_port", help="1 to 65535")
+    parser.add_argument("protocol", nargs="?", default="tcp", help="tcp (the default)")
+    parser.add_argument(
+        "--server_url",
+        "--server-url",
+        dest="server_url",
+        metavar="URL",
+        help="[HTTP_NETWORK_RELAY_SERVER_URL] such as https://relay.example",
+    )
+    parser.add_argument(
+        "--secret-key",
+        metavar="TOKEN",
+        help="[HTTP_NETWORK_RELAY_SECRET_KEY] `ps` shows it to other users: prefer the file",
+    )
+    parser.add_argument(
+        "--secret-key-file", metavar="FILE", help="a file that holds the token and nothing else"
+    )
+    parser.add_argument("--ca-file", metavar="FILE", help="trust this private CA as well")
+    parser.add_argument(
+        "--ping-interval",
+        metavar="SECONDS",
+        help="[HTTP_NETWORK_RELAY_PING_INTERVAL] default 20",
+    )
+    parser.add_argument(
+        "--max-window",
+        metavar="BYTES",
+        help="[HTTP_NETWORK_RELAY_MAX_WINDOW] per direction, default 4194304",
+    )
+    return parser
+
+
+def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """Return the checked settings: flag > environment > default."""
+    args = make_parser().parse_args(argv)
+    port = int(args.target_port) if args.target_port.isdecimal() else 0
+    if not 1 <= port <= 65535:
+        raise RelayError("usage", f"target_port must be 1 to 65535, not {args.target_port!r}")
+    if args.protocol == "udp":
+        raise RelayError("usage", "the protocol udp is not supported yet, only tcp is")
+    if args.protocol != "tcp":
+        raise RelayError("usage", f"protocol must be tcp, not {args.protocol!r}")
+    if not matches(NAME_PATTERN, args.target_host_identifier):
+        raise RelayError("usage", "target_host_identifier is not a client's name")
+    if not matches(HOST_PATTERN, args.target_ip):
+        raise RelayError("usage", "target_ip is not an address or a name")
+    url = args.server_url or environ.get("HTTP_NETWORK_RELAY_SERVER_URL") or DEFAULT_SERVER_URL
+    endpoint = parse_server_url(url, USERS_PATH)
+    if args.secret_key_file is not None and args.secret_key is None:
+        token = read_secret_file("--secret-key-file", args.secret_key_file)
+    else:
+        token = args.secret_key or environ.get("HTTP_NETWORK_RELAY_SECRET_KEY", "")
+    if not is_secret(token):
+        raise RelayError(
+            "usage",
+            "--secret-key-file, --secret-key or HTTP_NETWORK_RELAY_SECRET_KEY must give a token"
+            " of printable ASCII without spaces",
+        )
+    return Settings(
+        client=args.target_host_identifier,
+        host=args.target_ip,
+        port=port,
+        endpoint=endpoint,
+        token=token,
+        context=make_context(args.ca_file) if endpoint.is_tls else None,
+        ping_interval_s=ping_interval(args.ping_interval, environ),
+        max_window_bytes=max_window(args.max_window, environ),
+    )
+
+
+class Session:
+    """One run: dial, open, pump, and the right exit code. Main's thread but where said."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._timer = Timer(self._tick, self._on_signal)
+        # What the timer looks at; written by main.
+        self._transport: Transport | None = None
+        self._pumps: Pumps | None = None
+        self._open_by = float("inf")
+        self._is_open = False
+        self._server_restarts = False
+
+    def run(self) -> int:
+        """Return the exit code; raises RelayError for what failed before the tunnel opened."""
+        for name in GONE_SIGNALS:
+            if hasattr(signal, name):
+                # SimpleQueue.put is reentrant: the one thing that a handler may safely do.
+                signal.signal(getattr(signal, name), lambda number, _: self._timer.post(number))
+        self._timer.start()
+        try:
+            try:
+                return self._run_once(restart_until=0.0)
+            except RelayError as exc:
+                if exc.code != "server_restart":
+                    raise
+            # Once more, with a new tunnel, when the server is back.
+            return self._run_once(restart_until=time.monotonic() + RESTART_S)
+        finally:
+            self._timer.stop()
+
+    def _run_once(self, *, restart_until: float) -> int:
+        transport = self._connect(restart_until)
+        transport.start("user")
+        self._transport = transport
+        self._timer.wake()
+        try:
+            pumps = Pumps()
+            end = self._open(transport, pumps)
+            return self._serve(transport, end, pumps)
+        finally:
+            self._transport = None
+            transport.stop()
+
+    def _connect(self, restart_until: float) -> Transport:
+        settings = self._settings
+        while True:
+            try:
+                return connect(
+                    settings.endpoint,
+                    [f"Authorization: Bearer {settings.token}"],
+                    context=settings.context,
+                    environ=os.environ,
+                    ping_interval_s=settings.ping_interval_s,
+                )
+            except RelayError as exc:
+                if time.monotonic() >= restart_until or not exc.is_retryable:
+                    raise
+            time.sleep(random.uniform(*RESTART_RETRY_S))
+
+    def _open(self, transport: Transport, pumps: Pumps) -> TunnelEnd:
+        """Ask for the tunnel and wait for the answer."""
+        settings = self._settings
+
+        def on_change() -> None:
+            pumps.wake()
+            if end.is_over:
+                transport.close(CLOSE_NORMAL)
+                self._timer.wake()
+
+        end = TunnelEnd(transport.outbox, 0, settings.max_window_bytes, on_change)
+        text = encode_control(
+            "open",
+            client=settings.client,
+            host=settings.host,
+            port=settings.port,
+            protocol="tcp",
+            tunnel_id=os.urandom(16).hex(),
+            resume_token=os.urandom(32).hex(),
+            limit=end.first_limit,
+            grace_s=0,
+        )
+        transport.outbox.put_first(0, Frame(OP_TEXT, b"", text))
+        self._open_by = time.monotonic() + OPEN_TIMEOUT_S
+        self._timer.wake()
+        try:
+            while not self._is_open:
+                opcode, payload = transport.receive()
+                if opcode == OP_CLOSE:
+                    raise self._lost(transport, payload)
+                if opcode == OP_BINARY:
+                    raise TunnelError("data came before the tunnel was open")
+                self._on_control(end, payload)
+                if end.ended is not None:
+                    raise end.ended
+        except (LegError, TunnelError) as exc:
+            raise RelayError("protocol_error", f"the server broke the protocol: {exc}") from exc
+        finally:
+            self._open_by = float("inf")
+        return end
+
+    def _on_control(self, end: TunnelEnd, payload: bytes) -> None:
+        """Hand one control to the tunnel."""
+        control = parse_control(payload.decode("utf-8", "replace"), TO_USER, has_channel=False)
+        kind = control["type"]
+        if kind == "ack":
+            end.on_ack(Ack(control["delivered"], control["limit"], control["eof"]))
+        elif kind == "eof":
+            end.on_eof(control["count"])
+        elif kind == "reset":
+            end.on_end(RelayError(control["code"], control["message"]))
+        elif kind == "detached":
+            end.on_end(RelayError(control["code"], _detached(control["code"])))
+        elif kind == "going_away":
+            self._server_restarts = True
+        elif self._is_open:
+            raise TunnelError(f"{kind} after the tunnel was open")
+        elif kind == "opened":
+            self._is_open = end.on_open(control["limit"])
+        elif kind == "refused":
+            raise RelayError(control["code"], f"{self._settings.target}: {control['message']}")
+        else:
+            raise TunnelError(f"{kind} was not asked for")
+
+    def _serve(self, transport: Transport, end: TunnelEnd, pumps: Pumps) -> int:
+        """Read the leg until the tunnel is over; return the exit code."""
+        pumps.start(end)
+        self._pumps = pumps
+        self._read(transport, end)
+        # What came before the end may still be handed on, for a second.
+        if pumps.exit_code is None:
+            pumps.join(FLUSH_S)
+        if pumps.exit_code is not None:
+            return pumps.exit_code
+        if end.is_finished:
+            return EXIT_CLEAN
+        warn(f"{self._settings.target}: {end.ended or 'the tunnel was lost'}")
+        return EXIT_TUNNEL_LOST
+
+    def _read(self, transport: Transport, end: TunnelEnd) -> None:
+        while True:
+            try:
+                opcode, payload = transport.receive()
+                if opcode == OP_CLOSE:
+                    end.on_end(self._lost(transport, payload))
+                    return
+                if opcode == OP_BINARY:
+                    end.on_data(payload)
+                else:
+                    self._on_control(end, payload)
+            except TunnelError as exc:
+                end.reset(RelayError("protocol_error", f"the server broke the protocol: {exc}"))
+            except LegError as exc:
+                end.on_end(RelayError("protocol_error", f"the server broke the protocol: {exc}"))
+                transport.close(exc.close_code, str(exc), flush=False)
+                return
+
+    def _lost(self, transport: Transport, close_code: int) -> RelayError:
+        if transport.gave_up is not None:
+            return transport.gave_up
+        where = f"the relay {self._settings.endpoint.host}"
+        if close_code == CLOSE_RESTART or self._server_restarts:
+            return RelayError("server_restart", f"{where} is being restarted")
+        if close_code == 1006:
+            return RelayError("leg_lost", f"the connection to {where} was lost; connect again")
+        return RelayError("leg_lost", f"{where} ended the connection (close code {close_code})")
+
+    # The timer's thread: never writes to the leg, never waits for a lock.
+
+    def _tick(self, now: float, slept: bool) -> float:
+        transport = self._transport
+        if transport is None:
+            return now + 60.0
+        if now >= self._open_by:
+            self._open_by = float("inf")
+            sentence = f"no answer from the client in {OPEN_TIMEOUT_S:.0f} s"
+            transport.give_up(RelayError("open_timeout", f"{self._settings.target}: {sentence}"))
+        return min(transport.tick(now, slept=slept), self._open_by)
+
+    def _on_signal(self, number: int) -> None:
+        if self._pumps is None:
+            # Nothing is open and nothing to keep; main may be inside a name lookup.
+            os._exit(EXIT_SIGNAL_BASE + number)
+        self._pumps.leave(EXIT_SIGNAL_BASE + number)
+
+
+def _detached(code: str) -> str:
+    sentences = {
+        "client_lost": "the client's connection to the relay was lost; connect again",
+        "client_replaced": "the client connected to the relay anew; connect again",
+        "server_restart": "the relay is being restarted; connect again",
+    }
+    return sentences.get(code, f"the tunnel was cut ({code})")
+
+
+class Pumps:
+    """stdin -> leg and leg -> stdout, one thread each."""
+
+    def __init__(self) -> None:
+        # 128+n once the user has gone. Written by the timer or a pump, the first wins.
+        self.exit_code: int | None = None
+        self._watches_stdout = CAN_POLL
+        self._woken = threading.Event()  # Where there is no poll.
+        if CAN_POLL:
+            self._wake_r, self._wake_w = os.pipe()
+            os.set_blocking(self._wake_r, False)
+            os.set_blocking(self._wake_w, False)
+
+    def start(self, end: TunnelEnd) -> None:
+        """Start both threads; join() joins them."""
+        self._end = end
+        # Daemon: a write to stdout cannot be woken, nor on Windows a read of stdin.
+        self._up = threading.Thread(target=self._pump_up, name="pump-up", daemon=True)
+        self._down = threading.Thread(target=self._pump_down, name="pump-down", daemon=True)
+        self._up.start()
+        self._down.start()
+
+    def join(self, timeout_s: float) -> None:
+        """Join both; a pump that is stuck in stdin or stdout is left to the exit."""
+        deadline = time.monotonic() + timeout_s
+        for thread in (self._down, self._up):
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def leave(self, exit_code: int) -> None:
+        """Note that the user has gone; pump-up sees to it. Never waits."""
+        if self.exit_code is None:
+            self.exit_code = exit_code
+        self.wake()
+
+    def wake(self) -> None:
+        """Let pump-up look: credit came, the user has gone, or the tunnel is over."""
+        if CAN_POLL:
+            with contextlib.suppress(BlockingIOError):  # Full: it is awake.
+                os.write(self._wake_w, b"w")
+        else:
+            self._woken.set()
+
+    # stdin -> leg; watches signals and stdout meanwhile, and on after stdin's end.
+
+    def _pump_up(self) -> None:
+        end = self._end
+        try:
+            while not end.is_over and self.exit_code is None:
+                size = end.credit()
+                if self._wait(want_stdin=size > 0):
+                    self._carry(size)
+            if not end.is_over:
+                self._say_goodbye()
+        except OSError as exc:
+            end.reset(RelayError("internal_error", f"reading stdin failed: {exc.strerror}"))
+
+    def _carry(self, size: int) -> bool:
+        data = os.read(STDIN, size)
+        if data:
+            self._end.send(data)
+        else:
+            self._end.send_eof()
+        return bool(data)
+
+    def _wait(self, *, want_stdin: bool) -> bool:
+        """Wait for what pump-up must act on; True if stdin can be read."""
+        if not CAN_POLL:
+            if not want_stdin:
+                self._woken.wait()
+                self._woken.clear()
+            return want_stdin
+        poll = select.poll()
+        poll.register(self._wake_r, select.POLLIN)
+        if want_stdin:
+            poll.register(STDIN, select.POLLIN)
+        if self._watches_stdout:
+            poll.register(STDOUT, 0)  # POLLERR and POLLHUP are told unasked.
+        ready = dict(poll.poll())
+        if self._wake_r in ready:
+            os.read(self._wake_r, 4096)
+        if ready.get(STDOUT, 0) & select.POLLNVAL:
+            self._watches_stdout = False
+        elif STDOUT in ready and self._watches_stdout:
+            self.leave(EXIT_SIGPIPE)
+        return STDIN in ready
+
+    def _say_goodbye(self) -> None:
+        """Take what stdin still holds without waiting, then tell the client."""
+        end = self._end
+        if end.has_both_eofs:
+            end.wait_over(FLUSH_S)
+        elif CAN_POLL:
+            poll = select.poll()
+            poll.register(STDIN, select.POLLIN)
+            while (size := end.credit()) and poll.poll(0) and self._carry(size):
+                pass
+        end.reset(RelayError("user_gone", "the proxy user has gone"))
+
+    # leg -> stdout
+
+    def _pump_down(self) -> None:
+        end = self._end
+        try:
+            while chunk := end.next_chunk():
+                _write_stdout(chunk)
+                end.delivered(len(chunk))
+            if chunk == b"":
+                self._watches_stdout = False
+                self.wake()
+                _close_stdout()
+                end.delivered_eof()
+        except BrokenPipeError:
+            self.leave(EXIT_SIGPIPE)
+        except OSError as exc:
+            end.reset(RelayError("internal_error", f"writing stdout failed: {exc.strerror}"))
+
+
+def _write_stdout(chunk: Any) -> None:
+    view = memoryview(chunk)
+    while view:
+        try:
+            view = view[os.write(STDOUT, view) :]
+        except BlockingIOError:  # Somebody made the shared pipe non-blocking.
+            select.select([], [STDOUT], [])
+
+
+def _close_stdout() -> None:
+    """Hand the eof on: every duplicate of stdout must go, or its reader waits on."""
+    about = os.fstat(STDOUT)
+    if stat.S_ISSOCK(about.st_mode):
+        # stdin may be the same socket, so closing would not be enough.
+        with socket.socket(fileno=os.dup(STDOUT)) as sock, contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+    null = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError):
+        stderr = os.fstat(2)
+        if not stat.S_ISCHR(about.st_mode) and os.path.samestat(about, stderr):
+            os.dup2(null, 2)
+    os.dup2(null, STDOUT)
+    os.close(null)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The tests of the relay, in three tiers and a soak."""

@@ -1,0 +1,1 @@
+"""Some parts together over real sockets: under a second each."""

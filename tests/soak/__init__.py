@@ -1,0 +1,1 @@
+"""The full figures; run by `make soak`, never by `make test`."""

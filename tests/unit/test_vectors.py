@@ -1,0 +1,352 @@
+"""Server, client and proxy command speak the wire of tests/vectors/wire.json, all three alike.
+
+docs/protocol.md, "Golden vectors", says how each section of that file is read.
+"""
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+VECTORS: dict[str, Any] = json.loads((ROOT / "tests" / "vectors" / "wire.json").read_text("utf-8"))
+SCRIPT = ROOT / "ssh_proxy_command.py"
+
+# Who may say what, and whether the message stands on a leg of many channels.
+WAYS = {
+    "user_to_server": ("FROM_USER", False),
+    "server_to_client": ("TO_CLIENT", True),
+    "client_to_server": ("FROM_CLIENT", True),
+    "server_to_user": ("TO_USER", False),
+}
+
+
+@cache
+def load(name: str) -> ModuleType:
+    """Return a module of the project, or the script, which is no package's member."""
+    if name != "script":
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location("ssh_proxy_command_under_test", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Dataclasses look their module up.
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["client.wire", "server.wire", "script"])
+def wire(request: pytest.FixtureRequest) -> Any:
+    """Each of the three copies of the wire."""
+    return load(request.param)
+
+
+@pytest.fixture(params=["client.stream", "script"])
+def stream_module(request: pytest.FixtureRequest) -> Any:
+    """Both copies of the stream state; the server keeps only counters."""
+    return load(request.param)
+
+
+@pytest.fixture(params=["client.outbox", "server.outbox", "script"])
+def outbox_module(request: pytest.FixtureRequest) -> Any:
+    """Each of the three copies of the outbox."""
+    return load(request.param)
+
+
+def each(section: str) -> Any:
+    """Parametrise over a section of the vectors, by its readable ids."""
+    return pytest.mark.parametrize(
+        "vector", [pytest.param(v, id=v["id"]) for v in VECTORS[section]]
+    )
+
+
+def text_of(vector: Mapping[str, Any]) -> str:
+    """A text stands whole, or as parts with a repeat count each."""
+    if "text" in vector:
+        return str(vector["text"])
+    return "".join(part * times for part, times in vector["parts"])
+
+
+def parse(wire: Any, way: str, text: str) -> dict[str, Any]:
+    legal, has_channel = WAYS[way]
+    parsed: dict[str, Any] = wire.parse_control(text, getattr(wire, legal), has_channel=has_channel)
+    return parsed
+
+
+def encode(wire: Any, parsed: Mapping[str, Any]) -> bytes:
+    fields = {k: v for k, v in parsed.items() if k not in ("type", "channel")}
+    encoded: bytes = wire.encode_control(parsed["type"], parsed.get("channel", 0), **fields)
+    return encoded
+
+
+def test_vector_ids_are_unique() -> None:
+    """A vector is found by its id."""
+    for section in ("controls", "bad_controls", "relayed", "data", "bad_data", "streams", "outbox"):
+        ids = [v["id"] for v in VECTORS[section]]
+        assert len(set(ids)) == len(ids), section
+
+
+def test_every_type_has_a_vector_in_each_direction(wire: Any) -> None:
+    """A type that is added to the table without vectors is noticed."""
+    seen = {(v["way"], v["parsed"]["type"]) for v in VECTORS["controls"]}
+    wanted = {(way, kind) for way, (legal, _) in WAYS.items() for kind in getattr(wire, legal)}
+    assert seen == wanted
+    assert {kind for _, kind in wanted} == set(wire.FIELDS)
+
+
+@pytest.mark.parametrize("name", VECTORS["constants"])
+def test_constant_is_the_one_of_the_vectors(wire: Any, name: str) -> None:
+    """Names and numbers are equal in all three programs."""
+    assert getattr(wire, name) == VECTORS["constants"][name]
+
+
+@each("controls")
+def test_control_is_read_field_by_field(wire: Any, vector: dict[str, Any]) -> None:
+    """A good control becomes a dict of the known fields and nothing else."""
+    parsed = parse(wire, vector["way"], text_of(vector))
+    assert parsed == vector["parsed"]
+    assert {k: type(v) for k, v in parsed.items()} == {
+        k: type(v) for k, v in vector["parsed"].items()
+    }
+
+
+@each("controls")
+def test_control_is_written_byte_by_byte(wire: Any, vector: dict[str, Any]) -> None:
+    """Type, channel, then the fields in the table's order, without white space."""
+    parsed = parse(wire, vector["way"], text_of(vector))
+    encoded = encode(wire, parsed)
+    assert encoded == vector["encoded"].encode()
+    assert parse(wire, vector["way"], encoded.decode()) == parsed
+
+
+@each("bad_controls")
+def test_bad_control_is_an_error_of_its_leg_or_tunnel(wire: Any, vector: dict[str, Any]) -> None:
+    """What breaks the framing ends the leg, a bad field ends its tunnel only."""
+    expected = wire.LegError if vector["error"] == "leg" else wire.TunnelError
+    with pytest.raises(expected) as caught:
+        parse(wire, vector["way"], text_of(vector))
+    assert_error(caught.value, vector)
+
+
+def assert_error(error: Any, vector: Mapping[str, Any]) -> None:
+    if vector["error"] == "leg":
+        assert error.close_code == vector["close_code"]
+    else:
+        assert error.channel == vector["channel"]
+        assert error.code == "protocol_error"
+    # What a peer sent must not come back through our log or our reset.
+    assert str(error).isascii()
+    assert len(str(error)) < 200
+
+
+@each("relayed")
+def test_relayed_control_is_still_a_legal_control(wire: Any, vector: dict[str, Any]) -> None:
+    """What the server writes anew fits the next leg, whatever came in.
+
+    A control that grew beyond 4 KiB on the way would end the other leg with all its
+    tunnels, at the will of one proxy user.
+    """
+    parsed = parse(wire, vector["way"], text_of(vector))
+    fields = {**parsed, **vector.get("added", {}), "channel": vector["channel"]}
+    encoded = encode(wire, fields)
+    assert len(encoded) <= VECTORS["constants"]["MAX_CONTROL_BYTES"]
+    again = parse(wire, vector["then"], encoded.decode())
+    assert {**again, "channel": vector["channel"]} == fields
+
+
+@each("data")
+def test_data_has_its_channel_in_front(wire: Any, vector: dict[str, Any]) -> None:
+    """Four bytes, big-endian."""
+    prefix = wire.encode_channel(vector["channel"])
+    assert prefix.hex() == vector["prefix"]
+    assert wire.split_channel(prefix + bytes(vector["size"])) == vector["channel"]
+
+
+@each("bad_data")
+def test_bad_data_is_an_error_of_its_leg_or_tunnel(wire: Any, vector: dict[str, Any]) -> None:
+    """Too short for its channel ends the leg; no or too many stream bytes end the tunnel."""
+    head, size = vector["message"]
+    expected = wire.LegError if vector["error"] == "leg" else wire.TunnelError
+    with pytest.raises(expected) as caught:
+        wire.split_channel(bytes.fromhex(head) + bytes(size))
+    assert_error(caught.value, vector)
+
+
+# Streams.
+
+
+class StreamRun:
+    """Plays the steps of a stream vector against one copy of the stream state."""
+
+    def __init__(self, module: Any, vector: Mapping[str, Any]) -> None:
+        self.module = module
+        self.stream = module.Stream(vector["max_window"])
+
+    def play(self, step: Mapping[str, Any]) -> None:
+        """Do one step, and check its result and the counters after it."""
+        do = getattr(self, "do_" + step["do"])
+        if "error" in step:
+            expected = self.module.TunnelError if step["error"] == "tunnel" else ValueError
+            with pytest.raises(expected) as caught:
+                do(step)
+            assert step["error"] == "local" or caught.value.code == "protocol_error"
+        else:
+            result = do(step)
+            assert result == step.get("gives")
+        seen = {name: getattr(self, "see_" + name)() for name in step.get("expect", {})}
+        assert seen == step.get("expect", {})
+
+    def do_nothing(self, step: Mapping[str, Any]) -> None:
+        pass
+
+    def do_limit(self, step: Mapping[str, Any]) -> None:
+        self.stream.out.limit = step["limit"]
+
+    def do_send(self, step: Mapping[str, Any]) -> None:
+        self.stream.out.send(step["size"])
+
+    def do_end(self, step: Mapping[str, Any]) -> int:
+        return int(self.stream.out.end())
+
+    def do_ack(self, step: Mapping[str, Any]) -> None:
+        ack = self.module.Ack(step["delivered"], step["limit"], step["eof"])
+        self.stream.out.on_ack(ack)
+
+    def do_data(self, step: Mapping[str, Any]) -> None:
+        self.stream.into.on_data(step["size"], step["now"])
+
+    def do_delivered(self, step: Mapping[str, Any]) -> list[Any] | None:
+        ack = self.stream.into.on_delivered(step["size"], step["now"], drained=step["drained"])
+        return None if ack is None else list(ack)
+
+    def do_eof(self, step: Mapping[str, Any]) -> None:
+        self.stream.into.on_eof(step["count"])
+
+    def do_eof_delivered(self, step: Mapping[str, Any]) -> list[Any]:
+        return list(self.stream.into.on_eof_delivered(step["now"]))
+
+    def do_received_and_delivered(self, step: Mapping[str, Any]) -> None:
+        """A stream that is this old: no test can send so much."""
+        self.stream.into.received = self.stream.into.delivered = step["count"]
+
+    def see_sent(self) -> int:
+        return int(self.stream.out.sent)
+
+    def see_credit(self) -> int:
+        return int(self.stream.out.credit)
+
+    def see_out_delivered(self) -> int:
+        return int(self.stream.out.delivered)
+
+    def see_eof_acked(self) -> bool:
+        return bool(self.stream.out.eof_acked)
+
+    def see_received(self) -> int:
+        return int(self.stream.into.received)
+
+    def see_delivered(self) -> int:
+        return int(self.stream.into.delivered)
+
+    def see_window(self) -> int:
+        return int(self.stream.into.window)
+
+    def see_into_limit(self) -> int:
+        return int(self.stream.into.limit)
+
+    def see_is_finished(self) -> bool:
+        return bool(self.stream.is_finished)
+
+
+@each("streams")
+def test_stream_counts_as_the_vector_says(stream_module: Any, vector: dict[str, Any]) -> None:
+    """Credit, acks, windows and ends follow from the counts alone."""
+    run = StreamRun(stream_module, vector)
+    for number, step in enumerate(vector["steps"]):
+        try:
+            run.play(step)
+        except AssertionError as exc:
+            raise AssertionError(f"step {number}: {step}") from exc
+
+
+# The outbox.
+
+
+class OutboxRun:
+    """Plays the steps of an outbox vector; a frame is known by its name."""
+
+    def __init__(self, module: Any, clock: SimpleNamespace) -> None:
+        self.module = module
+        self.clock = clock
+        self.outbox = module.Outbox()
+
+    def play(self, step: Mapping[str, Any]) -> None:
+        """Put one thing, take all that is listed, or set the clock."""
+        if "clock" in step:
+            self.clock.now = step["clock"]
+        elif "take" in step:
+            for name in step["take"]:
+                assert self.name_of(self.outbox.take()) == name
+        else:
+            getattr(self, "put_" + step["put"])(step)
+
+    def text(self, step: Mapping[str, Any]) -> Any:
+        return self.module.Frame(load("client.wire").OP_TEXT, b"", step["name"].encode())
+
+    def name_of(self, frame: Any) -> str | None:
+        if frame is None:
+            return None
+        if frame.opcode == load("client.wire").OP_BINARY:
+            return f"data {int.from_bytes(frame.head, 'big')} {len(frame.payload)}"
+        return str(frame.payload.decode())
+
+    def put_first(self, step: Mapping[str, Any]) -> None:
+        cancellable = step.get("cancellable", False)
+        self.outbox.put_first(step["channel"], self.text(step), cancellable=cancellable)
+
+    def put_ack(self, step: Mapping[str, Any]) -> None:
+        self.outbox.put_ack(step["channel"], self.text(step))
+
+    def put_leg(self, step: Mapping[str, Any]) -> None:
+        self.outbox.put_leg(step["name"], self.text(step))
+
+    def put_data(self, step: Mapping[str, Any]) -> None:
+        head = step["channel"].to_bytes(4, "big")
+        self.outbox.put_data(step["channel"], head, bytes(step["size"]))
+
+    def put_eof(self, step: Mapping[str, Any]) -> None:
+        self.outbox.put_eof(step["channel"], self.text(step))
+
+    def put_end(self, step: Mapping[str, Any]) -> None:
+        in_turn = step.get("in_turn", False)
+        self.outbox.put_end(step["channel"], self.text(step), in_turn=in_turn)
+
+    def put_close(self, step: Mapping[str, Any]) -> None:
+        self.outbox.close(self.text(step), flush=step.get("flush", True))
+
+    def put_stop(self, step: Mapping[str, Any]) -> None:
+        self.outbox.stop()
+
+
+@each("outbox")
+def test_outbox_gives_frames_in_order(
+    outbox_module: Any, vector: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fast lane by its slots, then channels by turns, then the close."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(outbox_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    run = OutboxRun(outbox_module, clock)
+    for number, step in enumerate(vector["steps"]):
+        # take() would wait for ever in a test that expects too much.
+        assert "take" not in step or step["take"][-1] is None or not run.outbox.is_empty(), number
+        try:
+            run.play(step)
+        except AssertionError as exc:
+            raise AssertionError(f"step {number}: {step}") from exc
+    assert run.outbox.is_empty()
