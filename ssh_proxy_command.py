@@ -230,7 +230,8 @@ def encode_control(kind: str, channel: int = 0, **fields: Any) -> bytes:
     if "message" in fields:
         fields["message"] = _prose(fields["message"])
     control.update(fields)
-    return json.dumps(control, separators=(",", ":")).encode("ascii")
+    # Not as \uXXXX: a message of 500 characters must fit into MAX_CONTROL_BYTES.
+    return json.dumps(control, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
 def encode_channel(channel: int) -> bytes:
@@ -952,7 +953,8 @@ def resolve(host: str, port: int, deadline: float) -> list[Any]:
 
     def look_up() -> None:
         try:
-            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            # An IPv6 literal may come in brackets, as it stands in a URL.
+            answers.put(socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM))
         except (OSError, UnicodeError) as exc:
             answers.put(exc)
         finally:
@@ -2197,7 +2199,7 @@ class Session:
         elif kind == "opened":
             self._is_open = end.on_open(control["limit"])
         elif kind == "refused":
-            raise RelayError(control["code"], f"{self._settings.target}: {control['message']}")
+            raise RelayError(control["code"], f"{self._settings.client}: {control['message']}")
         else:
             raise TunnelError(f"{kind} was not asked for")
 

@@ -101,7 +101,8 @@ def resolve(host: str, port: int, deadline: float) -> list[Any]:
 
     def look_up() -> None:
         try:
-            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            # An IPv6 literal may come in brackets, as it stands in a URL.
+            answers.put(socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM))
         except (OSError, UnicodeError) as exc:
             answers.put(exc)
         finally:

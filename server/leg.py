@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from server.errors import TunnelRefused
 from server.logs import ROOT_NAME
@@ -51,7 +52,11 @@ class Leg:
     """What both kinds share: reader loop, writer, pings, the end."""
 
     def __init__(
-        self, transport: Transport, label: str, ping_interval_s: float, wake_timer: Callable[[], None]
+        self,
+        transport: Transport,
+        label: str,
+        ping_interval_s: float,
+        wake_timer: Callable[[], None],
     ) -> None:
         self.label = label
         self.outbox = Outbox()
@@ -61,8 +66,10 @@ class Leg:
         now = time.monotonic()
         # Used by the timer's thread alone.
         self._ping_at = now + ping_interval_s
-        # When the leg is shut down hard. A float is read and written whole: no lock.
+        # When the leg is shut down hard, and by when its first message must be there.
+        # A float is read and written whole: no lock.
         self._abort_at = float("inf")
+        self._first_by = float("inf")
         # Why it ends; the first reason stays.
         self.reason = ""
 
@@ -81,6 +88,10 @@ class Leg:
                 self._abort_by(time.monotonic() + FLUSH_S)
                 if ended is ReadEnd.BROKEN:
                     self._transport.discard_input()
+        except BaseException:
+            self._transport.abort()
+            self.outbox.stop()
+            raise
         finally:
             # The timer ends a writer that is stuck, at the deadline set above.
             writer.join()
@@ -100,9 +111,11 @@ class Leg:
     def tick(self, now: float) -> float:
         """For the timer: never writes, never waits for a lock (rule 7)."""
         silent_at = self._transport.heard_at + SILENCE_INTERVALS * self._ping_interval_s
-        abort_at = min(silent_at, self._abort_at)
+        abort_at = min(silent_at, self._abort_at, self._first_by)
         if now >= abort_at:
-            self.abort("silent" if now >= silent_at else "stuck")
+            self.abort(
+                "silent" if now >= silent_at else "stuck" if now >= self._abort_at else "no_open"
+            )
             return now + self._ping_interval_s
         if now >= self._ping_at:
             if self.outbox.try_put_leg("ping", _PING):
@@ -110,6 +123,11 @@ class Leg:
             else:
                 self._ping_at = now + _PING_RETRY_S
         return min(abort_at, self._ping_at)
+
+    def going_away(self, spread_ms: int) -> None:
+        """The server drains: say so."""
+        text = encode_control("going_away", spread_ms=spread_ms)
+        self.outbox.put_leg("going_away", Frame(OP_TEXT, b"", text))
 
     def _abort_by(self, when: float) -> None:
         self._abort_at = min(self._abort_at, when)
@@ -122,7 +140,7 @@ class Leg:
         try:
             ended = self._transport.read(self._on_message, self.outbox)
         except LegError as exc:
-            _log.warning("leg broke the rules leg=%s error=%s", self.label, exc)
+            _log.info("leg broke the rules leg=%s error=%s", self.label, exc)
             self._note("protocol_error")
             self.outbox.close(close_frame(exc.close_code), flush=False)
             return ReadEnd.BROKEN
@@ -187,14 +205,15 @@ class ClientLeg(Leg):
         self._abort_by(time.monotonic() + _REPLACED_FLUSH_S)
 
     def going_away(self, spread_ms: int) -> None:
-        """The server drains: say so, give up the tunnels, close after the flush."""
-        put_going_away(self.outbox, spread_ms)
+        """The server drains: say so, and give up the tunnels."""
+        super().going_away(spread_ms)
         self._lost("server_restart")
 
     def _on_message(self, message: bytes | str) -> None:
         if isinstance(message, str):
             self._on_control(message)
             return
+        channel = 0
         try:
             channel = split_channel(message)
             tunnel = self._tunnel(channel)
@@ -244,14 +263,14 @@ class UserLeg(Leg):
         label: str,
         ping_interval_s: float,
         wake_timer: Callable[[], None],
-        open_tunnel: Callable[[UserLeg, dict[str, object]], Tunnel],
+        open_tunnel: Callable[[UserLeg, dict[str, Any]], Tunnel],
     ) -> None:
         super().__init__(transport, label, ping_interval_s, wake_timer)
         self._open_tunnel = open_tunnel
         # Set once by the reader's thread.
         self.tunnel: Tunnel | None = None
         self._is_refused = False
-        self._abort_at = time.monotonic() + FIRST_MESSAGE_S
+        self._first_by = time.monotonic() + FIRST_MESSAGE_S
 
     def expect_close(self) -> None:
         """The user's end closes now by itself; see that it does."""
@@ -263,10 +282,6 @@ class UserLeg(Leg):
         text = encode_control("refused", code=code, message=message)
         self.outbox.put_first(USER_CHANNEL, Frame(OP_TEXT, b"", text))
         self.end(CLOSE_NORMAL, code)
-
-    def going_away(self, spread_ms: int) -> None:
-        """The server drains: say so. The tunnel hears of it by its client's leg."""
-        put_going_away(self.outbox, spread_ms)
 
     def _on_message(self, message: bytes | str) -> None:
         if self._is_refused:
@@ -290,21 +305,15 @@ class UserLeg(Leg):
             else:
                 self.tunnel.fail(exc)
 
-    def _on_first(self, control: dict[str, object]) -> None:
+    def _on_first(self, control: dict[str, Any]) -> None:
         kind = control["type"]
         if kind == "resume":
             raise TunnelRefused("unknown_tunnel", "the relay does not resume tunnels")
         if kind != "open":
             raise TunnelError(f"{kind} before open")
-        self._abort_at = float("inf")
+        self._first_by = float("inf")
         self.tunnel = self._open_tunnel(self, control)
 
     def _lost(self, reason: str) -> None:
         if self.tunnel is not None:
             self.tunnel.user_lost()
-
-
-def put_going_away(outbox: Outbox, spread_ms: int) -> None:
-    """Queue the one message that a draining server has for each leg."""
-    text = encode_control("going_away", spread_ms=spread_ms)
-    outbox.put_leg("going_away", Frame(OP_TEXT, b"", text))

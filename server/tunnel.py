@@ -13,13 +13,14 @@ import threading
 import time
 from typing import Any, Protocol
 
+from server.credit import Budget, Direction
 from server.errors import TunnelRefused
 from server.logs import ROOT_NAME, FieldsAdapter
 from server.outbox import Frame, Outbox
 from server.wire import (
     CLOSE_NORMAL,
     CLOSE_RESTART,
-    MAX_DATA_BYTES,
+    FLUSH_S,
     MIN_WINDOW_BYTES,
     OP_TEXT,
     TunnelError,
@@ -31,96 +32,8 @@ _log = logging.getLogger(f"{ROOT_NAME}.tunnel")
 
 # The only channel of a user leg, in its outbox; on the wire it has no number.
 USER_CHANNEL = 0
-# The part of a budget that no window grows into: each newcomer needs the smallest window
-# at once, or would be refused because of others' downloads. A quarter is 64 newcomers.
-_NEWCOMERS_SHARE = 4
 # These ends take their turn behind the channel's data (docs/protocol.md, "Order").
 ENDS_IN_TURN = frozenset({"user_gone", "target_reset"})
-
-
-class Budget:
-    """Window bytes that all tunnels of a client leg may hold, in one direction."""
-
-    def __init__(self, total_bytes: int) -> None:
-        self.free = total_bytes
-        self._newcomers = total_bytes // _NEWCOMERS_SHARE
-
-    @property
-    def growth(self) -> int:
-        """What windows above the smallest may still take."""
-        return max(0, self.free - self._newcomers)
-
-
-class Direction:
-    """One direction of a tunnel as the server counts it. Guarded by the leg's lock.
-
-    Every method raises TunnelError for what the peer may not do, and then changes nothing.
-    """
-
-    def __init__(self, budget: Budget, cap_bytes: int) -> None:
-        self._budget = budget
-        self._cap = cap_bytes
-        # The part of the budget that is ours: the window granted, at least the smallest.
-        self._reserved = MIN_WINDOW_BYTES
-        budget.free -= MIN_WINDOW_BYTES
-        self._asked = 0
-        self.limit = 0
-        self.forwarded = 0
-        self.delivered = 0
-        self.eof_count: int | None = None
-        self.eof_acked = False
-
-    def on_data(self, size: int) -> None:
-        """Count `size` bytes before they are queued onward."""
-        if not 0 < size <= MAX_DATA_BYTES:
-            raise TunnelError(f"a data message of {size} bytes, not 1 to {MAX_DATA_BYTES}")
-        if self.eof_count is not None:
-            raise TunnelError("data after eof")
-        if self.forwarded + size > self.limit:
-            raise TunnelError(f"window overrun: {self.forwarded + size} over {self.limit}")
-        self.forwarded += size
-
-    def on_eof(self, count: int) -> None:
-        """Take the sender's eof in."""
-        if self.eof_count is not None:
-            raise TunnelError("a second eof")
-        if count != self.forwarded:
-            raise TunnelError(f"eof after {count} bytes, {self.forwarded} came")
-        self.eof_count = count
-
-    def on_ack(self, delivered: int, limit: int, eof: bool) -> int:
-        """Take the receiver's ack in; return the limit to pass on to the sender."""
-        if not self.delivered <= delivered <= self.forwarded:
-            raise TunnelError(
-                f"ack of {delivered} bytes after {self.delivered}, {self.forwarded} were sent"
-            )
-        if limit < self._asked:
-            raise TunnelError(f"limit fell from {self._asked} to {limit}")
-        if eof and delivered != self.eof_count:
-            raise TunnelError("ack of an eof that is not due")
-        self.delivered = delivered
-        self.eof_acked = self.eof_acked or eof
-        return self.grant(limit)
-
-    def grant(self, asked: int) -> int:
-        """Return the limit to pass on: what the receiver asks, as far as the budget goes.
-
-        Never below `delivered` + the smallest window, which was reserved at the start,
-        and never below what was passed on before.
-        """
-        self._asked = asked
-        # At least the smallest window, and what stands from before as `delivered` rises.
-        reach = max(MIN_WINDOW_BYTES, min(self._cap, self._reserved + self._budget.growth))
-        self.limit = min(asked, max(self.delivered + reach, self.limit))
-        needed = max(MIN_WINDOW_BYTES, self.limit - self.delivered)
-        self._budget.free += self._reserved - needed
-        self._reserved = needed
-        return self.limit
-
-    def release(self) -> None:
-        """Give our part of the budget back; the tunnel is over."""
-        self._budget.free += self._reserved
-        self._reserved = 0
 
 
 class Channels:
@@ -144,9 +57,8 @@ class TunnelLeg(Protocol):
 
     outbox: Outbox
 
-    def end(self, close_code: int, reason: str) -> None:
-        """Close the leg after what is queued."""
-
+    def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
+        """Close the leg after what is queued, hard after `flush_s`."""
 
     def expect_close(self) -> None:
         """The peer closes the leg now by itself; see that it does."""
@@ -283,9 +195,7 @@ class Tunnel:
             if not self._end_locked():
                 return
         if was_opened:
-            frame = _text("detached", code=code)
-            # In turn: the data that is here is on its way to the consumer already.
-            self._user_leg.outbox.put_end(USER_CHANNEL, frame, in_turn=True)
+            self._user_leg.outbox.put_end(USER_CHANNEL, _text("detached", code=code))
             self._user_leg.end(CLOSE_RESTART, code)
         elif code == "server_restart":
             self._refuse_user(code, "the relay restarts; try again")
@@ -372,9 +282,12 @@ class Tunnel:
             self._refuse_user(code, message)
         else:
             frame = _text("reset", channel, code=code, message=message)
-            outbox.put_end(channel, frame, in_turn=code in ENDS_IN_TURN)
+            in_turn = code in ENDS_IN_TURN
+            outbox.put_end(channel, frame, in_turn=in_turn)
             if channel == USER_CHANNEL:
-                self._user_leg.end(CLOSE_NORMAL, code)
+                # A reset in its turn overtakes after FLUSH_S, and must still get out then.
+                flush_s = FLUSH_S * 2 if in_turn else FLUSH_S
+                self._user_leg.end(CLOSE_NORMAL, code, flush_s=flush_s)
             else:
                 self._user_leg.expect_close()
         self._log_end(code)

@@ -190,7 +190,8 @@ def encode_control(kind: str, channel: int = 0, **fields: Any) -> bytes:
     if "message" in fields:
         fields["message"] = _prose(fields["message"])
     control.update(fields)
-    return json.dumps(control, separators=(",", ":")).encode("ascii")
+    # Not as \uXXXX: a message of 500 characters must fit into MAX_CONTROL_BYTES.
+    return json.dumps(control, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
 def encode_channel(channel: int) -> bytes:

@@ -232,6 +232,10 @@ class StreamRun:
     def do_eof_delivered(self, step: Mapping[str, Any]) -> list[Any]:
         return list(self.stream.into.on_eof_delivered(step["now"]))
 
+    def do_eof_ack_sent(self, step: Mapping[str, Any]) -> None:
+        """Whoever sends the ack of the eof says so: only then is this end through."""
+        self.stream.into.eof_acked = True
+
     def do_received_and_delivered(self, step: Mapping[str, Any]) -> None:
         """A stream that is this old: no test can send so much."""
         self.stream.into.received = self.stream.into.delivered = step["count"]

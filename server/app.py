@@ -1,0 +1,195 @@
+"""The HTTP face of the relay: authenticate and admit before the upgrade. The only Flask."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ipaddress
+import logging
+import re
+import sys
+from typing import Any
+
+from flask import Flask, Response, g, jsonify, request
+from flask_sock import Sock
+from werkzeug.exceptions import HTTPException
+
+from server.config import Config
+from server.credentials import load_credentials
+from server.errors import ConfigError, HttpRefusal
+from server.logs import ROOT_NAME, set_up_logging
+from server.relay import Relay
+from server.transport import SERVER_OPTIONS, Transport, prepare_upgrade
+from server.wire import (
+    CLIENTS_PATH,
+    INSTANCE_HEADER,
+    RELAY_HEADER,
+    RELAY_HEADER_VALUE,
+    SUBPROTOCOL,
+    USERS_PATH,
+)
+
+_log = logging.getLogger(f"{ROOT_NAME}.app")
+
+# Under this name in `app.extensions` the worker finds the relay.
+EXTENSION = "http_network_relay"
+# gunicorn's WORKER_BOOT_ERROR: its master then ends too instead of starting it again.
+_EXIT_CANNOT_START = 3
+
+_INSTANCE = re.compile(r"[0-9a-f]{32}")
+_WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")
+_NEWER_SUBPROTOCOL = re.compile(r"http-network-relay\.v([2-9]|[1-9][0-9]{1,3})")
+
+
+def create_app(config: Config) -> Flask:
+    """Return the WSGI application. A wrong setting ends the process with one line."""
+    set_up_logging()
+    try:
+        config.validate()
+        credentials = load_credentials(config.credentials_file)
+    except ConfigError as exc:
+        print(f"error: {exc}", file=sys.stderr, flush=True)
+        raise SystemExit(_EXIT_CANNOT_START) from None
+    return build_app(Relay(config, credentials))
+
+
+def build_app(relay: Relay) -> Flask:
+    """Return the WSGI application around `relay`."""
+    app = Flask(__name__, static_folder=None)
+    app.extensions[EXTENSION] = relay
+    app.config["SOCK_SERVER_OPTIONS"] = SERVER_OPTIONS
+    # A redirect would make peers send their secret once more, or elsewhere.
+    app.url_map.merge_slashes = False
+    sock = Sock(app)
+
+    @app.before_request
+    def admit() -> None:
+        if request.path == CLIENTS_PATH:
+            _check_upgrade(relay, "client")
+            name = _authenticate_client(relay)
+            instance = request.headers.get(INSTANCE_HEADER, "")
+            if not _INSTANCE.fullmatch(instance):
+                raise HttpRefusal("bad_request", f"{INSTANCE_HEADER} must be 32 hex digits")
+            g.slot = relay.admit_client(name, instance, _address())
+        elif request.path == USERS_PATH:
+            _check_upgrade(relay, "proxy command")
+            g.slot = relay.admit_user(_authenticate_user(relay), _address())
+        else:
+            return
+        g.leg_socket = prepare_upgrade(request.environ)
+
+    @app.teardown_request
+    def give_slot_back(_error: BaseException | None) -> None:
+        slot = g.pop("slot", None)
+        if slot is not None:
+            relay.release(slot)
+
+    @app.after_request
+    def mark(response: Response) -> Response:
+        response.headers[RELAY_HEADER] = RELAY_HEADER_VALUE
+        return response
+
+    @app.get("/healthz")
+    def healthz() -> Response:
+        if relay.is_draining:
+            raise HttpRefusal("server_restart", "the relay restarts")
+        return jsonify(status="ok")
+
+    @sock.route(CLIENTS_PATH)  # type: ignore[untyped-decorator]
+    def clients(ws: Any) -> None:
+        relay.serve_client(g.slot, Transport(ws, g.leg_socket))
+
+    @sock.route(USERS_PATH)  # type: ignore[untyped-decorator]
+    def users(ws: Any) -> None:
+        relay.serve_user(g.slot, Transport(ws, g.leg_socket))
+
+    app.register_error_handler(HttpRefusal, _refusal_response)
+    app.register_error_handler(HTTPException, _http_error_response)
+    return app
+
+
+def _check_upgrade(relay: Relay, peer: str) -> None:
+    """Refuse what is no WebSocket upgrade of a version that we speak."""
+    header = request.headers.get
+    tokens = [token.strip().lower() for token in header("Connection", "").split(",")]
+    is_upgrade = (
+        request.method == "GET"
+        and request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+        and header("Upgrade", "").lower() == "websocket"
+        and "upgrade" in tokens
+        and header("Sec-WebSocket-Version") == "13"
+        and _WEBSOCKET_KEY.fullmatch(header("Sec-WebSocket-Key", "")) is not None
+    )
+    if not is_upgrade:
+        raise HttpRefusal(
+            "bad_request",
+            "this path takes WebSocket upgrades (version 13) over HTTP/1.1 only; if a proxy "
+            "stands before the relay, let it pass Upgrade and Connection on",
+        )
+    relay.check_started()
+    offered = [name.strip() for name in header("Sec-WebSocket-Protocol", "").split(",")]
+    if SUBPROTOCOL not in offered:
+        side = "relay" if any(map(_NEWER_SUBPROTOCOL.fullmatch, offered)) else peer
+        raise HttpRefusal(
+            "version_unsupported", f"the relay speaks {SUBPROTOCOL}: upgrade the {side}"
+        )
+
+
+def _authorization(scheme: str) -> str:
+    given, _, value = request.headers.get("Authorization", "").partition(" ")
+    return value.strip() if given.lower() == scheme else ""
+
+
+def _authenticate_client(relay: Relay) -> str:
+    try:
+        pair = base64.b64decode(_authorization("basic"), validate=True).decode("ascii")
+    except (binascii.Error, ValueError):
+        pair = ""
+    name, _, secret = pair.partition(":")
+    if not relay.credentials.check_client(name, secret):
+        raise HttpRefusal("unauthorized", "the client's name or secret is wrong")
+    return name
+
+
+def _authenticate_user(relay: Relay) -> str:
+    user = relay.credentials.check_user(_authorization("bearer"))
+    if user is None:
+        raise HttpRefusal("unauthorized", "the proxy user's token is wrong")
+    return user
+
+
+def _address() -> str:
+    """Return the peer's address for the log; a proxy on this machine may name another."""
+    address = request.remote_addr or "unix"
+    forwarded = request.headers.get("X-Forwarded-For", "").rpartition(",")[2].strip()
+    try:
+        is_proxy = address == "unix" or ipaddress.ip_address(address).is_loopback
+        return str(ipaddress.ip_address(forwarded)) if is_proxy and forwarded else address
+    except ValueError:
+        return address
+
+
+def _refusal_response(error: HttpRefusal) -> Response:
+    answer = error.answer
+    # A full relay is for its operator to see; the rest is the peer's business.
+    level = logging.WARNING if error.code == "busy" else logging.INFO
+    _log.log(
+        level, "request refused code=%s path=%s address=%s", error.code, request.path, _address()
+    )
+    response: Response = jsonify(code=error.code, message=error.message)
+    response.status_code = answer.status
+    if answer.retry_after_s is not None:
+        response.headers["Retry-After"] = str(answer.retry_after_s)
+    if error.code == "unauthorized":
+        scheme = "Basic" if request.path == CLIENTS_PATH else "Bearer"
+        response.headers["WWW-Authenticate"] = f'{scheme} realm="relay"'
+    return response
+
+
+def _http_error_response(error: HTTPException) -> Response:
+    """Answer what Flask refuses by itself: unknown paths and methods, and our own bugs."""
+    status = error.code or 500
+    code = {404: "not_found", 500: "internal_error"}.get(status, "bad_request")
+    response: Response = jsonify(code=code, message=error.description or error.name)
+    response.status_code = status
+    return response

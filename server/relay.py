@@ -1,0 +1,183 @@
+"""The relay of one worker process: admits legs, opens tunnels, drains.
+
+Builds and owns registry, timer and legs. Threads: handlers (admit, serve, release),
+the worker's main thread (start, drain, stop, join).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from typing import Any
+
+from server.config import LEG_BUDGET_BYTES, Config
+from server.credentials import Credentials
+from server.errors import HttpRefusal, TunnelRefused
+from server.leg import ClientLeg, Leg, UserLeg
+from server.logs import ROOT_NAME
+from server.registry import Registry, Slot
+from server.timer import Timer
+from server.transport import Transport
+from server.tunnel import Tunnel
+from server.wire import CLOSE_REPLACED_BY_OTHER, CLOSE_RESTART
+
+_log = logging.getLogger(f"{ROOT_NAME}.relay")
+
+# CPython's 5 ms let one busy leg's thread delay a keystroke on another by that much.
+_SWITCH_INTERVAL_S = 0.0005
+# How far apart peers should come back after a restart: a TLS handshake takes some ms.
+_SPREAD_MS_PER_LEG = 10
+
+
+class Relay:
+    """Everything that the legs of one process share."""
+
+    def __init__(self, config: Config, credentials: Credentials) -> None:
+        self.credentials = credentials
+        self._config = config
+        self._registry: Registry[Leg] = Registry()
+        self._timer = Timer(lambda: self._legs)
+        self._is_started = False
+        # Guards the replacement of _legs, which itself is never changed; told of each.
+        self._legs_changed = threading.Condition()
+        self._legs: tuple[Leg, ...] = ()
+
+    def start(self, slots: int) -> None:
+        """Open for business, with room for `slots` legs. In the worker process, once."""
+        self._registry.set_capacity(slots)
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        self._timer.start()
+        self._is_started = True
+        _log.info(
+            "relay ready legs=%d clients_at_most=%d ping_interval_s=%g max_window_bytes=%d",
+            slots,
+            self._registry.clients_at_most,
+            self._config.ping_interval_s,
+            self._config.max_window_bytes,
+        )
+
+    def check_started(self) -> None:
+        """Raise HttpRefusal where no worker of ours has started the relay."""
+        if self._is_started:
+            return
+        _log.error(
+            "websocket refused code=wrong_worker mend='run gunicorn in the project's root, so "
+            "that it reads gunicorn.conf.py, without -k and -c; or run python -m server'"
+        )
+        raise HttpRefusal("wrong_worker", "the relay runs under the wrong gunicorn worker class")
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether nobody is admitted any more."""
+        return self._registry.is_draining
+
+    # A leg's life: admit, serve, release.
+
+    def admit_client(self, name: str, instance: str, address: str) -> Slot[Leg]:
+        """Return a slot; an older leg of that client ends here. Raises HttpRefusal."""
+        slot, old = self._registry.admit_client(name, instance, address)
+        if old is not None:
+            if old.close_code == CLOSE_REPLACED_BY_OTHER:
+                _log.warning(
+                    "client replaced by another instance client=%s old_address=%s "
+                    "old_instance=%s new_address=%s new_instance=%s",
+                    *(name, old.address, old.instance[:8], address, instance[:8]),
+                )
+            if isinstance(old.leg, ClientLeg):
+                old.leg.replace(old.close_code)
+        return slot
+
+    def admit_user(self, name: str, address: str) -> Slot[Leg]:
+        """Return a slot. Raises HttpRefusal."""
+        return self._registry.admit_user(name, address)
+
+    def release(self, slot: Slot[Leg]) -> None:
+        """Give a slot back; every admitted slot comes here once."""
+        self._registry.release(slot)
+
+    def serve_client(self, slot: Slot[Leg], transport: Transport) -> None:
+        """Run a client's leg to its end, in the handler's thread."""
+        interval_s, wake = self._config.ping_interval_s, self._timer.wake
+        self._serve(slot, ClientLeg(transport, slot.name, interval_s, wake, LEG_BUDGET_BYTES))
+
+    def serve_user(self, slot: Slot[Leg], transport: Transport) -> None:
+        """Run a proxy user's leg to its end, in the handler's thread."""
+        interval_s, wake = self._config.ping_interval_s, self._timer.wake
+
+        def open_tunnel(leg: UserLeg, control: dict[str, Any]) -> Tunnel:
+            return self._open_tunnel(leg, control, slot.name)
+
+        self._serve(slot, UserLeg(transport, slot.name, interval_s, wake, open_tunnel))
+
+    def _serve(self, slot: Slot[Leg], leg: Leg) -> None:
+        thread = threading.current_thread()
+        thread_name, thread.name = thread.name, f"{slot.kind}-leg:{slot.name}"
+        # Before attach(): a drain that attach() does not see must find the leg in the list.
+        self._change_legs(add=leg)
+        if not self._registry.attach(slot, leg):
+            # A newer leg came, or the drain began, during the upgrade.
+            leg.end(slot.close_code or CLOSE_RESTART, "came_too_late")
+        started_at = time.monotonic()
+        fields = f"{slot.kind}={slot.name} address={slot.address}"
+        if slot.instance:
+            fields += f" instance={slot.instance[:8]}"
+        _log.info("leg up %s", fields)
+        try:
+            leg.run()
+        finally:
+            self._change_legs(drop=leg)
+            thread.name = thread_name
+            secs = time.monotonic() - started_at
+            _log.info("leg down reason=%s secs=%.1f %s", leg.reason, secs, fields)
+
+    def _change_legs(self, *, add: Leg | None = None, drop: Leg | None = None) -> None:
+        with self._legs_changed:
+            legs = [leg for leg in self._legs if leg is not drop]
+            self._legs = (*legs, add) if add is not None else tuple(legs)
+            self._legs_changed.notify_all()
+        self._timer.wake()
+
+    def _open_tunnel(self, leg: UserLeg, control: dict[str, Any], user: str) -> Tunnel:
+        """Pair a user's leg with a channel of the client that it names. Raises TunnelRefused."""
+        name = control["client"]
+        if self._registry.is_draining:
+            raise TunnelRefused("server_restart", "the relay restarts; try again")
+        if not self.credentials.has_client(name):
+            raise TunnelRefused("client_unknown", f"no client is named {name}")
+        client_leg = self._registry.client_leg(name)
+        if not isinstance(client_leg, ClientLeg):
+            raise TunnelRefused("client_offline", f"the client {name} is not connected")
+        tunnel = Tunnel(client_leg, leg, control, user)
+        client_leg.open(tunnel, self._config.max_window_bytes)
+        return tunnel
+
+    # The end.
+
+    def drain(self) -> None:
+        """Refuse newcomers, tell all legs, and let each flush and close. Does not wait."""
+        self._registry.drain()
+        legs = self._legs
+        spread_ms = _SPREAD_MS_PER_LEG * len(legs)
+        _log.info("relay draining legs=%d", len(legs))
+        # Users first: their clients' legs end the tunnels.
+        for leg in sorted(legs, key=lambda leg: isinstance(leg, ClientLeg)):
+            leg.going_away(spread_ms)
+        for leg in legs:
+            leg.end(CLOSE_RESTART, "server_restart")
+
+    def stop(self) -> None:
+        """Shut every leg down at once."""
+        for leg in self._legs:
+            leg.abort("server_restart")
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait until all legs have ended; False if some have not."""
+        with self._legs_changed:
+            return self._legs_changed.wait_for(lambda: not self._legs, timeout_s)
+
+    def stop_timer(self, timeout_s: float) -> None:
+        """End the timer's thread; after the legs, whose deadlines it keeps."""
+        self._timer.stop()
+        self._timer.join(timeout_s)
