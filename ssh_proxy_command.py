@@ -39,7 +39,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote, urlsplit
 
 # --- begin of the shared block: written by `make sync` from client/, do not edit ---
@@ -222,6 +222,14 @@ def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> dic
     return control
 
 
+def decode_text(payload: bytes) -> str:
+    """Return a text message as text; raises LegError if it is not UTF-8."""
+    try:
+        return payload.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise LegError("a text message is not UTF-8") from exc
+
+
 def encode_control(kind: str, channel: int = 0, **fields: Any) -> bytes:
     """Return the JSON of a control; `channel` 0 leaves that field out (a user leg)."""
     control: dict[str, Any] = {"type": kind}
@@ -353,6 +361,13 @@ class DialError(Exception):
 # Settings that the client and the proxy command read alike: flag > environment > default.
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RelayError("usage", f"{message}; --help lists all arguments")
+
+
 def read_secret_file(flag: str, path: str) -> str:
     """Return a file's content without the line end; raises RelayError (usage)."""
     try:
@@ -382,7 +397,8 @@ def ping_interval(flag: str | None, environ: Mapping[str, str]) -> float:
 def max_window(flag: str | None, environ: Mapping[str, str]) -> int:
     """Return the largest window of a tunnel and direction, in bytes."""
     text = flag or environ.get("HTTP_NETWORK_RELAY_MAX_WINDOW") or str(DEFAULT_MAX_WINDOW_BYTES)
-    if not text.isdecimal() or not MIN_WINDOW_BYTES <= int(text) <= 2**30:
+    # The length first: int() raises for thousands of digits.
+    if not text.isdecimal() or len(text) > 10 or not MIN_WINDOW_BYTES <= int(text) <= 2**30:
         raise RelayError(
             "usage",
             f"--max-window (HTTP_NETWORK_RELAY_MAX_WINDOW) must be {MIN_WINDOW_BYTES} to {2**30}"
@@ -922,7 +938,8 @@ def parse_server_url(url: str, default_path: str) -> Endpoint:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as exc:
-        raise RelayError("usage", f"--server-url {url!r} is not a URL: {exc}") from exc
+        # Not the URL itself: somebody may have put a password into it.
+        raise RelayError("usage", "--server-url is not a URL: look at its host and port") from exc
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     if scheme not in ("ws", "wss") or not parts.hostname:
         raise RelayError(
@@ -944,11 +961,12 @@ def parse_server_url(url: str, default_path: str) -> Endpoint:
 # Name lookup and TCP.
 
 
-def resolve(host: str, port: int, deadline: float) -> list[Any]:
+def resolve(
+    host: str, port: int, deadline: float, is_cancelled: Callable[[], bool] = lambda: False
+) -> list[Any]:
     """Return getaddrinfo's answers by turns of family. Raises DialError."""
-    slot_s = max(0.0, deadline - time.monotonic())
-    if not _lookup_slots.acquire(timeout=slot_s):
-        raise DialError("timeout", f"too many name lookups are stuck to look up {host}")
+    while not _lookup_slots.acquire(timeout=_slice_s(deadline)):
+        _go_on(f"the name {host} could not be looked up", deadline, is_cancelled)
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def look_up() -> None:
@@ -961,15 +979,34 @@ def resolve(host: str, port: int, deadline: float) -> list[Any]:
             _lookup_slots.release()
 
     # Daemon: getaddrinfo has no timeout and nothing can wake it.
-    threading.Thread(target=look_up, name=f"lookup:{host}", daemon=True).start()
+    thread = threading.Thread(target=look_up, name=f"lookup:{host}", daemon=True)
     try:
-        answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
-    except queue.Empty:
-        raise DialError("timeout", f"the name {host} could not be looked up in time") from None
+        thread.start()
+    except RuntimeError:
+        _lookup_slots.release()
+        raise
+    answer = None
+    while answer is None:
+        try:
+            answer = answers.get(timeout=_slice_s(deadline))
+        except queue.Empty:
+            _go_on(f"the name {host} could not be looked up", deadline, is_cancelled)
     if isinstance(answer, Exception):
         reason = getattr(answer, "strerror", None) or answer
         raise DialError("unknown", f"the name {host} is not known ({reason})") from answer
     return _by_turns(answer)
+
+
+def _slice_s(deadline: float) -> float:
+    """Return how long to wait before the next look at the deadline and a cancellation."""
+    return max(0.0, min(_STAGGER_S, deadline - time.monotonic()))
+
+
+def _go_on(failure: str, deadline: float, is_cancelled: Callable[[], bool]) -> None:
+    if is_cancelled():
+        raise DialError("cancelled", f"{failure} before the dial was cancelled")
+    if time.monotonic() >= deadline:
+        raise DialError("timeout", f"{failure} in time")
 
 
 def _by_turns(infos: list[Any]) -> list[Any]:
@@ -991,25 +1028,22 @@ def dial_tcp(
     A new address is tried every 250 ms, or at once when one fails. `is_cancelled` is
     asked as often. Raises DialError.
     """
-    infos = resolve(host, port, deadline)
+    infos = resolve(host, port, deadline, is_cancelled)
     last: OSError | None = None
     next_at = 0.0
     with selectors.DefaultSelector() as selector:
         try:
             while True:
+                _go_on(f"{host}:{port} did not answer", deadline, is_cancelled)
                 now = time.monotonic()
-                if is_cancelled():
-                    raise DialError("cancelled", f"the dial of {host}:{port} was cancelled")
-                if now >= deadline:
-                    raise DialError("timeout", f"{host}:{port} did not answer in time")
                 pending = len(selector.get_map())
                 if not infos and not pending:
                     raise _dial_error(last, host, port)
                 if infos and (now >= next_at or not pending):
-                    last = _begin(infos.pop(0), selector) or last
-                    next_at = now + _STAGGER_S
+                    error = _begin(infos.pop(0), selector)
+                    last, next_at = error or last, 0.0 if error else now + _STAGGER_S
                     continue
-                for key, _ in selector.select(min(_STAGGER_S, deadline - now)):
+                for key, _ in selector.select(_slice_s(deadline)):
                     sock: socket.socket = key.fileobj  # type: ignore[assignment]
                     selector.unregister(sock)
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -1044,12 +1078,14 @@ def _begin(info: Any, selector: selectors.BaseSelector) -> OSError | None:
 
 def _set_options(sock: socket.socket) -> None:
     sock.setblocking(True)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # A host that vanished without a word ends its connection after about two minutes.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    # macOS refuses options on a socket that the peer has reset already; its first use tells.
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A host that vanished without a word ends its connection after about two minutes.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _dial_error(error: OSError | None, host: str, port: int) -> DialError:
@@ -1104,10 +1140,10 @@ def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
     address = _address(host)
     for raw in no_proxy.lower().split(","):
         entry, entry_port = _split_port(raw.strip())
-        if entry == "*":
-            return True
         if not entry or entry_port not in (None, port):
             continue
+        if entry == "*":
+            return True
         if address is not None:
             with contextlib.suppress(ValueError):
                 if address in ipaddress.ip_network(entry, strict=False):
@@ -1128,7 +1164,10 @@ def _split_port(entry: str) -> tuple[str, int | None]:
         rest = f":{rest}"
     else:
         return entry, None
-    return name, int(rest[1:]) if rest[1:].isdigit() else None
+    if rest in ("", ":"):
+        return name, None
+    # What is no port is the port of nobody.
+    return name, int(rest[1:]) if re.fullmatch(r":[0-9]{1,5}", rest) else -1
 
 
 def _address(text: str) -> Any:
@@ -1160,9 +1199,10 @@ def dial_server(
     try:
         sock.setblocking(False)
         if proxy:
-            _connect_through(sock, proxy, endpoint, deadline)
+            _connect_through(sock, proxy, endpoint, deadline, is_cancelled)
         if endpoint.is_tls:
-            sock = _start_tls(sock, endpoint, context or make_context(None), deadline)
+            context = context or make_context(None)
+            sock = _start_tls(sock, endpoint, context, deadline, is_cancelled)
     except BaseException:
         sock.close()
         raise
@@ -1181,14 +1221,33 @@ def make_context(ca_file: str | None) -> ssl.SSLContext:
     return context
 
 
-def wait_until(sock: socket.socket, deadline: float, *, write: bool, what: str) -> None:
+def wait_until(
+    sock: socket.socket,
+    deadline: float,
+    is_cancelled: Callable[[], bool] = lambda: False,
+    *,
+    write: bool,
+    what: str,
+) -> None:
     """Wait for the socket until the deadline; raises RelayError when it has passed."""
-    if not wait_ready(sock, write=write, timeout_s=max(0.0, deadline - time.monotonic())):
-        raise RelayError("server_unreachable", f"{what} did not answer in time")
+    while not wait_ready(sock, write=write, timeout_s=_slice_s(deadline)):
+        if is_cancelled():
+            raise RelayError("server_unreachable", f"the dial of {what} was cancelled")
+        if time.monotonic() >= deadline:
+            raise RelayError("server_unreachable", f"{what} did not answer in time")
+
+
+def printable(text: str) -> str:
+    """Nothing from the network may move a terminal's cursor or fill it."""
+    return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
 def _connect_through(
-    sock: socket.socket, proxy: Proxy, endpoint: Endpoint, deadline: float
+    sock: socket.socket,
+    proxy: Proxy,
+    endpoint: Endpoint,
+    deadline: float,
+    is_cancelled: Callable[[], bool],
 ) -> None:
     """Ask the proxy for a way to the server (RFC 9110, 9.3.6)."""
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
@@ -1199,10 +1258,10 @@ def _connect_through(
     request = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii", "replace")
     head = b""
     try:
-        wait_until(sock, deadline, write=True, what=what)
+        wait_until(sock, deadline, is_cancelled, write=True, what=what)
         sock.send(request)  # Fits into an empty send buffer whole.
         while b"\r\n\r\n" not in head:
-            wait_until(sock, deadline, write=False, what=what)
+            wait_until(sock, deadline, is_cancelled, write=False, what=what)
             # One byte at a time past the end would eat the server's first bytes.
             piece = sock.recv(_head_step(head))
             if not piece or len(head) > _MAX_HEAD_BYTES:
@@ -1212,7 +1271,7 @@ def _connect_through(
         raise RelayError("proxy_failed", f"{what} failed: {exc.strerror or exc}") from exc
     status = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ", 2)
     if len(status) < 2 or not status[0].startswith("HTTP/1.") or not status[1].startswith("2"):
-        said = " ".join(status[1:]) or "something that is not HTTP"
+        said = printable(" ".join(status[1:])) or "something that is not HTTP"
         raise RelayError("proxy_failed", f"{what} answered {said} to CONNECT {host}")
 
 
@@ -1225,18 +1284,26 @@ def _head_step(head: bytes) -> int:
 
 
 def _start_tls(
-    sock: socket.socket, endpoint: Endpoint, context: ssl.SSLContext, deadline: float
+    sock: socket.socket,
+    endpoint: Endpoint,
+    context: ssl.SSLContext,
+    deadline: float,
+    is_cancelled: Callable[[], bool],
 ) -> ssl.SSLSocket:
-    tls = context.wrap_socket(sock, server_hostname=endpoint.host, do_handshake_on_connect=False)
     what = f"TLS with {endpoint.host}:{endpoint.port}"
+    tls: socket.socket = sock
     try:
+        # Inside: wrapping reads a socket that the peer has reset already, and fails.
+        tls = context.wrap_socket(
+            sock, server_hostname=endpoint.host, do_handshake_on_connect=False
+        )
         while True:
             try:
                 tls.do_handshake()
             except ssl.SSLWantReadError:
-                wait_until(tls, deadline, write=False, what=what)
+                wait_until(tls, deadline, is_cancelled, write=False, what=what)
             except ssl.SSLWantWriteError:
-                wait_until(tls, deadline, write=True, what=what)
+                wait_until(tls, deadline, is_cancelled, write=True, what=what)
             else:
                 return tls
     except ssl.SSLCertVerificationError as exc:
@@ -1246,9 +1313,10 @@ def _start_tls(
             f"the certificate of {endpoint.host} is not trusted ({exc.verify_message});"
             " a private CA is added with --ca-file",
         ) from exc
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a name that cannot be in a certificate.
         tls.close()
-        raise RelayError("tls_failed", f"{what} failed: {exc.strerror or exc}") from exc
+        reason = getattr(exc, "strerror", None) or exc
+        raise RelayError("tls_failed", f"{what} failed: {reason}") from exc
     except BaseException:
         tls.close()
         raise
@@ -1274,6 +1342,10 @@ _MAX_ANSWER_BYTES = 64 * 1024
 # A machine that slept pings at once and waits this long.
 _AFTER_SLEEP_S = 3.0
 _OP_CONTINUATION = 0x0
+# RFC 6455, 5.5; the library does not look.
+_MAX_PING_BYTES = 125
+# A `Retry-After` counts up to here: a typo must not park a client for years.
+_MAX_RETRY_AFTER_S = 300.0
 
 
 def websocket_client() -> Any:
@@ -1325,9 +1397,15 @@ class _HandshakeSocket:
     of a refusal can be read with every version of the library.
     """
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        deadline: float,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._sock = sock
         self._deadline = deadline
+        self._is_cancelled = is_cancelled
         self._taken = 0
         self.buffer = b""
 
@@ -1345,7 +1423,7 @@ class _HandshakeSocket:
             try:
                 self.buffer = self._sock.recv(_READ_BYTES)
             except (BlockingIOError, ssl.SSLWantReadError):
-                wait_until(self._sock, self._deadline, write=False, what="the server")
+                self._wait(write=False)
             else:
                 if not self.buffer:
                     return b""
@@ -1360,7 +1438,11 @@ class _HandshakeSocket:
             try:
                 return self._sock.send(data)
             except (BlockingIOError, ssl.SSLWantWriteError):
-                wait_until(self._sock, self._deadline, write=True, what="the server")
+                self._wait(write=True)
+
+    def _wait(self, *, write: bool) -> None:
+        what = "the server"
+        wait_until(self._sock, self._deadline, self._is_cancelled, write=write, what=what)
 
 
 def connect(
@@ -1376,7 +1458,7 @@ def connect(
     library = websocket_client()
     deadline = time.monotonic() + DIAL_SERVER_S
     sock = dial_server(endpoint, context, environ, deadline, is_cancelled)
-    shim = _HandshakeSocket(sock, deadline)
+    shim = _HandshakeSocket(sock, deadline, is_cancelled)
     try:
         _upgrade(library, endpoint, headers, shim)
     except BaseException:
@@ -1408,12 +1490,21 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
         status = web_socket.status
         if status is None or status == 101:
             raise RelayError(
-                "not_a_relay", f"{where} does not speak the relay's WebSocket: {exc}"
+                "not_a_relay",
+                f"{where} does not speak the relay's WebSocket: {printable(str(exc))}",
             ) from exc
-    except (OSError, ValueError) as exc:
-        reason = getattr(exc, "strerror", None) or exc
+    except RelayError:
+        raise
+    except OSError as exc:
         raise RelayError(
-            "server_unreachable", f"{where} ended the WebSocket handshake: {reason}"
+            "server_unreachable",
+            f"{where} ended the WebSocket handshake: {printable(exc.strerror or str(exc))}",
+        ) from exc
+    except Exception as exc:
+        # By what a server answers the library can be brought to raise nearly anything
+        # (IndexError, CookieError, ...); an unattended client must live on.
+        raise RelayError(
+            "not_a_relay", f"{where} does not speak HTTP: {printable(repr(exc))}"
         ) from exc
     if refusal is None and status == 101:
         return
@@ -1422,8 +1513,7 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
 
 
 def _body(headers: Mapping[str, str], shim: _HandshakeSocket) -> bytes:
-    length = headers.get("content-length", "")
-    wanted = min(int(length), _MAX_ANSWER_BYTES // 2) if length.isdigit() else 0
+    wanted = int(min(_number(headers.get("content-length", "")) or 0, _MAX_ANSWER_BYTES // 2))
     body = b""
     with contextlib.suppress(OSError, RelayError):
         while len(body) < wanted:
@@ -1443,11 +1533,11 @@ def _refusal(
     if 300 <= status < 400 and location:
         return RelayError(
             "not_a_relay",
-            f"{where} redirects to {_printable(location)}; redirects are not followed with"
+            f"{where} redirects to {printable(location)}; redirects are not followed with"
             " secrets, so give that address as --server-url if it is right",
         )
     if RELAY_HEADER.lower() not in headers:
-        server = _printable(headers.get("server", "unknown"))
+        server = printable(headers.get("server", "unknown"))
         return RelayError(
             "not_a_relay",
             f"something before the relay answered {status}, Server: {server};"
@@ -1455,21 +1545,21 @@ def _refusal(
         )
     try:
         told = json.loads(body)
-        code, message = str(told["code"]), _printable(str(told["message"]))
+        code, message = str(told["code"]), printable(str(told["message"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         code, message = "", f"the relay answered {status}"
     if code not in ERRORS:
         by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
         code = by_status.get(status, "busy" if status in (429, 503) else "not_a_relay")
-    retry_after = headers.get("retry-after", "")
-    return RelayError(
-        code, message, retry_after_s=float(retry_after) if retry_after.isdigit() else None
-    )
+    retry_after_s = _number(headers.get("retry-after", ""))
+    if retry_after_s is not None:
+        retry_after_s = min(retry_after_s, _MAX_RETRY_AFTER_S)
+    return RelayError(code, message, retry_after_s=retry_after_s)
 
 
-def _printable(text: str) -> str:
-    """Nothing from the network may move a terminal's cursor or fill it."""
-    return "".join(c if c.isprintable() else "?" for c in text[:300])
+def _number(text: str) -> float | None:
+    """Read a header's number; None for anything else, however long."""
+    return float(text) if text.isascii() and text.isdecimal() else None
 
 
 class Transport:
@@ -1484,9 +1574,10 @@ class Transport:
         self._frames.recv_strict = self._read_exactly
         self._read_ahead = begun
         self._read_at = 0
-        self._parts: list[bytes] = []  # Of a message in fragments.
+        self._parts = bytearray()  # Of a message in fragments.
         self._parts_opcode = 0
         self._writer: threading.Thread | None = None
+        self._says_goodbye = False  # A close waits in the outbox, or was sent.
         self._ping_interval_s = ping_interval_s
         # The timer's own.
         self._ping_at = time.monotonic() + ping_interval_s
@@ -1517,8 +1608,11 @@ class Transport:
                 raise LegError(f"bad frame from the server: {exc}") from exc
             opcode, payload = frame.opcode, frame.data
             if opcode == OP_PING:
+                if len(payload) > _MAX_PING_BYTES:
+                    raise LegError("a ping is too long")
                 self.outbox.put_leg("pong", Frame(OP_PONG, b"", payload))
             elif opcode == OP_CLOSE:
+                self._says_goodbye = True
                 self.outbox.close(Frame(OP_CLOSE, b"", payload[:2]), flush=False)
                 return OP_CLOSE, int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
             elif opcode != OP_PONG:
@@ -1534,13 +1628,13 @@ class Transport:
             if is_last:
                 return opcode, payload
             self._parts_opcode = opcode
-        self._parts.append(payload)
-        if sum(map(len, self._parts)) > _MAX_MESSAGE_BYTES:
+        self._parts += payload
+        if len(self._parts) > _MAX_MESSAGE_BYTES:
             raise LegError("a message is too long", CLOSE_TOO_BIG)
         if not is_last:
             return None
-        message = (self._parts_opcode, b"".join(self._parts))
-        self._parts, self._parts_opcode = [], 0
+        message = (self._parts_opcode, bytes(self._parts))
+        self._parts, self._parts_opcode = bytearray(), 0
         return message
 
     def _read_exactly(self, size: int) -> bytes:
@@ -1609,7 +1703,8 @@ class Transport:
 
         The caller wakes the timer, whose clock it is.
         """
-        payload = struct.pack("!H", code) + reason.encode("utf-8")[:120]
+        payload = struct.pack("!H", code) + reason.encode("ascii", "replace")[:120]
+        self._says_goodbye = True
         self._abort_at = min(self._abort_at, time.monotonic() + FLUSH_S)
         self.outbox.close(Frame(OP_CLOSE, b"", payload), flush=flush)
 
@@ -1619,6 +1714,9 @@ class Transport:
 
     def stop(self) -> None:
         """End the writer, join it and free the socket. By the reader, or after it ended."""
+        if self._writer is not None and self._says_goodbye:
+            # So that the peer reads why. The writer ends by itself behind the close.
+            self._writer.join(FLUSH_S)
         self.outbox.stop()
         self.abort()
         if self._writer is not None:
@@ -2002,7 +2100,7 @@ class Settings(NamedTuple):
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="ssh_proxy_command.py",
         description="Carry stdin and stdout to a TCP port behind a relay's client.",
         epilog="Exit codes: 0 clean, 1 tunnel lost, 2 usage, 3 secret refused, 4 client unknown or"
@@ -2044,7 +2142,8 @@ def make_parser() -> argparse.ArgumentParser:
 def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """Return the checked settings: flag > environment > default."""
     args = make_parser().parse_args(argv)
-    port = int(args.target_port) if args.target_port.isdecimal() else 0
+    # Five digits: int() raises for thousands of them.
+    port = int(args.target_port) if matches(r"[0-9]{1,5}", args.target_port) else 0
     if not 1 <= port <= 65535:
         raise RelayError("usage", f"target_port must be 1 to 65535, not {args.target_port!r}")
     if args.protocol == "udp":
@@ -2182,7 +2281,7 @@ class Session:
 
     def _on_control(self, end: TunnelEnd, payload: bytes) -> None:
         """Hand one control to the tunnel."""
-        control = parse_control(payload.decode("utf-8", "replace"), TO_USER, has_channel=False)
+        control = parse_control(decode_text(payload), TO_USER, has_channel=False)
         kind = control["type"]
         if kind == "ack":
             end.on_ack(Ack(control["delivered"], control["limit"], control["eof"]))

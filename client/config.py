@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from client.dial import Endpoint, make_context, parse_server_url
 from client.errors import RelayError
-from client.settings import max_window, ping_interval, read_secret_file
+from client.settings import OneLineParser, max_window, ping_interval, read_secret_file
 from client.wire import (
     CLIENTS_PATH,
     DEFAULT_MAX_WINDOW_BYTES,
@@ -37,7 +37,7 @@ class ClientConfig:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m client`."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="client",
         description="Keep a WebSocket open to the server and dial targets for its proxy users.",
     )

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import ipaddress
 import queue
+import re
 import selectors
 import socket
 import ssl
@@ -70,7 +71,8 @@ def parse_server_url(url: str, default_path: str) -> Endpoint:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as exc:
-        raise RelayError("usage", f"--server-url {url!r} is not a URL: {exc}") from exc
+        # Not the URL itself: somebody may have put a password into it.
+        raise RelayError("usage", "--server-url is not a URL: look at its host and port") from exc
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     if scheme not in ("ws", "wss") or not parts.hostname:
         raise RelayError(
@@ -92,11 +94,12 @@ def parse_server_url(url: str, default_path: str) -> Endpoint:
 # Name lookup and TCP.
 
 
-def resolve(host: str, port: int, deadline: float) -> list[Any]:
+def resolve(
+    host: str, port: int, deadline: float, is_cancelled: Callable[[], bool] = lambda: False
+) -> list[Any]:
     """Return getaddrinfo's answers by turns of family. Raises DialError."""
-    slot_s = max(0.0, deadline - time.monotonic())
-    if not _lookup_slots.acquire(timeout=slot_s):
-        raise DialError("timeout", f"too many name lookups are stuck to look up {host}")
+    while not _lookup_slots.acquire(timeout=_slice_s(deadline)):
+        _go_on(f"the name {host} could not be looked up", deadline, is_cancelled)
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def look_up() -> None:
@@ -109,15 +112,34 @@ def resolve(host: str, port: int, deadline: float) -> list[Any]:
             _lookup_slots.release()
 
     # Daemon: getaddrinfo has no timeout and nothing can wake it.
-    threading.Thread(target=look_up, name=f"lookup:{host}", daemon=True).start()
+    thread = threading.Thread(target=look_up, name=f"lookup:{host}", daemon=True)
     try:
-        answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
-    except queue.Empty:
-        raise DialError("timeout", f"the name {host} could not be looked up in time") from None
+        thread.start()
+    except RuntimeError:
+        _lookup_slots.release()
+        raise
+    answer = None
+    while answer is None:
+        try:
+            answer = answers.get(timeout=_slice_s(deadline))
+        except queue.Empty:
+            _go_on(f"the name {host} could not be looked up", deadline, is_cancelled)
     if isinstance(answer, Exception):
         reason = getattr(answer, "strerror", None) or answer
         raise DialError("unknown", f"the name {host} is not known ({reason})") from answer
     return _by_turns(answer)
+
+
+def _slice_s(deadline: float) -> float:
+    """Return how long to wait before the next look at the deadline and a cancellation."""
+    return max(0.0, min(_STAGGER_S, deadline - time.monotonic()))
+
+
+def _go_on(failure: str, deadline: float, is_cancelled: Callable[[], bool]) -> None:
+    if is_cancelled():
+        raise DialError("cancelled", f"{failure} before the dial was cancelled")
+    if time.monotonic() >= deadline:
+        raise DialError("timeout", f"{failure} in time")
 
 
 def _by_turns(infos: list[Any]) -> list[Any]:
@@ -139,25 +161,22 @@ def dial_tcp(
     A new address is tried every 250 ms, or at once when one fails. `is_cancelled` is
     asked as often. Raises DialError.
     """
-    infos = resolve(host, port, deadline)
+    infos = resolve(host, port, deadline, is_cancelled)
     last: OSError | None = None
     next_at = 0.0
     with selectors.DefaultSelector() as selector:
         try:
             while True:
+                _go_on(f"{host}:{port} did not answer", deadline, is_cancelled)
                 now = time.monotonic()
-                if is_cancelled():
-                    raise DialError("cancelled", f"the dial of {host}:{port} was cancelled")
-                if now >= deadline:
-                    raise DialError("timeout", f"{host}:{port} did not answer in time")
                 pending = len(selector.get_map())
                 if not infos and not pending:
                     raise _dial_error(last, host, port)
                 if infos and (now >= next_at or not pending):
-                    last = _begin(infos.pop(0), selector) or last
-                    next_at = now + _STAGGER_S
+                    error = _begin(infos.pop(0), selector)
+                    last, next_at = error or last, 0.0 if error else now + _STAGGER_S
                     continue
-                for key, _ in selector.select(min(_STAGGER_S, deadline - now)):
+                for key, _ in selector.select(_slice_s(deadline)):
                     sock: socket.socket = key.fileobj  # type: ignore[assignment]
                     selector.unregister(sock)
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -192,12 +211,14 @@ def _begin(info: Any, selector: selectors.BaseSelector) -> OSError | None:
 
 def _set_options(sock: socket.socket) -> None:
     sock.setblocking(True)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # A host that vanished without a word ends its connection after about two minutes.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    # macOS refuses options on a socket that the peer has reset already; its first use tells.
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A host that vanished without a word ends its connection after about two minutes.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _dial_error(error: OSError | None, host: str, port: int) -> DialError:
@@ -252,10 +273,10 @@ def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
     address = _address(host)
     for raw in no_proxy.lower().split(","):
         entry, entry_port = _split_port(raw.strip())
-        if entry == "*":
-            return True
         if not entry or entry_port not in (None, port):
             continue
+        if entry == "*":
+            return True
         if address is not None:
             with contextlib.suppress(ValueError):
                 if address in ipaddress.ip_network(entry, strict=False):
@@ -276,7 +297,10 @@ def _split_port(entry: str) -> tuple[str, int | None]:
         rest = f":{rest}"
     else:
         return entry, None
-    return name, int(rest[1:]) if rest[1:].isdigit() else None
+    if rest in ("", ":"):
+        return name, None
+    # What is no port is the port of nobody.
+    return name, int(rest[1:]) if re.fullmatch(r":[0-9]{1,5}", rest) else -1
 
 
 def _address(text: str) -> Any:
@@ -308,9 +332,10 @@ def dial_server(
     try:
         sock.setblocking(False)
         if proxy:
-            _connect_through(sock, proxy, endpoint, deadline)
+            _connect_through(sock, proxy, endpoint, deadline, is_cancelled)
         if endpoint.is_tls:
-            sock = _start_tls(sock, endpoint, context or make_context(None), deadline)
+            context = context or make_context(None)
+            sock = _start_tls(sock, endpoint, context, deadline, is_cancelled)
     except BaseException:
         sock.close()
         raise
@@ -329,14 +354,33 @@ def make_context(ca_file: str | None) -> ssl.SSLContext:
     return context
 
 
-def wait_until(sock: socket.socket, deadline: float, *, write: bool, what: str) -> None:
+def wait_until(
+    sock: socket.socket,
+    deadline: float,
+    is_cancelled: Callable[[], bool] = lambda: False,
+    *,
+    write: bool,
+    what: str,
+) -> None:
     """Wait for the socket until the deadline; raises RelayError when it has passed."""
-    if not wait_ready(sock, write=write, timeout_s=max(0.0, deadline - time.monotonic())):
-        raise RelayError("server_unreachable", f"{what} did not answer in time")
+    while not wait_ready(sock, write=write, timeout_s=_slice_s(deadline)):
+        if is_cancelled():
+            raise RelayError("server_unreachable", f"the dial of {what} was cancelled")
+        if time.monotonic() >= deadline:
+            raise RelayError("server_unreachable", f"{what} did not answer in time")
+
+
+def printable(text: str) -> str:
+    """Nothing from the network may move a terminal's cursor or fill it."""
+    return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
 def _connect_through(
-    sock: socket.socket, proxy: Proxy, endpoint: Endpoint, deadline: float
+    sock: socket.socket,
+    proxy: Proxy,
+    endpoint: Endpoint,
+    deadline: float,
+    is_cancelled: Callable[[], bool],
 ) -> None:
     """Ask the proxy for a way to the server (RFC 9110, 9.3.6)."""
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
@@ -347,10 +391,10 @@ def _connect_through(
     request = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii", "replace")
     head = b""
     try:
-        wait_until(sock, deadline, write=True, what=what)
+        wait_until(sock, deadline, is_cancelled, write=True, what=what)
         sock.send(request)  # Fits into an empty send buffer whole.
         while b"\r\n\r\n" not in head:
-            wait_until(sock, deadline, write=False, what=what)
+            wait_until(sock, deadline, is_cancelled, write=False, what=what)
             # One byte at a time past the end would eat the server's first bytes.
             piece = sock.recv(_head_step(head))
             if not piece or len(head) > _MAX_HEAD_BYTES:
@@ -360,7 +404,7 @@ def _connect_through(
         raise RelayError("proxy_failed", f"{what} failed: {exc.strerror or exc}") from exc
     status = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ", 2)
     if len(status) < 2 or not status[0].startswith("HTTP/1.") or not status[1].startswith("2"):
-        said = " ".join(status[1:]) or "something that is not HTTP"
+        said = printable(" ".join(status[1:])) or "something that is not HTTP"
         raise RelayError("proxy_failed", f"{what} answered {said} to CONNECT {host}")
 
 
@@ -373,18 +417,26 @@ def _head_step(head: bytes) -> int:
 
 
 def _start_tls(
-    sock: socket.socket, endpoint: Endpoint, context: ssl.SSLContext, deadline: float
+    sock: socket.socket,
+    endpoint: Endpoint,
+    context: ssl.SSLContext,
+    deadline: float,
+    is_cancelled: Callable[[], bool],
 ) -> ssl.SSLSocket:
-    tls = context.wrap_socket(sock, server_hostname=endpoint.host, do_handshake_on_connect=False)
     what = f"TLS with {endpoint.host}:{endpoint.port}"
+    tls: socket.socket = sock
     try:
+        # Inside: wrapping reads a socket that the peer has reset already, and fails.
+        tls = context.wrap_socket(
+            sock, server_hostname=endpoint.host, do_handshake_on_connect=False
+        )
         while True:
             try:
                 tls.do_handshake()
             except ssl.SSLWantReadError:
-                wait_until(tls, deadline, write=False, what=what)
+                wait_until(tls, deadline, is_cancelled, write=False, what=what)
             except ssl.SSLWantWriteError:
-                wait_until(tls, deadline, write=True, what=what)
+                wait_until(tls, deadline, is_cancelled, write=True, what=what)
             else:
                 return tls
     except ssl.SSLCertVerificationError as exc:
@@ -394,9 +446,10 @@ def _start_tls(
             f"the certificate of {endpoint.host} is not trusted ({exc.verify_message});"
             " a private CA is added with --ca-file",
         ) from exc
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a name that cannot be in a certificate.
         tls.close()
-        raise RelayError("tls_failed", f"{what} failed: {exc.strerror or exc}") from exc
+        reason = getattr(exc, "strerror", None) or exc
+        raise RelayError("tls_failed", f"{what} failed: {reason}") from exc
     except BaseException:
         tls.close()
         raise

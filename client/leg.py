@@ -19,6 +19,7 @@ from client.wire import (
     TO_CLIENT,
     LegError,
     TunnelError,
+    decode_text,
     parse_control,
     split_channel,
 )
@@ -77,8 +78,7 @@ class Leg:
             self._hand(tunnel, "data", {"data": memoryview(message)[CHANNEL_BYTES:]})
 
     def _on_control(self, payload: bytes) -> None:
-        text = payload.decode("utf-8", "replace")
-        control = parse_control(text, TO_CLIENT, has_channel=True)
+        control = parse_control(decode_text(payload), TO_CLIENT, has_channel=True)
         kind = control["type"]
         if kind == "going_away":
             self.spread_s = control["spread_ms"] / 1000
@@ -135,6 +135,8 @@ class Leg:
 
     def _fail_tunnel(self, exc: TunnelError) -> None:
         """Reset one tunnel for a broken rule; the leg goes on."""
+        if not exc.channel:
+            raise LegError(str(exc)) from exc  # A bad `going_away` names no tunnel.
         tunnel = self._find(exc.channel)
         log.warning("tunnel failed channel=%d reason=protocol_error: %s", exc.channel, exc)
         if tunnel is not None:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
+from typing import NoReturn
 
 from client.errors import RelayError
 from client.wire import DEFAULT_MAX_WINDOW_BYTES, DEFAULT_PING_INTERVAL_S, MIN_WINDOW_BYTES
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RelayError("usage", f"{message}; --help lists all arguments")
 
 
 def read_secret_file(flag: str, path: str) -> str:
@@ -37,7 +46,8 @@ def ping_interval(flag: str | None, environ: Mapping[str, str]) -> float:
 def max_window(flag: str | None, environ: Mapping[str, str]) -> int:
     """Return the largest window of a tunnel and direction, in bytes."""
     text = flag or environ.get("HTTP_NETWORK_RELAY_MAX_WINDOW") or str(DEFAULT_MAX_WINDOW_BYTES)
-    if not text.isdecimal() or not MIN_WINDOW_BYTES <= int(text) <= 2**30:
+    # The length first: int() raises for thousands of digits.
+    if not text.isdecimal() or len(text) > 10 or not MIN_WINDOW_BYTES <= int(text) <= 2**30:
         raise RelayError(
             "usage",
             f"--max-window (HTTP_NETWORK_RELAY_MAX_WINDOW) must be {MIN_WINDOW_BYTES} to {2**30}"

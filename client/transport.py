@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from client.dial import Endpoint, dial_server, wait_until
+from client.dial import Endpoint, dial_server, printable, wait_until
 from client.duplex import Duplex
 from client.errors import ERRORS, RelayError
 from client.outbox import Frame, Outbox
@@ -48,6 +48,10 @@ _MAX_ANSWER_BYTES = 64 * 1024
 # A machine that slept pings at once and waits this long.
 _AFTER_SLEEP_S = 3.0
 _OP_CONTINUATION = 0x0
+# RFC 6455, 5.5; the library does not look.
+_MAX_PING_BYTES = 125
+# A `Retry-After` counts up to here: a typo must not park a client for years.
+_MAX_RETRY_AFTER_S = 300.0
 
 
 def websocket_client() -> Any:
@@ -99,9 +103,15 @@ class _HandshakeSocket:
     of a refusal can be read with every version of the library.
     """
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        deadline: float,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._sock = sock
         self._deadline = deadline
+        self._is_cancelled = is_cancelled
         self._taken = 0
         self.buffer = b""
 
@@ -119,7 +129,7 @@ class _HandshakeSocket:
             try:
                 self.buffer = self._sock.recv(_READ_BYTES)
             except (BlockingIOError, ssl.SSLWantReadError):
-                wait_until(self._sock, self._deadline, write=False, what="the server")
+                self._wait(write=False)
             else:
                 if not self.buffer:
                     return b""
@@ -134,7 +144,11 @@ class _HandshakeSocket:
             try:
                 return self._sock.send(data)
             except (BlockingIOError, ssl.SSLWantWriteError):
-                wait_until(self._sock, self._deadline, write=True, what="the server")
+                self._wait(write=True)
+
+    def _wait(self, *, write: bool) -> None:
+        what = "the server"
+        wait_until(self._sock, self._deadline, self._is_cancelled, write=write, what=what)
 
 
 def connect(
@@ -150,7 +164,7 @@ def connect(
     library = websocket_client()
     deadline = time.monotonic() + DIAL_SERVER_S
     sock = dial_server(endpoint, context, environ, deadline, is_cancelled)
-    shim = _HandshakeSocket(sock, deadline)
+    shim = _HandshakeSocket(sock, deadline, is_cancelled)
     try:
         _upgrade(library, endpoint, headers, shim)
     except BaseException:
@@ -182,12 +196,21 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
         status = web_socket.status
         if status is None or status == 101:
             raise RelayError(
-                "not_a_relay", f"{where} does not speak the relay's WebSocket: {exc}"
+                "not_a_relay",
+                f"{where} does not speak the relay's WebSocket: {printable(str(exc))}",
             ) from exc
-    except (OSError, ValueError) as exc:
-        reason = getattr(exc, "strerror", None) or exc
+    except RelayError:
+        raise
+    except OSError as exc:
         raise RelayError(
-            "server_unreachable", f"{where} ended the WebSocket handshake: {reason}"
+            "server_unreachable",
+            f"{where} ended the WebSocket handshake: {printable(exc.strerror or str(exc))}",
+        ) from exc
+    except Exception as exc:
+        # By what a server answers the library can be brought to raise nearly anything
+        # (IndexError, CookieError, ...); an unattended client must live on.
+        raise RelayError(
+            "not_a_relay", f"{where} does not speak HTTP: {printable(repr(exc))}"
         ) from exc
     if refusal is None and status == 101:
         return
@@ -196,8 +219,7 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
 
 
 def _body(headers: Mapping[str, str], shim: _HandshakeSocket) -> bytes:
-    length = headers.get("content-length", "")
-    wanted = min(int(length), _MAX_ANSWER_BYTES // 2) if length.isdigit() else 0
+    wanted = int(min(_number(headers.get("content-length", "")) or 0, _MAX_ANSWER_BYTES // 2))
     body = b""
     with contextlib.suppress(OSError, RelayError):
         while len(body) < wanted:
@@ -217,11 +239,11 @@ def _refusal(
     if 300 <= status < 400 and location:
         return RelayError(
             "not_a_relay",
-            f"{where} redirects to {_printable(location)}; redirects are not followed with"
+            f"{where} redirects to {printable(location)}; redirects are not followed with"
             " secrets, so give that address as --server-url if it is right",
         )
     if RELAY_HEADER.lower() not in headers:
-        server = _printable(headers.get("server", "unknown"))
+        server = printable(headers.get("server", "unknown"))
         return RelayError(
             "not_a_relay",
             f"something before the relay answered {status}, Server: {server};"
@@ -229,21 +251,21 @@ def _refusal(
         )
     try:
         told = json.loads(body)
-        code, message = str(told["code"]), _printable(str(told["message"]))
+        code, message = str(told["code"]), printable(str(told["message"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         code, message = "", f"the relay answered {status}"
     if code not in ERRORS:
         by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
         code = by_status.get(status, "busy" if status in (429, 503) else "not_a_relay")
-    retry_after = headers.get("retry-after", "")
-    return RelayError(
-        code, message, retry_after_s=float(retry_after) if retry_after.isdigit() else None
-    )
+    retry_after_s = _number(headers.get("retry-after", ""))
+    if retry_after_s is not None:
+        retry_after_s = min(retry_after_s, _MAX_RETRY_AFTER_S)
+    return RelayError(code, message, retry_after_s=retry_after_s)
 
 
-def _printable(text: str) -> str:
-    """Nothing from the network may move a terminal's cursor or fill it."""
-    return "".join(c if c.isprintable() else "?" for c in text[:300])
+def _number(text: str) -> float | None:
+    """Read a header's number; None for anything else, however long."""
+    return float(text) if text.isascii() and text.isdecimal() else None
 
 
 class Transport:
@@ -258,9 +280,10 @@ class Transport:
         self._frames.recv_strict = self._read_exactly
         self._read_ahead = begun
         self._read_at = 0
-        self._parts: list[bytes] = []  # Of a message in fragments.
+        self._parts = bytearray()  # Of a message in fragments.
         self._parts_opcode = 0
         self._writer: threading.Thread | None = None
+        self._says_goodbye = False  # A close waits in the outbox, or was sent.
         self._ping_interval_s = ping_interval_s
         # The timer's own.
         self._ping_at = time.monotonic() + ping_interval_s
@@ -291,8 +314,11 @@ class Transport:
                 raise LegError(f"bad frame from the server: {exc}") from exc
             opcode, payload = frame.opcode, frame.data
             if opcode == OP_PING:
+                if len(payload) > _MAX_PING_BYTES:
+                    raise LegError("a ping is too long")
                 self.outbox.put_leg("pong", Frame(OP_PONG, b"", payload))
             elif opcode == OP_CLOSE:
+                self._says_goodbye = True
                 self.outbox.close(Frame(OP_CLOSE, b"", payload[:2]), flush=False)
                 return OP_CLOSE, int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
             elif opcode != OP_PONG:
@@ -308,13 +334,13 @@ class Transport:
             if is_last:
                 return opcode, payload
             self._parts_opcode = opcode
-        self._parts.append(payload)
-        if sum(map(len, self._parts)) > _MAX_MESSAGE_BYTES:
+        self._parts += payload
+        if len(self._parts) > _MAX_MESSAGE_BYTES:
             raise LegError("a message is too long", CLOSE_TOO_BIG)
         if not is_last:
             return None
-        message = (self._parts_opcode, b"".join(self._parts))
-        self._parts, self._parts_opcode = [], 0
+        message = (self._parts_opcode, bytes(self._parts))
+        self._parts, self._parts_opcode = bytearray(), 0
         return message
 
     def _read_exactly(self, size: int) -> bytes:
@@ -383,7 +409,8 @@ class Transport:
 
         The caller wakes the timer, whose clock it is.
         """
-        payload = struct.pack("!H", code) + reason.encode("utf-8")[:120]
+        payload = struct.pack("!H", code) + reason.encode("ascii", "replace")[:120]
+        self._says_goodbye = True
         self._abort_at = min(self._abort_at, time.monotonic() + FLUSH_S)
         self.outbox.close(Frame(OP_CLOSE, b"", payload), flush=flush)
 
@@ -393,6 +420,9 @@ class Transport:
 
     def stop(self) -> None:
         """End the writer, join it and free the socket. By the reader, or after it ended."""
+        if self._writer is not None and self._says_goodbye:
+            # So that the peer reads why. The writer ends by itself behind the close.
+            self._writer.join(FLUSH_S)
         self.outbox.stop()
         self.abort()
         if self._writer is not None:

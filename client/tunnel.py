@@ -114,8 +114,9 @@ class Tunnel:
                     end.reset(RelayError("target_reset", "the target closed the connection"))
                     break
             if end.ended is not None and end.ended.code == "user_gone":
-                # To its end: closing on unread bytes would send RST instead of FIN.
-                while sock.recv(65536):
+                # To its end: closing on unread bytes would send RST instead of FIN. Some
+                # targets never end; SHUT_RD does not stop what they still send.
+                while not end.must_stop() and sock.recv(65536):
                     pass
         except OSError as exc:
             end.reset(_target_error(exc))

@@ -181,6 +181,14 @@ def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> dic
     return control
 
 
+def decode_text(payload: bytes) -> str:
+    """Return a text message as text; raises LegError if it is not UTF-8."""
+    try:
+        return payload.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise LegError("a text message is not UTF-8") from exc
+
+
 def encode_control(kind: str, channel: int = 0, **fields: Any) -> bytes:
     """Return the JSON of a control; `channel` 0 leaves that field out (a user leg)."""
     control: dict[str, Any] = {"type": kind}

@@ -36,6 +36,12 @@ EXTENSION = "http_network_relay"
 # gunicorn's WORKER_BOOT_ERROR: its master then ends too instead of starting it again.
 _EXIT_CANNOT_START = 3
 
+# What Flask refuses by itself -> code and message.
+_HTTP_ERRORS = {
+    404: ("not_found", f"the relay has {CLIENTS_PATH}, {USERS_PATH} and /healthz only"),
+    500: ("internal_error", "the relay failed; its log says why"),
+}
+
 _INSTANCE = re.compile(r"[0-9a-f]{32}")
 _WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")
 _NEWER_SUBPROTOCOL = re.compile(r"http-network-relay\.v([2-9]|[1-9][0-9]{1,3})")
@@ -189,7 +195,7 @@ def _refusal_response(error: HttpRefusal) -> Response:
 def _http_error_response(error: HTTPException) -> Response:
     """Answer what Flask refuses by itself: unknown paths and methods, and our own bugs."""
     status = error.code or 500
-    code = {404: "not_found", 500: "internal_error"}.get(status, "bad_request")
-    response: Response = jsonify(code=code, message=error.description or error.name)
+    code, message = _HTTP_ERRORS.get(status, ("bad_request", error.name))
+    response: Response = jsonify(code=code, message=message)
     response.status_code = status
     return response

@@ -10,19 +10,15 @@ import hmac
 import json
 import logging
 import os
-import re
 import stat
 from typing import Any
 
 from server.config import CREDENTIALS_FILE_VARIABLE
 from server.errors import ConfigError
-from server.wire import NAME_PATTERN
+from server.wire import NAME_PATTERN, is_secret, matches
 
 _log = logging.getLogger("http_network_relay.server.credentials")
 
-_SECRET = re.compile(r"[!-~]+")
-# Secrets travel in one header; gunicorn and nginx take about 8 KiB of it.
-_MAX_SECRET_CHARS = 1024
 _FORM = '{"clients": {"client-name": "SECRET"}, "proxy_users": ["TOKEN"]}'
 
 
@@ -63,7 +59,7 @@ def load_credentials(path: str, *, warn: bool = True) -> Credentials:
     """
     clients, users = _check_form(path, _parse(path, _read(path)))
     for name, secret in clients.items():
-        if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
+        if not isinstance(name, str) or not matches(NAME_PATTERN, name):
             raise ConfigError(
                 f"{path}: the client name {name!r} must be 1 to 128 printable ASCII characters "
                 "without spaces and colons; rename it"
@@ -132,10 +128,10 @@ def _check_form(path: str, content: Any) -> tuple[dict[str, Any], list[Any]]:
 def _check_secret(path: str, what: str, secret: Any) -> None:
     if not isinstance(secret, str) or not secret:
         raise ConfigError(f"{path}: {what} is empty or not a string; set a long random one")
-    if not _SECRET.fullmatch(secret) or len(secret) > _MAX_SECRET_CHARS:
+    if not is_secret(secret):
         raise ConfigError(
-            f"{path}: {what} must be printable ASCII without spaces, at most "
-            f"{_MAX_SECRET_CHARS} characters; set a long random one"
+            f"{path}: {what} must be printable ASCII without spaces, at most 4096 characters; "
+            "set a long random one"
         )
 
 

@@ -42,7 +42,7 @@ FIRST_MESSAGE_S = 10.0
 # A user's end whose tunnel is over closes by itself, at once; this catches one that does not.
 _LATE_CLOSE_S = 10.0
 # A leg that was replaced holds a thread beyond its slot while its close frame goes out.
-_REPLACED_FLUSH_S = 0.2
+REPLACED_FLUSH_S = 0.2
 # The timer's next try when the outbox's lock was taken.
 _PING_RETRY_S = 0.01
 _PING = Frame(OP_PING, b"", b"")
@@ -202,7 +202,7 @@ class ClientLeg(Leg):
         self._note("replaced")
         self._lost("client_replaced")
         self.outbox.close(close_frame(close_code), flush=False)
-        self._abort_by(time.monotonic() + _REPLACED_FLUSH_S)
+        self._abort_by(time.monotonic() + REPLACED_FLUSH_S)
 
     def going_away(self, spread_ms: int) -> None:
         """The server drains: say so, and give up the tunnels."""

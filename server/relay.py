@@ -15,7 +15,7 @@ from typing import Any
 from server.config import LEG_BUDGET_BYTES, Config
 from server.credentials import Credentials
 from server.errors import HttpRefusal, TunnelRefused
-from server.leg import ClientLeg, Leg, UserLeg
+from server.leg import REPLACED_FLUSH_S, ClientLeg, Leg, UserLeg
 from server.logs import ROOT_NAME
 from server.registry import Registry, Slot
 from server.timer import Timer
@@ -118,7 +118,7 @@ class Relay:
         self._change_legs(add=leg)
         if not self._registry.attach(slot, leg):
             # A newer leg came, or the drain began, during the upgrade.
-            leg.end(slot.close_code or CLOSE_RESTART, "came_too_late")
+            leg.end(slot.close_code or CLOSE_RESTART, "came_too_late", flush_s=REPLACED_FLUSH_S)
         started_at = time.monotonic()
         fields = f"{slot.kind}={slot.name} address={slot.address}"
         if slot.instance:
@@ -151,6 +151,7 @@ class Relay:
             raise TunnelRefused("client_offline", f"the client {name} is not connected")
         tunnel = Tunnel(client_leg, leg, control, user)
         client_leg.open(tunnel, self._config.max_window_bytes)
+        tunnel.log_start()
         return tunnel
 
     # The end.

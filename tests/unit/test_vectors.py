@@ -6,14 +6,27 @@ docs/protocol.md, "Golden vectors", says how each section of that file is read.
 import importlib
 import importlib.util
 import json
+import re
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from flask import Flask
+from werkzeug.datastructures import Headers
+
+import client.agent
+from client.agent import Agent
+from client.config import read_config
+from server.app import build_app
+from server.config import Config
+from server.credentials import Credentials
+from server.credit import Budget, Direction
+from server.relay import Relay
 
 ROOT = Path(__file__).resolve().parents[2]
 VECTORS: dict[str, Any] = json.loads((ROOT / "tests" / "vectors" / "wire.json").read_text("utf-8"))
@@ -88,8 +101,8 @@ def encode(wire: Any, parsed: Mapping[str, Any]) -> bytes:
 
 def test_vector_ids_are_unique() -> None:
     """A vector is found by its id."""
-    for section in ("controls", "bad_controls", "relayed", "data", "bad_data", "streams", "outbox"):
-        ids = [v["id"] for v in VECTORS[section]]
+    for section in (name for name, rows in VECTORS.items() if isinstance(rows, list)):
+        ids = [v.get("id", v.get("token")) for v in VECTORS[section]]
         assert len(set(ids)) == len(ids), section
 
 
@@ -105,6 +118,93 @@ def test_every_type_has_a_vector_in_each_direction(wire: Any) -> None:
 def test_constant_is_the_one_of_the_vectors(wire: Any, name: str) -> None:
     """Names and numbers are equal in all three programs."""
     assert getattr(wire, name) == VECTORS["constants"][name]
+
+
+# The handshake.
+
+
+@pytest.fixture
+def app() -> Iterator[Flask]:
+    """The server's application with one client and one proxy user, outside of gunicorn."""
+    client, user = VECTORS["handshake"]["client"], VECTORS["handshake"]["user"]
+    relay = Relay(Config(), Credentials({client["name"]: client["secret"]}, [user["token"]]))
+    interval_s = sys.getswitchinterval()
+    relay.start(slots=4)
+    yield build_app(relay)
+    relay.stop_timer(1.0)
+    sys.setswitchinterval(interval_s)
+
+
+def ask(app: Flask, path: str, headers: Mapping[str, str]) -> tuple[int, Mapping[str, str], Any]:
+    """Ask for an upgrade over a socket pair whose peer leaves at once; status, headers, JSON."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.shutdown(socket.SHUT_WR)
+        environ = {"gunicorn.socket": ours, "SERVER_PROTOCOL": "HTTP/1.1"}
+        try:
+            answer = app.test_client().get(path, headers=dict(headers), environ_overrides=environ)
+            return answer.status_code, answer.headers, answer.json
+        except StopIteration:
+            # So flask-sock tells gunicorn that the socket was a WebSocket and has ended.
+            head = theirs.recv(65536).split(b"\r\n\r\n")[0].decode()
+    status, *lines = head.split("\r\n")
+    return int(status.split()[1]), Headers([tuple(line.split(": ", 1)) for line in lines]), None
+
+
+@each("handshakes")
+def test_server_answers_the_handshake(app: Flask, vector: dict[str, Any]) -> None:
+    """The server admits what is right and refuses the rest before the upgrade, with a code."""
+    right = VECTORS["handshake"][vector["leg"]]
+    headers = {k: v for k, v in {**right["headers"], **vector["replace"]}.items() if v is not None}
+    status, answer, told = ask(app, right["path"], headers)
+    assert status == vector["status"]
+    assert answer["HTTP-Network-Relay"] == "v1"
+    if status == VECTORS["handshake"]["accepted"]["status"]:
+        accepted = VECTORS["handshake"]["accepted"]
+        assert {name: answer.get(name) for name in accepted["headers"]} == accepted["headers"]
+        assert not set(accepted["absent"]) & set(answer.keys())
+    else:
+        assert told["code"] == vector["code"]
+        assert vector.get("says", "") in told["message"]
+
+
+def test_client_asks_as_the_vector_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name and secret in one header, the random instance in another."""
+    right = VECTORS["handshake"]["client"]
+    asked: list[tuple[Any, list[str]]] = []
+    monkeypatch.setattr(
+        client.agent, "connect", lambda to, headers, **_: asked.append((to, headers))
+    )
+    for _ in range(2):
+        argv = ["--server-url", "ws://localhost", "--client-name", right["name"]]
+        config = read_config(argv, {"HTTP_NETWORK_RELAY_CLIENT_SECRET": right["secret"]})
+        Agent(config)._connect()
+    assert asked[0][0].resource == right["path"]
+    sent, again = (dict(line.split(": ") for line in headers) for _, headers in asked)
+    assert sent.pop("HTTP-Network-Relay-Instance") != again["HTTP-Network-Relay-Instance"]
+    assert re.fullmatch("[0-9a-f]{32}", again["HTTP-Network-Relay-Instance"])
+    assert sent == {"Authorization": right["headers"]["Authorization"]}
+
+
+def test_proxy_command_asks_as_the_vector_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token in one header, and nothing else."""
+    right, script = VECTORS["handshake"]["user"], load("script")
+    asked: list[tuple[Any, list[str]]] = []
+    monkeypatch.setattr(script, "connect", lambda to, headers, **_: asked.append((to, headers)))
+    argv = ["device", "127.0.0.1", "22", "--server-url", "ws://localhost"]
+    settings = script.read_settings(argv, {"HTTP_NETWORK_RELAY_SECRET_KEY": right["token"]})
+    script.Session(settings)._connect(restart_until=0.0)
+    assert asked[0][0].resource == right["path"]
+    assert asked[0][1] == [f"Authorization: {right['headers']['Authorization']}"]
+
+
+@pytest.mark.parametrize("vector", VECTORS["user_names"], ids=lambda v: v["user"])
+def test_user_without_a_name_is_called_by_the_tokens_hash(vector: dict[str, str]) -> None:
+    """A log names proxy users without telling their tokens."""
+    assert Credentials({}, [vector["token"]]).check_user(vector["token"]) == vector["user"]
+
+
+# Controls.
 
 
 @each("controls")
@@ -277,6 +377,43 @@ def test_stream_counts_as_the_vector_says(stream_module: Any, vector: dict[str, 
             run.play(step)
         except AssertionError as exc:
             raise AssertionError(f"step {number}: {step}") from exc
+
+
+# What the server counts.
+
+
+def play_counter(directions: list[Direction], step: Mapping[str, Any]) -> int | None:
+    direction = directions[step["tunnel"]]
+    if step["do"] == "first_limit":
+        return direction.grant(step["limit"])
+    if step["do"] == "ack":
+        return direction.on_ack(step["delivered"], step["limit"], step["eof"])
+    if step["do"] == "data":
+        direction.on_data(step["size"])
+    elif step["do"] == "eof":
+        direction.on_eof(step["count"])
+    else:
+        direction.release()
+    return None
+
+
+@each("counters")
+def test_server_counts_as_the_vector_says(vector: dict[str, Any]) -> None:
+    """Limits are lowered to cap and budget, and an end that breaks the rules is found out."""
+    budget = Budget(vector["budget"])
+    count = 1 + max(step["tunnel"] for step in vector["steps"])
+    directions = [Direction(budget, vector["cap"]) for _ in range(count)]
+    for number, step in enumerate(vector["steps"]):
+        if "error" in step:
+            with pytest.raises(load("server.wire").TunnelError) as caught:
+                play_counter(directions, step)
+            assert caught.value.code == "protocol_error", f"step {number}: {step}"
+        else:
+            result = play_counter(directions, step)
+            assert result == step.get("gives"), f"step {number}: {step}"
+    for direction in directions:
+        direction.release()
+    assert budget.free == vector["budget"]
 
 
 # The outbox.

@@ -1,0 +1,194 @@
+"""wss:// by nginx in front, and by gunicorn with a certificate of its own.
+
+In all three programs the checking TLS socket is installed: two threads inside one TLS
+object end the process, and the test with it.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.flows import becomes, count, side_by_side, transfer
+from tests.support import debian
+from tests.support.certs import Certs
+from tests.support.link import Link
+from tests.support.processes import (
+    Pipes,
+    Proc,
+    Server,
+    start_client,
+    start_proxy,
+    start_server,
+)
+from tests.support.targets import (
+    Conversation,
+    DuplexTarget,
+    EchoTarget,
+    Target,
+    pseudo_random_sha256,
+)
+
+pytestmark = pytest.mark.debian("nginx", "openssl")
+
+FRONTS = ("nginx", "gunicorn")
+BULK_BYTES = 64 * 1024 * 1024
+SHORT_TUNNELS = 30  # for each front
+# A line on which TLS records come late and in pieces.
+JITTER = {"delay_ms": 2.0, "jitter_ms": 15.0}
+
+
+@dataclass
+class TlsRelay:
+    """A relay whose legs are all `wss`, both through one link, and what watches its TLS."""
+
+    server: Server
+    client: Proc
+    link: Link
+    ca_file: Path
+    check_file: Path
+
+    @property
+    def url(self) -> str:
+        return f"wss://127.0.0.1:{self.link.port}"
+
+    def proxy(self, port: int, *, args: tuple[str, ...] | None = None) -> Pipes:
+        if args is None:
+            args = ("--ca-file", str(self.ca_file))
+        return start_proxy(self.url, port=port, args=args, checking_tls_file=self.check_file)
+
+    @property
+    def shared_tls(self) -> str:
+        """The complaints of the checking sockets: empty if all was well."""
+        return self.check_file.read_text() if self.check_file.exists() else ""
+
+
+@contextmanager
+def tls_relay(folder: Path, certs: Certs, front: str, *, threads: int = 32) -> Iterator[TlsRelay]:
+    """A server behind `front` and a client, all checked."""
+    check_file = folder / "tls-shared"
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        server = enter(
+            start_server(
+                folder,
+                threads=threads,
+                tls=certs.pair if front == "gunicorn" else None,
+                checking_tls_file=check_file,
+            )
+        )
+        port = server.port
+        if front == "nginx":
+            port = enter(debian.run_nginx_tls(folder / "nginx", port, *certs.pair)).port
+        link = enter(Link(port))
+        client = enter(
+            start_client(
+                f"wss://127.0.0.1:{link.port}",
+                args=["--ca-file", str(certs.ca)],
+                checking_tls_file=check_file,
+            )
+        )
+        yield TlsRelay(server, client, link, certs.ca, check_file)
+
+
+@pytest.fixture(scope="module", params=FRONTS)
+def relay(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, certs: Certs
+) -> Iterator[TlsRelay]:
+    """One relay for each front."""
+    with tls_relay(tmp_path_factory.mktemp(request.param), certs, request.param) as running:
+        yield running
+        # Also when it was the shutdown that two threads met in.
+        assert running.shared_tls == ""
+
+
+def test_bytes_are_equal_when_much_goes_both_ways_at_once(relay: TlsRelay) -> None:
+    """64 MB each way through one tunnel, equal SHA-256."""
+    check_bulk(relay, BULK_BYTES)
+
+
+def check_bulk(relay: TlsRelay, size: int) -> float:
+    """Send `size` bytes each way at once through one tunnel; return MB/s, both ways together."""
+    with DuplexTarget(size, "down") as target, relay.proxy(target.port) as proxy:
+        came = transfer(proxy, size, "up", timeout_s=60 + size / 1e6)
+        assert (came.status, came.lines, came.size) == (0, [], size)
+        assert came.sha256 == pseudo_random_sha256(size, "down")
+        assert target.conversation().received_bytes == size
+        assert target.conversation().received_sha256 == pseudo_random_sha256(size, "up")
+    assert relay.shared_tls == ""
+    return 2 * size / came.seconds / 1e6
+
+
+class GreetingTarget(Target):
+    """Speaks in the instant in which it is connected, then echoes."""
+
+    GREETING = b"hello from the target\n" * 50
+
+    def serve(self, conversation: Conversation) -> None:
+        conversation.send(self.GREETING)
+        while data := conversation.recv():
+            conversation.send(data)
+
+
+def test_short_tunnels_succeed_when_the_line_jitters(relay: TlsRelay) -> None:
+    """Both ends write in the instant after the handshake; each tunnel carries all."""
+    check_short_tunnels(relay, SHORT_TUNNELS)
+
+
+def check_short_tunnels(relay: TlsRelay, tunnels: int, at_once: int = 8) -> None:
+    """Run so many proxy commands through the jittering link; all must succeed."""
+    relay.link.delay_ms, relay.link.jitter_ms = JITTER["delay_ms"], JITTER["jitter_ms"]
+    before = relay.link.connections_accepted
+    try:
+        with GreetingTarget() as target:
+
+            def one(number: int) -> None:
+                said = f"tunnel {number}\n".encode() * 100
+                with relay.proxy(target.port) as proxy:
+                    done = proxy.finish(said, timeout_s=30)
+                assert (done.status, done.lines) == (0, []), f"tunnel {number}"
+                assert done.stdout == target.GREETING + said
+
+            side_by_side([functools.partial(one, number) for number in range(tunnels)], at_once)
+    finally:
+        relay.link.delay_ms = relay.link.jitter_ms = 0.0
+    assert relay.shared_tls == ""
+    assert relay.client.is_running
+    # Every one of them went through the link, and the client's leg held all the time.
+    assert relay.link.connections_accepted - before == tunnels
+    assert count(relay.client.lines, "registered") == 1
+
+
+def test_certificate_is_refused_when_its_authority_is_unknown(relay: TlsRelay) -> None:
+    """Without --ca-file: exit 6 and one line that says what to do."""
+    with EchoTarget() as target, relay.proxy(target.port, args=()) as proxy:
+        done = proxy.finish(b"not for strangers")
+        assert (done.status, done.stdout, len(done.lines)) == (6, b"", 1)
+        assert "certificate of 127.0.0.1 is not trusted" in done.lines[0]
+        assert "--ca-file" in done.lines[0]
+        assert target.conversations == []
+
+
+def test_certificate_is_refused_when_it_is_for_another_name(tmp_path: Path, certs: Certs) -> None:
+    """By the proxy command with exit 6, and by the client, who says so and goes on trying."""
+    pair = (certs.wrong_host_cert, certs.wrong_host_key)
+    args = ["--ca-file", str(certs.ca)]
+    with (
+        start_server(tmp_path, tls=pair) as server,
+        start_client(server.url, args=args, wait=False) as client,
+        start_proxy(server.url, port=1, args=args) as proxy,
+    ):
+        done = proxy.finish()
+        assert (done.status, done.stdout, len(done.lines)) == (6, b"", 1)
+        assert "certificate of 127.0.0.1 is not trusted" in done.lines[0]
+        client.wait_for_line("certificate of 127.0.0.1 is not trusted")
+        becomes(lambda: count(client.lines, "registered"), 0)
+        assert client.is_running
+
+
+def test_violation_is_seen_when_the_check_is_installed(tmp_path: Path, certs: Certs) -> None:
+    """The check is alive in the programs' own processes: an injected violation ends one."""

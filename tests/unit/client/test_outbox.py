@@ -1,0 +1,468 @@
+"""The outbox: order, turns, ends, and bounded memory, whatever the threads do."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import tracemalloc
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import client.outbox
+from client.outbox import Frame, Outbox, append_merged
+from client.wire import MAX_DATA_BYTES, OP_BINARY, OP_CLOSE, OP_TEXT
+
+CLOSE = Frame(OP_CLOSE, b"", b"\x03\xe8")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The outbox's clock: set `.now`."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(client.outbox, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+@pytest.fixture
+def fast_switching() -> Iterator[None]:
+    """Threads switch at nearly every byte code, so that races show."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def text(name: str) -> Frame:
+    return Frame(OP_TEXT, b"", name.encode())
+
+
+def put(outbox: Outbox, channel: int, data: bytes) -> None:
+    outbox.put_data(channel, channel.to_bytes(4, "big"), data)
+
+
+def put_blocks(outbox: Outbox, channel: int, count: int) -> None:
+    for _ in range(count):
+        put(outbox, channel, bytes(MAX_DATA_BYTES))
+
+
+def names(outbox: Outbox) -> list[str]:
+    """All that can be taken now: the text of a control, the channel of data."""
+    found = []
+    while not outbox.is_empty():
+        frame = outbox.take()
+        assert frame is not None
+        is_data = frame.opcode == OP_BINARY
+        found.append(str(int.from_bytes(frame.head, "big")) if is_data else frame.payload.decode())
+    return found
+
+
+# Order and turns.
+
+
+def test_channels_take_turns_whoever_came_first() -> None:
+    """One message a turn: the megabytes of one do not hold the key strokes of another."""
+    outbox = Outbox()
+    put_blocks(outbox, 1, 4)
+    put(outbox, 2, b"k")
+    put_blocks(outbox, 3, 2)
+    assert names(outbox) == ["1", "2", "3", "1", "3", "1", "1"]
+
+
+def test_keystroke_waits_for_one_message_of_each_other_channel() -> None:
+    """A channel that comes anew stands behind one turn of each, not behind their queues."""
+    outbox = Outbox()
+    put_blocks(outbox, 1, 50)
+    put_blocks(outbox, 2, 50)
+    assert outbox.take() is not None
+    put(outbox, 3, b"k")
+    assert names(outbox)[:4] == ["2", "1", "3", "2"]
+
+
+def test_channel_that_ran_empty_goes_to_the_back() -> None:
+    """Small messages often do not get more turns than large ones."""
+    outbox = Outbox()
+    put_blocks(outbox, 1, 3)
+    order = []
+    for _ in range(3):
+        put(outbox, 2, b"k")
+        for _ in range(2):
+            frame = outbox.take()
+            assert frame is not None
+            order.append(int.from_bytes(frame.head, "big"))
+    assert order == [1, 2, 1, 2, 1, 2]
+
+
+def test_fast_lane_goes_first_in_order_of_its_slots() -> None:
+    """Controls that may overtake do; a newer ack takes the place of the older."""
+    outbox = Outbox()
+    put_blocks(outbox, 1, 2)
+    outbox.put_leg("pong", text("old pong"))
+    outbox.put_ack(1, text("old ack"))
+    outbox.put_first(2, text("opened 2"))
+    outbox.put_ack(2, text("ack 2"))
+    outbox.put_ack(1, text("new ack"))
+    outbox.put_leg("pong", text("new pong"))
+    assert names(outbox) == ["new pong", "new ack", "opened 2", "ack 2", "1", "1"]
+
+
+def test_eof_comes_behind_the_data_and_the_first_message_before_all() -> None:
+    """Per channel: first, data, eof."""
+    outbox = Outbox()
+    outbox.put_first(1, text("opened"))
+    put_blocks(outbox, 1, 2)
+    outbox.put_eof(1, text("eof"))
+    assert names(outbox) == ["opened", "1", "1", "eof"]
+
+
+# Ends.
+
+
+def test_reset_deletes_what_its_channel_has_queued_and_no_other() -> None:
+    """A cancelled download is gone at once."""
+    outbox = Outbox()
+    put_blocks(outbox, 1, 9)
+    put(outbox, 2, b"k")
+    outbox.put_eof(1, text("eof"))
+    outbox.put_ack(1, text("ack 1"))
+    outbox.put_ack(2, text("ack 2"))
+    outbox.put_end(1, text("reset"))
+    assert names(outbox) == ["ack 2", "reset", "2"]
+
+
+def test_reset_comes_behind_the_first_message_of_its_channel() -> None:
+    """Nothing of a channel goes before its first message."""
+    outbox = Outbox()
+    outbox.put_first(1, text("opened"))
+    put(outbox, 1, b"x")
+    outbox.put_end(1, text("reset"))
+    assert names(outbox) == ["opened", "reset"]
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_end_takes_an_unsent_open_back(in_turn: bool) -> None:
+    """Neither is sent, and none of what was queued behind it."""
+    outbox = Outbox()
+    outbox.put_first(1, text("open"), cancellable=True)
+    put(outbox, 1, b"x")
+    outbox.put_ack(1, text("ack"))
+    outbox.put_end(1, text("reset"), in_turn=in_turn)
+    assert outbox.is_empty()
+
+
+def test_end_is_sent_when_the_open_was_sent() -> None:
+    """Taken is sent: it cannot be taken back any more."""
+    outbox = Outbox()
+    outbox.put_first(1, text("open"), cancellable=True)
+    assert outbox.take() == text("open")
+    outbox.put_end(1, text("reset"))
+    assert names(outbox) == ["reset"]
+
+
+def test_end_in_turn_comes_behind_the_data(clock: SimpleNamespace) -> None:
+    """user_gone and target_reset belong to the conversation."""
+    outbox = Outbox()
+    put_blocks(outbox, 1, 3)
+    put(outbox, 2, b"k")
+    outbox.put_end(1, text("reset"), in_turn=True)
+    clock.now += 0.999
+    assert names(outbox) == ["1", "2", "1", "1", "reset"]
+
+
+def test_end_in_turn_overtakes_after_a_second(clock: SimpleNamespace) -> None:
+    """A leg that hardly moves must not keep a tunnel for ever."""
+    outbox = Outbox()
+    put_blocks(outbox, 1, 30)
+    outbox.put_eof(1, text("eof"))
+    outbox.put_end(1, text("reset"), in_turn=True)
+    first = outbox.take()
+    assert first is not None
+    assert first.opcode == OP_BINARY
+    clock.now += 1.0
+    assert names(outbox) == ["reset"]
+
+
+def test_second_end_in_turn_changes_nothing(clock: SimpleNamespace) -> None:
+    """The first reason stands, and its second is not counted anew."""
+    outbox = Outbox()
+    put_blocks(outbox, 1, 5)
+    outbox.put_end(1, text("first"), in_turn=True)
+    clock.now += 0.6
+    outbox.put_end(1, text("second"), in_turn=True)
+    clock.now += 0.4
+    assert names(outbox) == ["first"]
+
+
+def test_hard_end_overtakes_one_in_turn() -> None:
+    """A lost tunnel does not wait for a polite one."""
+    outbox = Outbox()
+    put_blocks(outbox, 1, 5)
+    outbox.put_end(1, text("polite"), in_turn=True)
+    outbox.put_end(1, text("hard"))
+    assert names(outbox) == ["hard"]
+
+
+def test_nothing_follows_an_eof_or_an_end_in_turn() -> None:
+    """A producer that was a moment late must not write behind the end."""
+    outbox = Outbox()
+    outbox.put_eof(1, text("eof"))
+    put(outbox, 1, b"late")
+    outbox.put_eof(1, text("eof again"))
+    put(outbox, 2, b"x")
+    outbox.put_end(2, text("reset"), in_turn=True)
+    put(outbox, 2, b"late")
+    outbox.put_eof(2, text("late eof"))
+    assert names(outbox) == ["eof", "2", "reset"]
+
+
+# The leg's end.
+
+
+def test_close_flushes_what_is_queued_and_takes_no_more() -> None:
+    """Behind all, then nothing."""
+    outbox = Outbox()
+    put(outbox, 1, b"x")
+    outbox.put_ack(1, text("ack"))
+    outbox.close(CLOSE)
+    put(outbox, 1, b"late")
+    outbox.put_ack(1, text("late"))
+    outbox.put_first(2, text("late"))
+    outbox.put_leg("pong", text("late"))
+    outbox.put_end(1, text("late"))
+    outbox.put_eof(1, text("late"))
+    assert not outbox.try_put_leg("ping", text("late")) or outbox.is_empty() is False
+    taken = [outbox.take() for _ in range(4)]
+    assert [frame and frame.payload for frame in taken] == [b"ack", b"x", CLOSE.payload, None]
+
+
+def test_close_without_flush_is_the_next_frame() -> None:
+    """A leg error: what is queued does not matter any more."""
+    outbox = Outbox()
+    put_blocks(outbox, 1, 5)
+    outbox.put_leg("pong", text("pong"))
+    outbox.close(CLOSE, flush=False)
+    assert [outbox.take(), outbox.take()] == [CLOSE, None]
+
+
+def test_first_close_wins() -> None:
+    """Its code is the reason; a later one is an echo of the end."""
+    outbox = Outbox()
+    outbox.close(CLOSE)
+    outbox.close(Frame(OP_CLOSE, b"", b"\x03\xf1"), flush=False)
+    assert [outbox.take(), outbox.take()] == [CLOSE, None]
+
+
+@pytest.mark.parametrize("end", ["stop", "close", "put"])
+def test_waiting_writer_is_woken(end: str) -> None:
+    """stop(), close() and any put wake a writer that waits."""
+    outbox = Outbox()
+    taken: list[Frame | None] = []
+    writer = threading.Thread(target=lambda: taken.append(outbox.take()))
+    writer.start()
+    if end == "stop":
+        outbox.stop()
+    elif end == "close":
+        outbox.close(CLOSE)
+    else:
+        put(outbox, 1, b"x")
+    writer.join(1.0)
+    assert not writer.is_alive()
+    expected: Any = {"stop": None, "close": CLOSE}.get(end, Frame(OP_BINARY, b"\0\0\0\1", b"x"))
+    assert taken == [expected]
+
+
+def test_stop_forgets_all() -> None:
+    """Even a close that waits: the leg is dead."""
+    outbox = Outbox()
+    put(outbox, 1, b"x")
+    outbox.close(CLOSE)
+    outbox.stop()
+    put(outbox, 1, b"x")
+    outbox.put_ack(1, text("ack"))
+    assert outbox.take() is None
+    assert outbox.take() is None
+    assert outbox.is_empty()
+
+
+# The timer.
+
+
+def test_try_put_leg_never_waits_while_the_lock_is_held() -> None:
+    """The timer asks again later rather than stand behind whoever is inside."""
+    outbox = Outbox()
+    answers: list[bool] = []
+    with outbox._ready:
+        timer = threading.Thread(
+            target=lambda: answers.append(outbox.try_put_leg("ping", text("ping")))
+        )
+        timer.start()
+        timer.join(1.0)
+        assert not timer.is_alive()
+        assert answers == [False]
+    assert outbox.try_put_leg("ping", text("ping"))
+    assert names(outbox) == ["ping"]
+
+
+def test_try_put_leg_wakes_the_writer() -> None:
+    """A ping on an idle leg goes out at once."""
+    outbox = Outbox()
+    taken: list[Frame | None] = []
+    writer = threading.Thread(target=lambda: taken.append(outbox.take()))
+    writer.start()
+    assert outbox.try_put_leg("ping", text("ping")) or not taken
+    while not taken and not outbox.try_put_leg("ping", text("ping")):
+        pass  # The writer held the lock: that is the point of "try".
+    writer.join(1.0)
+    assert taken == [text("ping")]
+
+
+# Merging and memory.
+
+
+def test_small_pieces_become_one_message_of_64_kib_at_most() -> None:
+    """Cuts in a stream mean nothing; the size of a message does."""
+    outbox = Outbox()
+    sent = bytearray()
+    for number in range(5000):
+        piece = number.to_bytes(4, "big") * 10
+        sent += piece
+        put(outbox, 1, piece)
+    sizes, received = [], bytearray()
+    while not outbox.is_empty():
+        frame = outbox.take()
+        assert frame is not None
+        sizes.append(len(frame.payload))
+        received += frame.payload
+    assert received == sent
+    assert max(sizes) <= MAX_DATA_BYTES
+    assert len(sizes) == -(-len(sent) // MAX_DATA_BYTES)
+
+
+def test_merging_leaves_what_was_put_as_it_was() -> None:
+    """A caller's buffer is not ours to append to."""
+    outbox = Outbox()
+    mine = bytes(b"abc")
+    view = memoryview(bytearray(b"def"))
+    put(outbox, 1, mine)
+    outbox.put_data(1, b"\0\0\0\1", view)
+    put(outbox, 1, b"ghi")
+    frame = outbox.take()
+    assert frame is not None
+    assert (bytes(frame.payload), mine, bytes(view)) == (b"abcdefghi", b"abc", b"def")
+
+
+def test_message_that_was_taken_does_not_grow() -> None:
+    """The writer holds it; what comes later is the next message."""
+    outbox = Outbox()
+    put(outbox, 1, b"a")
+    put(outbox, 1, b"b")
+    frame = outbox.take()
+    put(outbox, 1, b"c")
+    assert frame is not None
+    assert bytes(frame.payload) == b"ab"
+    assert names(outbox) == ["1"]
+
+
+def test_a_million_single_bytes_stay_small() -> None:
+    """A peer that sends byte by byte costs its window, not a hundred times that."""
+    queue: deque[Any] = deque()
+    tracemalloc.start()
+    try:
+        for _ in range(100_000):
+            append_merged(queue, b"x")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 600_000
+    for _ in range(900_000):
+        append_merged(queue, b"x")
+    assert len(queue) == -(-1_000_000 // MAX_DATA_BYTES)
+    assert sum(map(len, queue)) == 1_000_000
+    assert b"".join(queue) == b"x" * 1_000_000
+
+
+def test_controls_without_end_need_one_slot_each() -> None:
+    """A flood of pings, acks and resets of one channel is one frame of each."""
+    outbox = Outbox()
+    for number in range(10_000):
+        outbox.put_leg("pong", text(f"pong {number}"))
+        outbox.put_ack(1, text(f"ack {number}"))
+        outbox.put_leg("going_away", text("going"))
+    assert names(outbox) == ["pong 9999", "ack 9999", "going"]
+
+
+# Threads.
+
+
+@pytest.mark.usefixtures("fast_switching")
+def test_two_threads_put_and_a_third_takes_without_loss_or_disorder() -> None:
+    """Each channel's bytes come out whole and in order, and the close comes last."""
+    outbox = Outbox()
+    rounds = 400
+
+    def hammer(channels: tuple[int, ...]) -> None:
+        for number in range(rounds):
+            for channel in channels:
+                put(outbox, channel, number.to_bytes(4, "big"))
+                outbox.put_ack(channel, text(f"ack {channel} {number}"))
+                if number % 7 == 0:
+                    outbox.try_put_leg("ping", text("ping"))
+                    outbox.put_leg("pong", text("pong"))
+
+    taken: list[Frame] = []
+
+    def drain() -> None:
+        while (frame := outbox.take()) is not None:
+            taken.append(frame)
+
+    writer = threading.Thread(target=drain)
+    writer.start()
+    threads = [threading.Thread(target=hammer, args=(pair,)) for pair in [(1, 2), (3, 4)]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for channel in (1, 2, 3, 4):
+        outbox.put_eof(channel, text(f"eof {channel}"))
+    outbox.close(CLOSE)
+    writer.join(5.0)
+    assert not writer.is_alive()
+
+    streams: dict[int, bytearray] = defaultdict(bytearray)
+    acks: dict[str, list[int]] = defaultdict(list)
+    for frame in taken[:-1]:
+        if frame.opcode == OP_BINARY:
+            streams[int.from_bytes(frame.head, "big")] += frame.payload
+        elif frame.payload.startswith(b"ack"):
+            _, channel, number = frame.payload.decode().split()
+            acks[channel].append(int(number))
+    whole = b"".join(number.to_bytes(4, "big") for number in range(rounds))
+    assert streams == {channel: whole for channel in (1, 2, 3, 4)}
+    for numbers in acks.values():
+        assert numbers == sorted(numbers)
+        assert numbers[-1] == rounds - 1
+    assert taken[-1] == CLOSE
+
+
+@pytest.mark.usefixtures("fast_switching")
+def test_reset_during_a_flood_leaves_nothing_of_its_channel_behind_it() -> None:
+    """A reset that meets a producer: no data of before the reset comes after it."""
+    for _ in range(30):
+        outbox = Outbox()
+        put(outbox, 1, b"before")
+        barrier = threading.Barrier(2)
+
+        def produce(outbox: Outbox = outbox, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            for _ in range(20):
+                put(outbox, 2, b"other")
+
+        thread = threading.Thread(target=produce)
+        thread.start()
+        barrier.wait()
+        outbox.put_end(1, text("reset"))
+        thread.join()
+        assert sorted(set(names(outbox))) == ["2", "reset"]

@@ -1,0 +1,1 @@
+"""The proxy command's own part: what stands outside its shared block."""

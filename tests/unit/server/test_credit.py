@@ -1,0 +1,125 @@
+"""The server's counts of one direction, and the budget that tunnels share."""
+
+from collections.abc import Callable
+
+import pytest
+
+from server.credit import Budget, Direction
+from server.wire import MIN_WINDOW_BYTES, TunnelError
+
+KIB = 1024
+MIB = 1024 * KIB
+BUDGET = 64 * MIB
+CAP = 4 * MIB
+
+
+def direction(budget: Budget | None = None, asked: int = 300 * KIB) -> Direction:
+    made = Direction(budget or Budget(BUDGET), CAP)
+    made.grant(asked)
+    return made
+
+
+def send(to: Direction, size: int) -> None:
+    """Count `size` bytes in messages as large as may be."""
+    while size:
+        to.on_data(min(size, 64 * KIB))
+        size -= min(size, 64 * KIB)
+
+
+Act = Callable[[Direction], object]
+# What a peer may not do, after 100 bytes were sent and 40 of them were acked.
+WRONG: dict[str, Act] = {
+    "overrun by one": lambda d: send(d, 300 * KIB - 99),
+    "empty message": lambda d: d.on_data(0),
+    "message too large": lambda d: d.on_data(64 * KIB + 1),
+    "ack beyond sent": lambda d: d.on_ack(101, 300 * KIB, False),
+    "ack that falls": lambda d: d.on_ack(39, 300 * KIB, False),
+    "limit that falls": lambda d: d.on_ack(40, 300 * KIB - 1, False),
+    "eof ack without eof": lambda d: d.on_ack(100, 300 * KIB, True),
+    "eof count too small": lambda d: d.on_eof(99),
+    "eof count too large": lambda d: d.on_eof(101),
+    "data after eof": lambda d: (d.on_eof(100), d.on_data(1)),
+    "second eof": lambda d: (d.on_eof(100), d.on_eof(100)),
+    "eof ack before the bytes": lambda d: (d.on_eof(100), d.on_ack(99, 300 * KIB, True)),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_direction_raises_when_a_peer_breaks_the_rules(case: str) -> None:
+    """Each is an error of that tunnel (docs/protocol.md, "Channels and errors")."""
+    sent = direction()
+    send(sent, 100)
+    sent.on_ack(40, 300 * KIB, False)
+
+    with pytest.raises(TunnelError):
+        WRONG[case](sent)
+
+
+def test_direction_takes_all_of_its_window_and_ends() -> None:
+    """Up to the very limit, then eof, then its ack: no error on the way."""
+    sent = direction()
+    send(sent, 300 * KIB)
+    assert sent.forwarded == sent.limit == 300 * KIB
+    sent.on_eof(300 * KIB)
+    sent.on_ack(300 * KIB, 300 * KIB, False)
+    assert not sent.eof_acked
+    sent.on_ack(300 * KIB, 300 * KIB, True)
+    assert sent.eof_acked
+    sent.on_ack(300 * KIB, 300 * KIB, False)
+    assert sent.eof_acked
+
+
+@pytest.mark.parametrize(
+    ("asked", "granted"),
+    [(0, 0), (1000, 1000), (CAP, CAP), (CAP + 1, CAP), (2**53, CAP)],
+)
+def test_grant_lowers_what_is_above_the_cap(asked: int, granted: int) -> None:
+    """A limit is passed on as asked up to the cap, and lowered silently above it."""
+    assert direction(asked=asked).limit == granted
+
+
+def test_grant_follows_delivered_and_never_falls() -> None:
+    """The cap moves along with what was delivered."""
+    sent = direction(asked=2**53)
+    assert sent.limit == CAP
+    send(sent, MIB)
+    assert sent.on_ack(MIB, 2**53, False) == CAP + MIB
+    assert sent.on_ack(MIB, 2**53, False) == CAP + MIB
+
+
+def test_grant_keeps_the_smallest_window_when_the_budget_is_used_up() -> None:
+    """Large windows leave room for newcomers, and nobody falls below 256 KiB."""
+    budget = Budget(BUDGET)
+    greedy = [direction(budget, asked=2**53) for _ in range(64)]
+
+    assert greedy[0].limit == CAP
+    assert greedy[-1].limit == MIN_WINDOW_BYTES
+    assert budget.free >= 0
+    assert sum(d.limit for d in greedy) <= BUDGET
+
+    small = greedy[-1]
+    send(small, 200 * KIB)
+    assert small.on_ack(200 * KIB, 2**53, False) == 200 * KIB + MIN_WINDOW_BYTES
+
+
+def test_budget_is_whole_again_when_all_have_released() -> None:
+    """What windows took, grew by and shrank by comes back to the last byte."""
+    budget = Budget(BUDGET)
+    directions = [direction(budget, asked=2**53) for _ in range(20)]
+    for number, sent in enumerate(directions):
+        send(sent, number * 10_000)
+        sent.on_ack(number * 10_000, 2**53, False)
+    for sent in directions:
+        sent.release()
+    assert budget.free == BUDGET
+
+
+def test_window_given_back_serves_others() -> None:
+    """A receiver that asks for less as it goes frees budget for its neighbours."""
+    budget = Budget(4 * MIB)
+    large = direction(budget, asked=2**21)
+    assert large.limit == 2 * MIB
+    free = budget.free
+    send(large, 2 * MIB)
+    assert large.on_ack(2 * MIB, 2 * MIB + 256 * KIB, False) == 2 * MIB + 256 * KIB
+    assert budget.free == free + 2 * MIB - 256 * KIB
