@@ -38,7 +38,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote, urlsplit
 
@@ -516,6 +516,8 @@ class Outbox:
         `in_turn` puts it behind the channel's data instead; after a second it overtakes.
         """
         with self._ready:
+            if self._close is not None or self._is_over:
+                return  # What was queued before the close is still flushed.
             if self._fast.pop(self._cancellable.pop(channel, None), None) is not None:
                 self._drop_locked(channel)
                 return
@@ -937,6 +939,8 @@ def parse_server_url(url: str, default_path: str) -> Endpoint:
     try:
         parts = urlsplit(url)
         port = parts.port
+        # What getaddrinfo and TLS will do to it; `.example` and `a..b` fail there.
+        (parts.hostname or "").encode("idna")
     except ValueError as exc:
         # Not the URL itself: somebody may have put a password into it.
         raise RelayError("usage", "--server-url is not a URL: look at its host and port") from exc
@@ -1293,7 +1297,7 @@ def _start_tls(
     what = f"TLS with {endpoint.host}:{endpoint.port}"
     tls: socket.socket = sock
     try:
-        # Inside: wrapping reads a socket that the peer has reset already, and fails.
+        sock.getpeername()  # Wrapping fails too if the peer has reset it, but leaves its mess.
         tls = context.wrap_socket(
             sock, server_hostname=endpoint.host, do_handshake_on_connect=False
         )
@@ -1508,6 +1512,8 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
         ) from exc
     if refusal is None and status == 101:
         return
+    if status is None:  # A blank line for a status line.
+        raise RelayError("not_a_relay", f"{where} does not speak HTTP")
     answer, body = (refusal[1], refusal[2]) if refusal else (web_socket.getheaders() or {}, None)
     raise _refusal(endpoint, int(status), answer, body if body is not None else _body(answer, shim))
 
@@ -1547,14 +1553,14 @@ def _refusal(
         told = json.loads(body)
         code, message = str(told["code"]), printable(str(told["message"]))
     except (ValueError, KeyError, TypeError, RecursionError):
-        code, message = "", f"the relay answered {status}"
+        code, message = "", f"it answered {status}"
     if code not in ERRORS:
         by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
         code = by_status.get(status, "busy" if status in (429, 503) else "not_a_relay")
     retry_after_s = _number(headers.get("retry-after", ""))
     if retry_after_s is not None:
         retry_after_s = min(retry_after_s, _MAX_RETRY_AFTER_S)
-    return RelayError(code, message, retry_after_s=retry_after_s)
+    return RelayError(code, f"the relay at {where}: {message}", retry_after_s=retry_after_s)
 
 
 def _number(text: str) -> float | None:
@@ -1726,15 +1732,12 @@ class Transport:
 
 # tunnel_end
 #
-# One end of a tunnel between its leg and its two threads; and the timer of a process.
+# One end of a tunnel, between its leg and its two threads.
 #
 # The leg's reader calls the on_... methods, which never wait. A consumer thread takes
 # chunks and hands them on; a producer thread waits for credit and sends.
 
 
-# Wall clock against timer: so much later than planned means that the machine slept or
-# the process was stopped.
-_SLEPT_S = 5.0
 # These ends take their turn behind the data (docs/protocol.md, "Order").
 _IN_TURN = ("user_gone", "target_reset")
 
@@ -1964,11 +1967,30 @@ class TunnelEnd:
             self._changed.wait_for(lambda: self.is_over, timeout_s)
 
 
-class Timer:
-    """The one timer thread of a process: calls `tick(now, slept)` when it is due.
+# timer
+#
+# The one timer thread of a process: pings, deadlines, and the signals.
+#
+# It sleeps in poll on a socket pair, into which the interpreter writes a signal's number
+# the moment it comes (signal.set_wakeup_fd). A Python handler would not do: it runs when
+# the main thread next runs, and a signal that comes just before main enters recv() is
+# noticed only when the next byte comes.
 
-    `tick` returns when it wants to be called again; it never writes and never waits for
-    a lock. post() may be called from a signal handler: SimpleQueue.put is reentrant.
+
+# Wall clock against timer: so much later than planned means that the machine slept or
+# the process was stopped.
+_SLEPT_S = 5.0
+_LONGEST_WAIT_S = 3600.0
+# What is written into the pair beside signal numbers, which are below.
+_WAKE = 0
+_STOP = 255
+
+
+class Timer:
+    """Calls `tick(now, slept)` when it is due, and `on_signal(number)` for each signal.
+
+    `tick` returns when it wants to be called again. Both run in the timer's thread, and
+    never write to a leg nor wait for a lock.
     """
 
     def __init__(
@@ -1978,42 +2000,58 @@ class Timer:
     ) -> None:
         self._tick = tick
         self._on_signal = on_signal
-        self._posts: queue.SimpleQueue[int] = queue.SimpleQueue()
+        # From start() to stop(): the timer's side, and the side that is written to.
+        self._pair: tuple[socket.socket, socket.socket] | None = None
         self._thread = threading.Thread(target=self._run, name="timer")
 
-    def start(self) -> None:
-        """Start the thread; stop() joins it."""
+    def start(self, signals: Iterable[int] = ()) -> None:
+        """Start the thread and catch `signals` (main thread only); stop() ends both."""
+        self._pair = socket.socketpair()
+        for side in self._pair:
+            side.setblocking(False)
         self._thread.start()
-
-    def post(self, signum: int) -> None:
-        """Hand a signal to the timer's thread; 0 only wakes it, to look at its clock."""
-        self._posts.put(signum)
+        for number in signals:
+            # Replaces the default action only; the number comes by the socket pair.
+            signal.signal(number, lambda _number, _frame: None)
+            signal.set_wakeup_fd(self._pair[1].fileno(), warn_on_full_buffer=False)
 
     def wake(self) -> None:
-        """Let the timer look anew: something is due sooner than it knows."""
-        self.post(0)
+        """Let the timer look anew: something is due sooner than it knows. Never waits."""
+        self._post(_WAKE)
 
     def stop(self) -> None:
-        """End the thread and join it."""
-        self.post(-1)
-        if self._thread.ident is not None:
-            self._thread.join()
+        """End the thread and join it. By the thread that called start()."""
+        if self._pair is None:
+            return
+        self._post(_STOP)
+        self._thread.join()
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)
+        for side in self._pair:
+            side.close()
+        self._pair = None
+
+    def _post(self, code: int) -> None:
+        pair = self._pair
+        if pair is not None:
+            with contextlib.suppress(OSError):  # Full: it is awake. Closed: it has ended.
+                pair[1].send(bytes((code,)))
 
     def _run(self) -> None:
+        assert self._pair is not None  # Made by start().
+        posted = self._pair[0]
         slept = False
-        while True:
+        codes = b""
+        while _STOP not in codes:
+            for code in codes:
+                if code != _WAKE:
+                    self._on_signal(code)
             now = time.monotonic()
-            wait_s = max(0.0, min(self._tick(now, slept) - now, 3600.0))
+            wait_s = max(0.0, min(self._tick(now, slept) - now, _LONGEST_WAIT_S))
             planned = time.time() + wait_s
-            try:
-                signum = self._posts.get(timeout=wait_s)
-            except queue.Empty:
-                signum = 0
+            is_posted = wait_ready(posted, write=False, timeout_s=wait_s)
+            codes = posted.recv(4096) if is_posted else b""
             slept = time.time() - planned > _SLEPT_S
-            if signum < 0:
-                return
-            if signum > 0:
-                self._on_signal(signum)
 
 
 # --- end of the shared block ---
@@ -2193,23 +2231,26 @@ class Session:
 
     def run(self) -> int:
         """Return the exit code; raises RelayError for what failed before the tunnel opened."""
-        for name in GONE_SIGNALS:
-            if hasattr(signal, name):
-                # SimpleQueue.put is reentrant: the one thing that a handler may safely do.
-                signal.signal(getattr(signal, name), lambda number, _: self._timer.post(number))
-        self._timer.start()
+        names = [name for name in GONE_SIGNALS if hasattr(signal, name)]
+        self._timer.start(getattr(signal, name) for name in names)
+        restart_until = 0.0
         try:
-            try:
-                return self._run_once(restart_until=0.0)
-            except RelayError as exc:
-                if exc.code != "server_restart":
-                    raise
-            # Once more, with a new tunnel, when the server is back.
-            return self._run_once(restart_until=time.monotonic() + RESTART_S)
+            while True:
+                try:
+                    return self._run_once(restart_until)
+                except RelayError as exc:
+                    if exc.code == "server_restart" and not restart_until:
+                        # Once more, with a new tunnel, when the server is back.
+                        restart_until = time.monotonic() + RESTART_S
+                    elif exc.code != "client_offline" or time.monotonic() >= restart_until:
+                        raise
+                # The client may come back to the new server a moment later than we do.
+                time.sleep(random.uniform(*RESTART_RETRY_S))
         finally:
             self._timer.stop()
 
-    def _run_once(self, *, restart_until: float) -> int:
+    def _run_once(self, restart_until: float) -> int:
+        self._server_restarts = False
         transport = self._connect(restart_until)
         transport.start("user")
         self._transport = transport

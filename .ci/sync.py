@@ -28,6 +28,7 @@ BLOCK_PARTS = (
     "dial",
     "transport",
     "tunnel_end",
+    "timer",
 )
 BEGIN = "# --- begin of the shared block: written by `make sync` from client/, do not edit ---\n"
 END = "# --- end of the shared block ---\n"

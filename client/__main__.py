@@ -37,30 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not config.endpoint.is_tls and not config.endpoint.is_loopback:
         log.warning("%s is not encrypted: use https", config.endpoint.url)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    # SimpleQueue.put is reentrant: the one thing that a handler may safely do.
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.put(number))
-    agent = Agent(config)
-    agent.start()
-    signum = _wait(signals, agent)
+    stops: queue.SimpleQueue[int] = queue.SimpleQueue()
+    agent = Agent(config, on_stop=stops.put)
+    agent.start((signal.SIGTERM, signal.SIGINT))
+    signum = stops.get()
     begun = time.monotonic()
     agent.stop()
+    exit_code = 0 if signum else 1
     if not agent.join(begun + _STOP_S):
         logging.shutdown()
-        os._exit(0 if signum else 1)  # A thread is stuck; the process ends all the same.
-    return 0 if signum else 1
-
-
-def _wait(signals: queue.SimpleQueue[int], agent: Agent) -> int:
-    """Return the signal that came, 0 if the agent failed (a bug, logged)."""
-    while not agent.failed:
-        try:
-            # With a timeout: Windows does not run handlers during an endless wait.
-            return signals.get(timeout=1.0)
-        except queue.Empty:
-            pass
-    return 0
+        os._exit(exit_code)  # A thread is stuck; the process ends all the same.
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable, Iterable
 
 from client.backoff import CAP_S, STABLE_S, Backoff
 from client.config import ClientConfig
 from client.errors import RelayError
 from client.leg import Leg
+from client.timer import Timer
 from client.transport import Transport, connect
-from client.tunnel_end import Timer
 from client.wire import (
     CLOSE_REPLACED_BY_OTHER,
     CLOSE_REPLACED_BY_SELF,
@@ -25,7 +26,7 @@ from client.wire import (
 # After `going_away` the server is back within seconds: so often, so long (wire, "Resume").
 _RESTART_RETRY_S = (0.1, 0.3)
 _RESTART_S = 3.0
-# How often a timer with no leg looks at its clock; post() wakes it sooner.
+# How often a timer with no leg looks at its clock; wake() makes it sooner.
 _IDLE_TICK_S = 60.0
 
 log = logging.getLogger("http_network_relay.client")
@@ -34,8 +35,15 @@ log = logging.getLogger("http_network_relay.client")
 class Agent:
     """Runs until stop(). run() is the leg reader's thread."""
 
-    def __init__(self, config: ClientConfig, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        config: ClientConfig,
+        rng: random.Random | None = None,
+        on_stop: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._config = config
+        # Told a signal's number, or 0 when the agent failed (a bug, logged).
+        self._on_stop = on_stop
         self._rng = rng or random.Random()
         self._backoff = Backoff(self._rng)
         # Random for each process: tells our own return from another machine with our name.
@@ -44,13 +52,12 @@ class Agent:
         # Guards _current, so that stop() never misses a leg that is just coming up.
         self._lock = threading.Lock()
         self._current: tuple[Transport, Leg] | None = None
-        self._timer = Timer(self._tick)
+        self._timer = Timer(self._tick, on_stop)
         self._thread = threading.Thread(target=self._run, name="leg-reader")
-        self.failed = False
 
-    def start(self) -> None:
-        """Start the timer and the reader; stop() and join() end them."""
-        self._timer.start()
+    def start(self, signals: Iterable[int] = ()) -> None:
+        """Start the timer and the reader; stop() and join() end them. Main thread."""
+        self._timer.start(signals)
         self._thread.start()
 
     def stop(self) -> None:
@@ -92,7 +99,7 @@ class Agent:
                     self._wait(self._next_wait_s)
         except Exception:
             log.exception("client failed")
-            self.failed = True
+            self._on_stop(0)
 
     def _wait(self, seconds: float) -> None:
         self._stopping.wait(seconds)

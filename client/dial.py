@@ -70,6 +70,8 @@ def parse_server_url(url: str, default_path: str) -> Endpoint:
     try:
         parts = urlsplit(url)
         port = parts.port
+        # What getaddrinfo and TLS will do to it; `.example` and `a..b` fail there.
+        (parts.hostname or "").encode("idna")
     except ValueError as exc:
         # Not the URL itself: somebody may have put a password into it.
         raise RelayError("usage", "--server-url is not a URL: look at its host and port") from exc
@@ -426,7 +428,7 @@ def _start_tls(
     what = f"TLS with {endpoint.host}:{endpoint.port}"
     tls: socket.socket = sock
     try:
-        # Inside: wrapping reads a socket that the peer has reset already, and fails.
+        sock.getpeername()  # Wrapping fails too if the peer has reset it, but leaves its mess.
         tls = context.wrap_socket(
             sock, server_hostname=endpoint.host, do_handshake_on_connect=False
         )

@@ -116,6 +116,8 @@ class Outbox:
         `in_turn` puts it behind the channel's data instead; after a second it overtakes.
         """
         with self._ready:
+            if self._close is not None or self._is_over:
+                return  # What was queued before the close is still flushed.
             if self._fast.pop(self._cancellable.pop(channel, None), None) is not None:
                 self._drop_locked(channel)
                 return

@@ -214,6 +214,8 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
         ) from exc
     if refusal is None and status == 101:
         return
+    if status is None:  # A blank line for a status line.
+        raise RelayError("not_a_relay", f"{where} does not speak HTTP")
     answer, body = (refusal[1], refusal[2]) if refusal else (web_socket.getheaders() or {}, None)
     raise _refusal(endpoint, int(status), answer, body if body is not None else _body(answer, shim))
 
@@ -253,14 +255,14 @@ def _refusal(
         told = json.loads(body)
         code, message = str(told["code"]), printable(str(told["message"]))
     except (ValueError, KeyError, TypeError, RecursionError):
-        code, message = "", f"the relay answered {status}"
+        code, message = "", f"it answered {status}"
     if code not in ERRORS:
         by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
         code = by_status.get(status, "busy" if status in (429, 503) else "not_a_relay")
     retry_after_s = _number(headers.get("retry-after", ""))
     if retry_after_s is not None:
         retry_after_s = min(retry_after_s, _MAX_RETRY_AFTER_S)
-    return RelayError(code, message, retry_after_s=retry_after_s)
+    return RelayError(code, f"the relay at {where}: {message}", retry_after_s=retry_after_s)
 
 
 def _number(text: str) -> float | None:

@@ -1,4 +1,4 @@
-"""One end of a tunnel between its leg and its two threads; and the timer of a process.
+"""One end of a tunnel, between its leg and its two threads.
 
 The leg's reader calls the on_... methods, which never wait. A consumer thread takes
 chunks and hands them on; a producer thread waits for credit and sends.
@@ -6,7 +6,6 @@ chunks and hands them on; a producer thread waits for credit and sends.
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import deque
@@ -25,9 +24,6 @@ from client.wire import (
     encode_control,
 )
 
-# Wall clock against timer: so much later than planned means that the machine slept or
-# the process was stopped.
-_SLEPT_S = 5.0
 # These ends take their turn behind the data (docs/protocol.md, "Order").
 _IN_TURN = ("user_gone", "target_reset")
 
@@ -255,55 +251,3 @@ class TunnelEnd:
         """Wait until the tunnel is finished or ended."""
         with self._changed:
             self._changed.wait_for(lambda: self.is_over, timeout_s)
-
-
-class Timer:
-    """The one timer thread of a process: calls `tick(now, slept)` when it is due.
-
-    `tick` returns when it wants to be called again; it never writes and never waits for
-    a lock. post() may be called from a signal handler: SimpleQueue.put is reentrant.
-    """
-
-    def __init__(
-        self,
-        tick: Callable[[float, bool], float],
-        on_signal: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        self._tick = tick
-        self._on_signal = on_signal
-        self._posts: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="timer")
-
-    def start(self) -> None:
-        """Start the thread; stop() joins it."""
-        self._thread.start()
-
-    def post(self, signum: int) -> None:
-        """Hand a signal to the timer's thread; 0 only wakes it, to look at its clock."""
-        self._posts.put(signum)
-
-    def wake(self) -> None:
-        """Let the timer look anew: something is due sooner than it knows."""
-        self.post(0)
-
-    def stop(self) -> None:
-        """End the thread and join it."""
-        self.post(-1)
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        slept = False
-        while True:
-            now = time.monotonic()
-            wait_s = max(0.0, min(self._tick(now, slept) - now, 3600.0))
-            planned = time.time() + wait_s
-            try:
-                signum = self._posts.get(timeout=wait_s)
-            except queue.Empty:
-                signum = 0
-            slept = time.time() - planned > _SLEPT_S
-            if signum < 0:
-                return
-            if signum > 0:
-                self._on_signal(signum)

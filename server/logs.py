@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _Adapter = logging.LoggerAdapter  # Takes no parameter before Python 3.11.
 
 ROOT_NAME = "http_network_relay.server"
 
@@ -20,7 +25,7 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO)
 
 
-class FieldsAdapter(logging.LoggerAdapter[logging.Logger]):
+class FieldsAdapter(_Adapter):
     """Appends its fields to each line: `tunnel closed reason=eof client=a tunnel=1f2e3d4c`."""
 
     def process(

@@ -160,4 +160,3 @@ def transfer(proxy: Pipes, size: int, seed: int | str, timeout_s: float = 60.0) 
     status = proxy.wait()
     seconds = time.monotonic() - begun
     return Transfer(digest.hexdigest(), received or 0, status, proxy.lines, seconds)
-

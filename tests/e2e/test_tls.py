@@ -5,8 +5,7 @@ object end the process, and the test with it.
 """
 
 import functools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +187,3 @@ def test_certificate_is_refused_when_it_is_for_another_name(tmp_path: Path, cert
         client.wait_for_line("certificate of 127.0.0.1 is not trusted")
         becomes(lambda: count(client.lines, "registered"), 0)
         assert client.is_running
-
-
-def test_violation_is_seen_when_the_check_is_installed(tmp_path: Path, certs: Certs) -> None:
-    """The check is alive in the programs' own processes: an injected violation ends one."""

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +103,60 @@ def test_readme_lists_every_exit_code() -> None:
     """Each exit code that an error can have is explained."""
     listed = {row[0] for row in rows(section(README, "## Exit codes"))}
     assert listed == {"0", "128+n", *(str(exit_code) for exit_code, _ in ERRORS.values())}
+
+
+def test_readme_ssh_config_starts_the_proxy_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ProxyCommand of `Host *.relay`, as ssh hands it to a shell, names the right client."""
+    block = section(README, "### 4. `~/.ssh/config`").split("```")[1]
+    line = re.search(r"Host \*\.relay\n +ProxyCommand ssh_proxy_command\.py (.*)", block)
+    assert line is not None
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "relay.token").write_text("TOKEN\n")
+    command = line[1].replace("%n", "Lab-1.relay").replace("%p", "2222")
+    shell = ["sh", "-c", f"printf '%s\\n' {command}"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = subprocess.run(shell, check=True, capture_output=True, text=True).stdout.split("\n")[:-1]
+    settings = load("script").read_settings(argv, {})
+    assert (settings.client, settings.host, settings.port) == ("Lab-1", "127.0.0.1", 2222)
+    assert settings.endpoint.url == "wss://relay.example:443/ws_for_ssh_proxy_command"
+    assert settings.token == "TOKEN"
+
+
+def test_readme_names_only_make_targets_that_exist() -> None:
+    """`make ...` in the README can be typed."""
+    named = set(re.findall(r"(?:`|^    )make ([a-z-]+)", README, re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert named <= set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    assert {"run", "test"} <= named
+
+
+def strings_in_code() -> set[str]:
+    """Every string that the programs could say, with a gap for each value put into it."""
+    found = set()
+    for path in code_files():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [getattr(value, "value", "") for value in node.values]
+                found.add("\0".join(part if isinstance(part, str) else "" for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return found
+
+
+def test_troubleshooting_quotes_lines_that_the_programs_write() -> None:
+    """A line that nobody writes any more helps nobody."""
+    strings = strings_in_code()
+    quoted = [
+        phrase
+        for row in rows(section(README, "## Troubleshooting"))
+        for phrase in re.findall(r"`([^`]+)`", row[0])
+    ]
+    assert len(quoted) > 20
+    for phrase in quoted:
+        for piece in phrase.split("..."):
+            assert any(piece.strip() in string for string in strings), piece
 
 
 # Codes.

@@ -15,7 +15,7 @@ CLIENT = sorted((ROOT / "client").glob("*.py"))
 SHIPPED = [*SERVER, *CLIENT, SCRIPT, ROOT / "wsgi.py", ROOT / "gunicorn.conf.py"]
 # What the script's block is made of, and so has to run where the script does.
 BLOCK = ["wire", "errors", "settings", "outbox", "duplex", "stream", "dial", "transport"]
-BLOCK += ["tunnel_end"]
+BLOCK += ["tunnel_end", "timer"]
 SCRIPT_PYTHON = (3, 9)
 # May be imported by these files alone.
 FENCED = {
@@ -30,7 +30,7 @@ CLIENT_LEVELS = [
     {"wire", "errors", "backoff", "duplex"},
     {"outbox", "stream", "settings"},
     {"dial"},
-    {"transport", "tunnel_end"},
+    {"transport", "tunnel_end", "timer"},
     {"tunnel", "config"},
     {"leg"},
     {"agent"},

@@ -1,7 +1,9 @@
 """What happens before a WebSocket: refusals, slots, and peers that only cost."""
 
 import json
+import os
 import re
+import resource
 import socket
 import threading
 import time
@@ -276,6 +278,20 @@ def test_oldest_head_gives_way_when_too_many_are_pending(tmp_path: Path) -> None
         assert socks[0].recv(1) == b""
         socks[-1].sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
         assert socks[-1].recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_health_answers_when_the_open_files_are_used_up(tmp_path: Path) -> None:
+    """Pending heads give way before anything else does, and the worker survives."""
+    with start_server(tmp_path, threads=4) as server, ExitStack() as stack:
+        pid = server.worker_pid
+        used = len(os.listdir(f"/proc/{pid}/fd"))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 20, used + 20))
+        for _ in range(60):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=5))
+        assert server.health(timeout_s=2) == 200
+        with RawClient(server.url):
+            pass
+        assert server.worker_pid == pid
 
 
 def test_head_is_dropped_when_it_takes_longer_than_ten_seconds(tmp_path: Path) -> None:

@@ -1,0 +1,400 @@
+"""Duplex over real sockets: whole frames, one thread at a time in TLS, abort wakes all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.duplex import Duplex, wait_ready
+from tests.support.certs import Certs
+from tests.support.processes import Proc, child_environment
+from tests.support.waiting import eventually
+
+Pair = tuple[socket.socket, socket.socket]
+
+# As many bytes as fit no kernel buffer of a socketpair.
+LARGE = 8 * 1024 * 1024
+
+
+@pytest.fixture
+def fast_switching() -> Iterator[None]:
+    """Threads switch at nearly every byte code."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def tcp_pair() -> Pair:
+    """Two ends of one TCP connection with the smallest buffers that the kernel gives."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        near = socket.socket()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        near.connect(listener.getsockname())
+        far, _ = listener.accept()
+    near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return near, far
+
+
+def tls_pair(certs: Certs, near: socket.socket, far: socket.socket) -> Pair:
+    """Both ends after a real handshake."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certs.cert, certs.key)
+    tls_far = context.wrap_socket(far, server_side=True, do_handshake_on_connect=False)
+    shaker = threading.Thread(target=tls_far.do_handshake)
+    shaker.start()
+    trusting = ssl.create_default_context(cafile=str(certs.ca))
+    tls_near = trusting.wrap_socket(near, server_hostname="127.0.0.1")
+    shaker.join()
+    return tls_near, tls_far
+
+
+@pytest.fixture(params=["plain", pytest.param("tls", marks=pytest.mark.debian("openssl"))])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """A connected pair, plain and with TLS."""
+    near, far = tcp_pair()
+    if request.param == "tls":
+        near, far = tls_pair(request.getfixturevalue("certs"), near, far)
+    far.settimeout(5.0)
+    yield near, far
+    near.close()
+    far.close()
+
+
+def exactly(sock: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        piece = sock.recv(min(65536, size - len(data)))
+        if not piece:
+            raise AssertionError(f"the end after {len(data)} of {size} bytes")
+        data += piece
+    return bytes(data)
+
+
+def message(sender: int, number: int, size: int) -> tuple[bytes, bytes]:
+    """A header that names sender, number and size, and a payload that only it has."""
+    payload = bytes([sender * 16 + number % 16]) * size
+    return sender.to_bytes(1, "big") + number.to_bytes(3, "big") + size.to_bytes(4, "big"), payload
+
+
+@pytest.mark.usefixtures("fast_switching")
+def test_frames_stay_whole_while_two_threads_write_and_the_peer_reads_slowly(pair: Pair) -> None:
+    """A ping and a large send at the same time: neither stands inside the other."""
+    near, far = pair
+    duplex = Duplex(near)
+    sizes = [0, 1, 125, 70_000, 3, 20_000]
+    echoes = threading.Event()
+
+    def write(sender: int) -> None:
+        for number in range(24):
+            duplex.send(*message(sender, number, sizes[(number + sender) % len(sizes)]))
+
+    def read() -> None:
+        # The reader is at work meanwhile: the peer sends all the time.
+        got = 0
+        while got < 48 * 100:
+            got += len(duplex.recv(65536))
+        echoes.set()
+
+    threads = [threading.Thread(target=write, args=(sender,)) for sender in (1, 2)]
+    threads.append(threading.Thread(target=read))
+    for thread in threads:
+        thread.start()
+    seen: dict[int, list[int]] = {1: [], 2: []}
+    for _ in range(48):
+        head = exactly(far, 8)
+        sender, number = head[0], int.from_bytes(head[1:4], "big")
+        size = int.from_bytes(head[4:], "big")
+        payload = exactly(far, size)
+        assert (head, payload) == message(sender, number, size)
+        seen[sender].append(number)
+        far.sendall(b"e" * 100)
+    assert echoes.wait(5.0)
+    for thread in threads:
+        thread.join()
+    assert seen == {1: list(range(24)), 2: list(range(24))}
+
+
+def test_both_ways_at_once_are_byte_exact(pair: Pair) -> None:
+    """A reader and a writer on one socket, megabytes each way."""
+    near, far = pair
+    duplex = Duplex(near)
+    block = bytes(range(256)) * 256
+    count = 32
+    sums: dict[str, str] = {}
+
+    def write() -> None:
+        for _ in range(count):
+            duplex.send(b"", block)
+
+    def read() -> None:
+        digest, got = hashlib.sha256(), 0
+        while got < count * len(block):
+            data = duplex.recv(256 * 1024)
+            assert data
+            digest.update(data)
+            got += len(data)
+        sums["near"] = digest.hexdigest()
+
+    def echo() -> None:
+        # Not through two threads: the far end is a plain blocking TLS socket.
+        left = count * len(block)
+        while left:
+            data = far.recv(65536)
+            left -= len(data)
+            far.sendall(data)
+
+    threads = [threading.Thread(target=each) for each in (write, read, echo)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sums["near"] == hashlib.sha256(block * count).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "parts", [(b"",), (b"abc",), (b"ab", b""), (b"", b"c"), (b"a", b"b", b"c")]
+)
+def test_parts_are_written_in_order(pair: Pair, parts: tuple[bytes, ...]) -> None:
+    """However a frame is cut into parts, empty ones included."""
+    near, far = pair
+    duplex = Duplex(near)
+    duplex.send(*parts)
+    duplex.send(b"|")
+    whole = b"".join(parts) + b"|"
+    assert exactly(far, len(whole)) == whole
+
+
+def test_parts_of_every_buffer_kind_survive_a_partial_write() -> None:
+    """What the kernel does not take at once is sent on from the right byte."""
+    near, far = tcp_pair()
+    far.settimeout(5.0)
+    duplex = Duplex(near)
+    first, second, third = b"h" * 10_000, bytearray(b"x" * 300_000), memoryview(b"t" * 300_000)
+    with near, far:
+        writer = threading.Thread(target=duplex.send, args=(first, second, third))
+        writer.start()
+        data = exactly(far, 610_000)
+        writer.join()
+    assert data == first + second + third
+
+
+def test_heard_at_moves_when_bytes_come(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timer judges silence by it."""
+    near, far = pair
+    duplex = Duplex(near)
+    before = duplex.heard_at
+    monkeypatch.setattr("client.duplex.time.monotonic", lambda: before + 100)
+    far.sendall(b"x")
+    assert duplex.recv(10) == b"x"
+    assert duplex.heard_at == before + 100
+
+
+def blocked(thread: threading.Thread, function: str) -> bool:
+    """Whether the thread is inside that function of client/duplex.py now."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        if frame.f_code.co_name == function and frame.f_code.co_filename.endswith("duplex.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@pytest.mark.parametrize("what", ["recv", "send"])
+def test_abort_wakes_a_thread_that_is_blocked(pair: Pair, what: str) -> None:
+    """Plain or TLS, reading or writing: within a second, with an error or the end."""
+    near, _ = pair
+    duplex = Duplex(near)
+    ends: list[Any] = []
+
+    def work() -> None:
+        try:
+            ends.append(duplex.recv(10) if what == "recv" else duplex.send(bytes(LARGE)))
+        except OSError as exc:
+            ends.append(exc)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    eventually(lambda: blocked(thread, what))
+    if what == "send":
+        # Until the kernel takes no more, so that it is blocked in a wait, not in a write.
+        eventually(lambda: not wait_ready(near, write=True, timeout_s=0.0))
+    begun = time.monotonic()
+    duplex.abort()
+    thread.join(2.0)
+    assert not thread.is_alive()
+    assert time.monotonic() - begun < 1.0
+    assert ends[0] == b"" if what == "recv" else isinstance(ends[0], OSError)
+
+
+def test_abort_wakes_reader_and_writer_at_once_and_again_does_nothing(pair: Pair) -> None:
+    """Both threads of a leg end; abort after abort and after close is harmless."""
+    near, _ = pair
+    duplex = Duplex(near)
+
+    def swallow(call: Any, *args: Any) -> None:
+        with contextlib.suppress(OSError):
+            call(*args)
+
+    threads = [
+        threading.Thread(target=swallow, args=(duplex.recv, 10)),
+        threading.Thread(target=swallow, args=(duplex.send, bytes(LARGE))),
+    ]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: blocked(threads[0], "recv") and blocked(threads[1], "send"))
+    duplex.abort()
+    duplex.abort()
+    for thread in threads:
+        thread.join(1.0)
+        assert not thread.is_alive()
+    with pytest.raises(OSError, match=r".*"):
+        duplex.send(b"x")
+    duplex.close()
+    duplex.abort()
+    duplex.close()
+
+
+def test_end_of_the_peer_is_the_end_of_the_stream(pair: Pair) -> None:
+    """b"" and no exception, also when the peer did not say goodbye in TLS."""
+    near, far = pair
+    duplex = Duplex(near)
+    far.sendall(b"last")
+    socket.socket.shutdown(far, socket.SHUT_RDWR)
+    assert duplex.recv(10) == b"last"
+    assert duplex.recv(10) == b""
+
+
+def test_reader_goes_on_while_the_writer_is_stuck(pair: Pair) -> None:
+    """The reader never takes the send lock."""
+    near, far = pair
+    duplex = Duplex(near)
+    stuck: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            duplex.send(bytes(LARGE))
+        except OSError as exc:
+            stuck.append(exc)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    eventually(lambda: blocked(writer, "send"))
+    for _ in range(20):
+        far.sendall(b"ping")
+        assert duplex.recv(4) == b"ping"
+    assert writer.is_alive()
+    duplex.abort()
+    writer.join()
+    assert stuck
+
+
+class Recorder:
+    """Stands before a TLS socket: what each write offered, and stops every other one."""
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self.offers: list[tuple[bytes, str]] = []
+
+    def send(self, data: Any) -> int:
+        offered = bytes(data)
+        if len(self.offers) % 2 == 0:
+            self.offers.append((offered, "stopped"))
+            raise ssl.SSLWantWriteError
+        self.offers.append((offered, "taken"))
+        sent: int = self._sock.send(data)
+        return sent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+@pytest.mark.debian("openssl")
+def test_same_bytes_are_offered_again_after_want_write(certs: Certs) -> None:
+    """OpenSSL insists: other bytes would end the connection with BAD_LENGTH."""
+    near, far = tls_pair(certs, *socket.socketpair())
+    far.settimeout(5.0)
+    duplex = Duplex(near)
+    recorder = Recorder(near)
+    duplex._sock = recorder  # type: ignore[assignment]
+    sent = bytes(range(256)) * 300
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(exactly(far, len(sent))))
+    reader.start()
+    with near, far:
+        duplex.send(sent[:100], sent[100:])
+        reader.join()
+    assert received == [sent]
+    assert len(recorder.offers) > 8
+    for (stopped, first), (taken, second) in zip(
+        recorder.offers[::2], recorder.offers[1::2], strict=True
+    ):
+        assert (first, second) == ("stopped", "taken")
+        assert stopped == taken
+        assert len(taken) <= 16 * 1024
+
+
+SHARED = """
+import hashlib, socket, ssl, sys, threading
+sys.setswitchinterval(1e-6)
+from client.duplex import Duplex
+server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+server.load_cert_chain({cert!r}, {key!r})
+trusting = ssl.create_default_context(cafile={ca!r})
+left, right = socket.socketpair()
+for sock in (left, right):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+far = server.wrap_socket(right, server_side=True, do_handshake_on_connect=False)
+shaker = threading.Thread(target=far.do_handshake)
+shaker.start()
+near = trusting.wrap_socket(left, server_hostname="127.0.0.1")
+shaker.join()
+ends = [Duplex(near), Duplex(far)]
+block = bytes(range(256)) * 64
+count = 60
+sums = []
+def write(end):
+    for number in range(count):
+        end.send(b"head", block)
+def read(end):
+    digest, left = hashlib.sha256(), count * (len(block) + 4)
+    while left:
+        data = end.recv(5000)
+        digest.update(data)
+        left -= len(data)
+    sums.append(digest.hexdigest())
+threads = [threading.Thread(target=job, args=(end,)) for job in (read, write) for end in ends]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert sums == [hashlib.sha256((b"head" + block) * count).hexdigest()] * 2, sums
+for end in ends:
+    end.abort()
+    end.close()
+print("finished", flush=True)
+"""
+
+
+@pytest.mark.debian("openssl")
+def test_no_two_threads_are_ever_inside_one_tls_object(certs: Certs, tmp_path: Path) -> None:
+    """Reader and writer at both ends under the checking socket, in a process of its own."""
+    code = SHARED.format(cert=str(certs.cert), key=str(certs.key), ca=str(certs.ca))
+    check_file = tmp_path / "shared"
+    env = child_environment(checking_tls_file=check_file)
+    with Proc([sys.executable, "-c", code], env=env) as proc:
+        status = proc.wait(20)
+        shared = check_file.read_text() if check_file.exists() else ""
+        assert (status, shared) == (0, ""), proc.text
+        assert "finished" in proc.text

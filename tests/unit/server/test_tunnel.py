@@ -1,0 +1,287 @@
+"""A tunnel between two legs that are outboxes only: what is queued where, and the ends."""
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from server.errors import TunnelRefused
+from server.outbox import Outbox
+from server.tunnel import Channels, Tunnel
+from server.wire import CLOSE_NORMAL, CLOSE_RESTART, FLUSH_S, OP_TEXT, TunnelError
+
+KIB = 1024
+MIB = 1024 * KIB
+CAP = 4 * MIB
+OPEN = {
+    "type": "open",
+    "client": "gw",
+    "host": "h",
+    "port": 22,
+    "protocol": "tcp",
+    "tunnel_id": "ab" * 16,
+    "resume_token": "0" * 64,
+    "limit": 262_144,
+    "grace_s": 0,
+}
+
+
+class FakeUserLeg:
+    """A user's leg without a socket."""
+
+    def __init__(self) -> None:
+        self.outbox = Outbox()
+        self.ends: list[tuple[int, str]] = []
+        self.expects_close = 0
+
+    def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
+        assert flush_s >= FLUSH_S
+        self.ends.append((close_code, reason))
+
+    def expect_close(self) -> None:
+        self.expects_close += 1
+
+
+class FakeClientLeg:
+    """A client's leg without a socket."""
+
+    def __init__(self, budget: int = 64 * MIB) -> None:
+        self.outbox = Outbox()
+        self.channels = Channels(budget)
+        self.label = "gw"
+
+
+def taken(outbox: Outbox) -> list[Any]:
+    """What waits in the outbox, in order: controls as objects, data as bytes."""
+    frames: list[Any] = []
+    while not outbox.is_empty():
+        frame = outbox.take()
+        assert frame is not None
+        payload = bytes(frame.payload)
+        frames.append(json.loads(payload) if frame.opcode == OP_TEXT else frame.head + payload)
+    return frames
+
+
+class Pair:
+    """A tunnel, opened or not, with its legs' outboxes emptied."""
+
+    def __init__(self, *, is_opened: bool = True, client: FakeClientLeg | None = None) -> None:
+        self.client = client or FakeClientLeg()
+        self.user = FakeUserLeg()
+        self.tunnel = Tunnel(self.client, self.user, dict(OPEN), "token-x")
+        with self.client.channels.lock:
+            self.tunnel.assign_locked(CAP)
+        if is_opened:
+            self.tunnel.on_client_control({"type": "opened", "limit": 300_000, "grace_s": 0})
+            taken(self.user.outbox)
+
+    @property
+    def to_user(self) -> list[Any]:
+        return taken(self.user.outbox)
+
+    @property
+    def to_client(self) -> list[Any]:
+        return taken(self.client.outbox)
+
+    def is_gone(self) -> bool:
+        channels = self.client.channels
+        budgets = channels.up_budget.free, channels.down_budget.free
+        return not channels.tunnels and budgets == (64 * MIB, 64 * MIB)
+
+
+def test_open_is_a_new_object_when_it_is_passed_on() -> None:
+    """With channel and user, and the limit as far as the cap allows."""
+    client, control = FakeClientLeg(), {**OPEN, "limit": 2**53}
+    tunnel = Tunnel(client, FakeUserLeg(), control, "token-x")
+    with client.channels.lock:
+        frame = tunnel.assign_locked(CAP)
+    assert json.loads(frame.payload) == {**control, "limit": CAP, "channel": 1, "user": "token-x"}
+
+
+def test_open_is_refused_busy_when_the_budget_is_used_up() -> None:
+    """Room for 256 of the smallest window; the next one waits for one of them to end."""
+    client = FakeClientLeg()
+    pairs = [Pair(is_opened=False, client=client) for _ in range(256)]
+
+    with pytest.raises(TunnelRefused) as caught:
+        Pair(is_opened=False, client=client)
+    assert caught.value.code == "busy"
+
+    pairs[7].tunnel.user_lost()
+    # Channels are numbered on, never used again.
+    assert Pair(is_opened=False, client=client).tunnel.channel == 257
+
+
+def test_open_is_refused_when_the_clients_leg_is_closed() -> None:
+    """A leg that is on its way out takes no tunnel."""
+    client = FakeClientLeg()
+    client.channels.is_closed = True
+    with pytest.raises(TunnelRefused) as caught:
+        Pair(client=client)
+    assert caught.value.code == "client_offline"
+
+
+def test_data_has_the_channel_before_it_when_it_goes_to_the_client() -> None:
+    """And none when it comes from there."""
+    pair = Pair()
+    pair.tunnel.on_user_data(b"up")
+    pair.tunnel.on_client_data(memoryview(b"down"))
+    assert pair.to_client == [b"\0\0\0\1up"]
+    assert pair.to_user == [b"down"]
+
+
+def reset(code: str) -> dict[str, Any]:
+    return {"type": "reset", "code": code, "message": "m"}
+
+
+End = Callable[[Pair], None]
+NOTHING: list[Any] = []
+DETACHED_CLIENT = {"type": "detached", "channel": 1, "code": "user_lost"}
+# What ends it, before or after `opened`: what the client reads, what the user reads, how the
+# user's leg is closed, and the reason in the log (docs/protocol.md, "Ends").
+ENDS: dict[str, tuple[bool, End, list[Any], list[Any], list[tuple[int, str]], str]] = {
+    "user lost": (
+        *(True, lambda pair: pair.tunnel.user_lost()),
+        *([DETACHED_CLIENT], NOTHING, [], "user_lost"),
+    ),
+    "user lost before opened": (
+        *(False, lambda pair: pair.tunnel.user_lost()),
+        *(
+            [{**reset("user_gone"), "channel": 1, "message": "the proxy user's link was lost"}],
+            *(NOTHING, [], "user_gone"),
+        ),
+    ),
+    "client lost": (
+        *(True, lambda pair: pair.tunnel.client_lost("client_lost"), NOTHING),
+        [{"type": "detached", "code": "client_lost"}],
+        *([(CLOSE_RESTART, "client_lost")], "client_lost"),
+    ),
+    "client lost before opened": (
+        *(False, lambda pair: pair.tunnel.client_lost("client_lost"), NOTHING),
+        [{"type": "refused", "code": "client_offline", "message": "the client's link was lost"}],
+        *([(CLOSE_NORMAL, "client_offline")], "client_lost"),
+    ),
+    "client replaced": (
+        *(True, lambda pair: pair.tunnel.client_lost("client_replaced"), NOTHING),
+        [{"type": "detached", "code": "client_replaced"}],
+        *([(CLOSE_RESTART, "client_replaced")], "client_replaced"),
+    ),
+    "server restart before opened": (
+        *(False, lambda pair: pair.tunnel.client_lost("server_restart"), NOTHING),
+        [
+            {
+                "type": "refused",
+                "code": "server_restart",
+                "message": "the relay restarts; try again",
+            }
+        ],
+        *([(CLOSE_NORMAL, "server_restart")], "server_restart"),
+    ),
+    "user gone": (
+        *(True, lambda pair: pair.tunnel.on_user_control(reset("user_gone"))),
+        *([{**reset("user_gone"), "channel": 1}], NOTHING, [], "user_gone"),
+    ),
+    "user gone before opened": (
+        *(False, lambda pair: pair.tunnel.on_user_control(reset("user_gone"))),
+        *([{**reset("user_gone"), "channel": 1}], NOTHING, [], "user_gone"),
+    ),
+    "target reset": (
+        *(True, lambda pair: pair.tunnel.on_client_control(reset("target_reset")), NOTHING),
+        [reset("target_reset")],
+        *([(CLOSE_NORMAL, "target_reset")], "target_reset"),
+    ),
+    "client stopped before opened": (
+        *(False, lambda pair: pair.tunnel.on_client_control(reset("client_stopped")), NOTHING),
+        [{**reset("client_stopped"), "type": "refused"}],
+        *([(CLOSE_NORMAL, "client_stopped")], "client_stopped"),
+    ),
+    "refused": (
+        *(False, lambda pair: pair.tunnel.on_client_control({**reset("busy"), "type": "refused"})),
+        *(NOTHING, [{**reset("busy"), "type": "refused"}]),
+        *([(CLOSE_NORMAL, "busy")], "busy"),
+    ),
+    "a broken rule": (
+        *(True, lambda pair: pair.tunnel.fail(TunnelError("why"))),
+        [{"type": "reset", "channel": 1, "code": "protocol_error", "message": "why"}],
+        [{"type": "reset", "code": "protocol_error", "message": "why"}],
+        *([(CLOSE_NORMAL, "protocol_error")], "protocol_error"),
+    ),
+    "a broken rule before opened": (
+        *(False, lambda pair: pair.tunnel.fail(TunnelError("why"))),
+        [{"type": "reset", "channel": 1, "code": "protocol_error", "message": "why"}],
+        [{"type": "refused", "code": "protocol_error", "message": "why"}],
+        *([(CLOSE_NORMAL, "protocol_error")], "protocol_error"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_tunnel_ends_once_and_tells_both_when_it_ends(
+    case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One reason, one log line, all budget back; whatever comes later changes nothing."""
+    is_opened, end, to_client, to_user, closes, reason = ENDS[case]
+    pair = Pair(is_opened=is_opened)
+    with caplog.at_level(logging.INFO):
+        end(pair)
+        assert pair.to_client == to_client
+        assert pair.to_user == to_user
+        assert pair.user.ends == closes
+        assert pair.is_gone()
+
+        pair.tunnel.user_lost()
+        pair.tunnel.client_lost("client_lost")
+        pair.tunnel.fail(TunnelError("again"))
+        pair.tunnel.on_user_data(b"late")
+        pair.tunnel.on_client_data(memoryview(b"late"))
+        pair.tunnel.on_user_control(reset("user_gone"))
+        pair.tunnel.on_client_control({"type": "eof", "count": 9})
+    assert pair.to_client == pair.to_user == NOTHING
+    assert pair.user.ends == closes
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"tunnel closed reason={reason} up=0 down=0 secs=0.")
+    assert lines[0].endswith(" client=gw tunnel=abababab user=token-x")
+
+
+def test_tunnel_is_finished_when_both_final_acks_have_passed() -> None:
+    """Then the loss of a leg is nobody's business any more."""
+    pair = Pair()
+    pair.tunnel.on_user_control({"type": "eof", "count": 0})
+    pair.tunnel.on_client_control({"type": "eof", "count": 0})
+    final = {"type": "ack", "delivered": 0, "limit": 300_000, "eof": True}
+    pair.tunnel.on_client_control(final)
+    assert not pair.tunnel.is_over
+    pair.tunnel.on_user_control(final)
+
+    assert pair.tunnel.is_over
+    assert pair.is_gone()
+    assert pair.user.expects_close == 1
+    assert sorted(m["type"] for m in pair.to_client) == ["ack", "eof"]
+    assert sorted(m["type"] for m in pair.to_user) == ["ack", "eof"]
+    pair.tunnel.user_lost()
+    pair.tunnel.client_lost("client_lost")
+    assert pair.to_client == pair.to_user == NOTHING
+
+
+def test_unsent_open_is_taken_back_when_the_user_goes_first() -> None:
+    """A client that reads slowly never hears of a tunnel that is over already."""
+    client, user = FakeClientLeg(), FakeUserLeg()
+    tunnel = Tunnel(client, user, dict(OPEN), "token-x")
+    with client.channels.lock:
+        frame = tunnel.assign_locked(CAP)
+    client.outbox.put_first(tunnel.channel, frame, cancellable=True)
+    tunnel.user_lost()
+    assert taken(client.outbox) == NOTHING
+
+
+def test_reset_deletes_what_waits_except_for_the_ends_that_take_their_turn() -> None:
+    """`user_gone` comes behind the bytes; any other reset overtakes them."""
+    for code, expected in (("user_gone", [b"\0\0\0\1bytes", "reset"]), ("other", ["reset"])):
+        pair = Pair()
+        pair.tunnel.on_user_data(b"bytes")
+        pair.tunnel.on_user_control(reset(code))
+        got = [m["type"] if isinstance(m, dict) else m for m in pair.to_client]
+        assert got == expected
