@@ -78,6 +78,8 @@ MAX_COUNT = 2**53
 MIN_WINDOW_BYTES = 256 * 1024
 # 4 MiB carry 320 Mbit/s over 100 ms.
 DEFAULT_MAX_WINDOW_BYTES = 4 * 1024 * 1024
+# The largest window that may be set, and what all tunnels of a client leg may have granted.
+MAX_WINDOW_BYTES = 64 * 1024 * 1024
 # nginx cuts an idle connection after 60 s, mobile NAT after 30 s.
 DEFAULT_PING_INTERVAL_S = 20.0
 # A link is given up when nothing was heard for this many of one's own ping intervals.
@@ -323,6 +325,7 @@ ERRORS: dict[str, tuple[int, bool]] = {
     "tls_failed": (EXIT_SERVER, True),
     "proxy_failed": (EXIT_SERVER, True),
     "not_a_relay": (EXIT_SERVER, True),
+    "server_failed": (EXIT_SERVER, True),
     "leg_lost": (EXIT_TUNNEL_LOST, True),
     "open_timeout": (EXIT_TARGET, True),
     "internal_error": (EXIT_TUNNEL_LOST, False),
@@ -398,11 +401,15 @@ def max_window(flag: str | None, environ: Mapping[str, str]) -> int:
     """Return the largest window of a tunnel and direction, in bytes."""
     text = flag or environ.get("HTTP_NETWORK_RELAY_MAX_WINDOW") or str(DEFAULT_MAX_WINDOW_BYTES)
     # The length first: int() raises for thousands of digits.
-    if not text.isdecimal() or len(text) > 10 or not MIN_WINDOW_BYTES <= int(text) <= 2**30:
+    if (
+        not text.isdecimal()
+        or len(text) > 10
+        or not MIN_WINDOW_BYTES <= int(text) <= MAX_WINDOW_BYTES
+    ):
         raise RelayError(
             "usage",
-            f"--max-window (HTTP_NETWORK_RELAY_MAX_WINDOW) must be {MIN_WINDOW_BYTES} to {2**30}"
-            f" bytes, not {text!r}",
+            f"--max-window (HTTP_NETWORK_RELAY_MAX_WINDOW) must be {MIN_WINDOW_BYTES} to"
+            f" {MAX_WINDOW_BYTES} bytes, not {text!r}",
         )
     return int(text)
 
@@ -1554,9 +1561,9 @@ def _refusal(
         code, message = str(told["code"]), printable(str(told["message"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         code, message = "", f"it answered {status}"
-    if code not in ERRORS:
+    if code not in ERRORS or code == "internal_error":  # Of the server, not of the tunnel.
         by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
-        code = by_status.get(status, "busy" if status in (429, 503) else "not_a_relay")
+        code = by_status.get(status, "busy" if status in (429, 503) else "server_failed")
     retry_after_s = _number(headers.get("retry-after", ""))
     if retry_after_s is not None:
         retry_after_s = min(retry_after_s, _MAX_RETRY_AFTER_S)

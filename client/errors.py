@@ -54,6 +54,7 @@ ERRORS: dict[str, tuple[int, bool]] = {
     "tls_failed": (EXIT_SERVER, True),
     "proxy_failed": (EXIT_SERVER, True),
     "not_a_relay": (EXIT_SERVER, True),
+    "server_failed": (EXIT_SERVER, True),
     "leg_lost": (EXIT_TUNNEL_LOST, True),
     "open_timeout": (EXIT_TARGET, True),
     "internal_error": (EXIT_TUNNEL_LOST, False),

@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from client.errors import RelayError
-from client.wire import DEFAULT_MAX_WINDOW_BYTES, DEFAULT_PING_INTERVAL_S, MIN_WINDOW_BYTES
+from client.wire import (
+    DEFAULT_MAX_WINDOW_BYTES,
+    DEFAULT_PING_INTERVAL_S,
+    MAX_WINDOW_BYTES,
+    MIN_WINDOW_BYTES,
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -47,10 +52,14 @@ def max_window(flag: str | None, environ: Mapping[str, str]) -> int:
     """Return the largest window of a tunnel and direction, in bytes."""
     text = flag or environ.get("HTTP_NETWORK_RELAY_MAX_WINDOW") or str(DEFAULT_MAX_WINDOW_BYTES)
     # The length first: int() raises for thousands of digits.
-    if not text.isdecimal() or len(text) > 10 or not MIN_WINDOW_BYTES <= int(text) <= 2**30:
+    if (
+        not text.isdecimal()
+        or len(text) > 10
+        or not MIN_WINDOW_BYTES <= int(text) <= MAX_WINDOW_BYTES
+    ):
         raise RelayError(
             "usage",
-            f"--max-window (HTTP_NETWORK_RELAY_MAX_WINDOW) must be {MIN_WINDOW_BYTES} to {2**30}"
-            f" bytes, not {text!r}",
+            f"--max-window (HTTP_NETWORK_RELAY_MAX_WINDOW) must be {MIN_WINDOW_BYTES} to"
+            f" {MAX_WINDOW_BYTES} bytes, not {text!r}",
         )
     return int(text)

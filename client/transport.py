@@ -256,9 +256,9 @@ def _refusal(
         code, message = str(told["code"]), printable(str(told["message"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         code, message = "", f"it answered {status}"
-    if code not in ERRORS:
+    if code not in ERRORS or code == "internal_error":  # Of the server, not of the tunnel.
         by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
-        code = by_status.get(status, "busy" if status in (429, 503) else "not_a_relay")
+        code = by_status.get(status, "busy" if status in (429, 503) else "server_failed")
     retry_after_s = _number(headers.get("retry-after", ""))
     if retry_after_s is not None:
         retry_after_s = min(retry_after_s, _MAX_RETRY_AFTER_S)

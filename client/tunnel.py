@@ -85,7 +85,7 @@ class Tunnel:
         except DialError as exc:
             if exc.kind in _REFUSED_CODES:
                 log.info("tunnel refused %s reason=%s: %s", self._about, exc.kind, exc)
-                self._refuse(RelayError(_REFUSED_CODES[exc.kind], f"target {exc}"))
+                self._refuse(RelayError(_REFUSED_CODES[exc.kind], str(exc)))
             return None
         if not self.end.on_open(self._opening["limit"]):
             sock.close()  # The user went away during the dial.

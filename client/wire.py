@@ -37,6 +37,8 @@ MAX_COUNT = 2**53
 MIN_WINDOW_BYTES = 256 * 1024
 # 4 MiB carry 320 Mbit/s over 100 ms.
 DEFAULT_MAX_WINDOW_BYTES = 4 * 1024 * 1024
+# The largest window that may be set, and what all tunnels of a client leg may have granted.
+MAX_WINDOW_BYTES = 64 * 1024 * 1024
 # nginx cuts an idle connection after 60 s, mobile NAT after 30 s.
 DEFAULT_PING_INTERVAL_S = 20.0
 # A link is given up when nothing was heard for this many of one's own ping intervals.

@@ -82,7 +82,7 @@ def build_app(relay: Relay) -> Flask:
             g.slot = relay.admit_user(_authenticate_user(relay), _address())
         else:
             return
-        g.leg_socket = prepare_upgrade(request.environ)
+        relay.attach(g.slot, Transport(prepare_upgrade(request.environ)))
 
     @app.teardown_request
     def give_slot_back(_error: BaseException | None) -> None:
@@ -101,14 +101,11 @@ def build_app(relay: Relay) -> Flask:
             raise HttpRefusal("server_restart", "the relay restarts")
         return jsonify(status="ok")
 
-    @sock.route(CLIENTS_PATH)  # type: ignore[untyped-decorator]
-    def clients(ws: Any) -> None:
-        relay.serve_client(g.slot, Transport(ws, g.leg_socket))
+    def serve(ws: Any) -> None:
+        relay.serve(g.slot, ws)
 
-    @sock.route(USERS_PATH)  # type: ignore[untyped-decorator]
-    def users(ws: Any) -> None:
-        relay.serve_user(g.slot, Transport(ws, g.leg_socket))
-
+    for path in (CLIENTS_PATH, USERS_PATH):
+        sock.route(path, endpoint=path)(serve)
     app.register_error_handler(HttpRefusal, _refusal_response)
     app.register_error_handler(HTTPException, _http_error_response)
     return app

@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from server.errors import ConfigError
-from server.wire import DEFAULT_MAX_WINDOW_BYTES, DEFAULT_PING_INTERVAL_S, MIN_WINDOW_BYTES
+from server.wire import (
+    DEFAULT_MAX_WINDOW_BYTES,
+    DEFAULT_PING_INTERVAL_S,
+    MAX_WINDOW_BYTES,
+    MIN_WINDOW_BYTES,
+)
 
 CREDENTIALS_FILE_VARIABLE = "HTTP_NETWORK_RELAY_CREDENTIALS_FILE"
 PING_INTERVAL_VARIABLE = "HTTP_NETWORK_RELAY_PING_INTERVAL"
@@ -20,7 +25,7 @@ _SHORTEST_PING_INTERVAL_S = 0.05
 # Longer than any proxy or NAT keeps an idle connection.
 _LONGEST_PING_INTERVAL_S = 3600.0
 # A leg's whole budget: a larger window could never be granted.
-LEG_BUDGET_BYTES = 64 * 1024 * 1024
+LEG_BUDGET_BYTES = MAX_WINDOW_BYTES
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ FIRST_MESSAGE_S = 10.0
 # A user's end whose tunnel is over closes by itself, at once; this catches one that does not.
 _LATE_CLOSE_S = 10.0
 # A leg that was replaced holds a thread beyond its slot while its close frame goes out.
-REPLACED_FLUSH_S = 0.2
+_REPLACED_FLUSH_S = 0.2
 # The timer's next try when the outbox's lock was taken.
 _PING_RETRY_S = 0.01
 _PING = Frame(OP_PING, b"", b"")
@@ -73,14 +73,14 @@ class Leg:
         # Why it ends; the first reason stays.
         self.reason = ""
 
-    def run(self) -> None:
-        """Serve until the leg has ended; writer and descriptor are then free."""
+    def run(self, websocket: Any) -> None:
+        """Serve the upgraded WebSocket until the leg has ended and its writer is gone."""
         writer = threading.Thread(target=self._write, name=f"leg-writer:{self.label}")
         writer.start()
         try:
-            ended = self._read()
+            ended = self._read(websocket)
             # The tunnels' other ends hear of it before anything here can take time.
-            self._lost(self.reason)
+            self.lost()
             if ended is ReadEnd.LOST:
                 self._transport.abort()
                 self.outbox.stop()
@@ -136,9 +136,9 @@ class Leg:
     def _note(self, reason: str) -> None:
         self.reason = self.reason or reason
 
-    def _read(self) -> ReadEnd:
+    def _read(self, websocket: Any) -> ReadEnd:
         try:
-            ended = self._transport.read(self._on_message, self.outbox)
+            ended = self._transport.read(websocket, self._on_message, self.outbox)
         except LegError as exc:
             _log.info("leg broke the rules leg=%s error=%s", self.label, exc)
             self._note("protocol_error")
@@ -168,8 +168,8 @@ class Leg:
     def _on_message(self, message: bytes | str) -> None:
         raise NotImplementedError
 
-    def _lost(self, reason: str) -> None:
-        """Tell the tunnels; called once or more."""
+    def lost(self) -> None:
+        """The leg is over: tell its tunnels. Again is harmless."""
         raise NotImplementedError
 
 
@@ -200,14 +200,14 @@ class ClientLeg(Leg):
     def replace(self, close_code: int) -> None:
         """A newer leg of the same client is there: end this one at once."""
         self._note("replaced")
-        self._lost("client_replaced")
+        self._end_tunnels("client_replaced")
         self.outbox.close(close_frame(close_code), flush=False)
-        self._abort_by(time.monotonic() + REPLACED_FLUSH_S)
+        self._abort_by(time.monotonic() + _REPLACED_FLUSH_S)
 
     def going_away(self, spread_ms: int) -> None:
         """The server drains: say so, and give up the tunnels."""
         super().going_away(spread_ms)
-        self._lost("server_restart")
+        self._end_tunnels("server_restart")
 
     def _on_message(self, message: bytes | str) -> None:
         if isinstance(message, str):
@@ -245,8 +245,11 @@ class ClientLeg(Leg):
         if tunnel is not None:
             tunnel.fail(error)
 
-    def _lost(self, reason: str) -> None:
-        code = reason if reason in ("client_replaced", "server_restart") else "client_lost"
+    def lost(self) -> None:
+        """Tell the users of all its tunnels."""
+        self._end_tunnels("client_lost")
+
+    def _end_tunnels(self, code: str) -> None:
         with self.channels.lock:
             self.channels.is_closed = True
             tunnels = list(self.channels.tunnels.values())
@@ -314,6 +317,7 @@ class UserLeg(Leg):
         self._first_by = float("inf")
         self.tunnel = self._open_tunnel(self, control)
 
-    def _lost(self, reason: str) -> None:
+    def lost(self) -> None:
+        """Tell the client of its tunnel."""
         if self.tunnel is not None:
             self.tunnel.user_lost()

@@ -15,7 +15,7 @@ from typing import Any
 from server.config import LEG_BUDGET_BYTES, Config
 from server.credentials import Credentials
 from server.errors import HttpRefusal, TunnelRefused
-from server.leg import REPLACED_FLUSH_S, ClientLeg, Leg, UserLeg
+from server.leg import ClientLeg, Leg, UserLeg
 from server.logs import ROOT_NAME
 from server.registry import Registry, Slot
 from server.timer import Timer
@@ -73,7 +73,7 @@ class Relay:
         """Whether nobody is admitted any more."""
         return self._registry.is_draining
 
-    # A leg's life: admit, serve, release.
+    # A leg's life: admit, attach (before the upgrade's answer), serve, release.
 
     def admit_client(self, name: str, instance: str, address: str) -> Slot[Leg]:
         """Return a slot; an older leg of that client ends here. Raises HttpRefusal."""
@@ -93,44 +93,55 @@ class Relay:
         """Return a slot. Raises HttpRefusal."""
         return self._registry.admit_user(name, address)
 
-    def release(self, slot: Slot[Leg]) -> None:
-        """Give a slot back; every admitted slot comes here once."""
-        self._registry.release(slot)
+    def attach(self, slot: Slot[Leg], transport: Transport) -> None:
+        """Make the slot's leg, before the peer is told that it is connected.
 
-    def serve_client(self, slot: Slot[Leg], transport: Transport) -> None:
-        """Run a client's leg to its end, in the handler's thread."""
-        interval_s, wake = self._config.ping_interval_s, self._timer.wake
-        self._serve(slot, ClientLeg(transport, slot.name, interval_s, wake, LEG_BUDGET_BYTES))
-
-    def serve_user(self, slot: Slot[Leg], transport: Transport) -> None:
-        """Run a proxy user's leg to its end, in the handler's thread."""
+        A client that has its answer can be reached: a proxy user who comes in the next
+        instant finds it. Its `open` waits in the outbox until serve().
+        """
         interval_s, wake = self._config.ping_interval_s, self._timer.wake
 
         def open_tunnel(leg: UserLeg, control: dict[str, Any]) -> Tunnel:
             return self._open_tunnel(leg, control, slot.name)
 
-        self._serve(slot, UserLeg(transport, slot.name, interval_s, wake, open_tunnel))
+        leg: Leg
+        if slot.kind == "client":
+            leg = ClientLeg(transport, slot.name, interval_s, wake, LEG_BUDGET_BYTES)
+        else:
+            leg = UserLeg(transport, slot.name, interval_s, wake, open_tunnel)
+        if not self._registry.attach(slot, leg):
+            raise HttpRefusal("server_restart", "a newer connection came; try again")
 
-    def _serve(self, slot: Slot[Leg], leg: Leg) -> None:
+    def serve(self, slot: Slot[Leg], websocket: Any) -> None:
+        """Run the slot's leg to its end, in the handler's thread."""
+        leg = slot.leg
+        if leg is None:
+            raise ValueError("serve() without attach()")
         thread = threading.current_thread()
         thread_name, thread.name = thread.name, f"{slot.kind}-leg:{slot.name}"
-        # Before attach(): a drain that attach() does not see must find the leg in the list.
+        # Before the question: a drain that it does not see finds the leg in the list.
         self._change_legs(add=leg)
-        if not self._registry.attach(slot, leg):
-            # A newer leg came, or the drain began, during the upgrade.
-            leg.end(slot.close_code or CLOSE_RESTART, "came_too_late", flush_s=REPLACED_FLUSH_S)
+        if self._registry.is_draining:
+            leg.end(CLOSE_RESTART, "server_restart")
         started_at = time.monotonic()
         fields = f"{slot.kind}={slot.name} address={slot.address}"
         if slot.instance:
             fields += f" instance={slot.instance[:8]}"
         _log.info("leg up %s", fields)
         try:
-            leg.run()
+            leg.run(websocket)
         finally:
             self._change_legs(drop=leg)
             thread.name = thread_name
             secs = time.monotonic() - started_at
             _log.info("leg down reason=%s secs=%.1f %s", leg.reason, secs, fields)
+
+    def release(self, slot: Slot[Leg]) -> None:
+        """Give a slot back; every admitted slot comes here once."""
+        self._registry.release(slot)
+        if slot.leg is not None:
+            # Only where the upgrade failed is there anything left to tell.
+            slot.leg.lost()
 
     def _change_legs(self, *, add: Leg | None = None, drop: Leg | None = None) -> None:
         with self._legs_changed:

@@ -177,10 +177,9 @@ _HANDSHAKE_HEADERS = frozenset(
 
 
 class Transport:
-    """One upgraded WebSocket."""
+    """One WebSocket, from before its upgrade."""
 
-    def __init__(self, ws: Any, sock: LegSocket) -> None:
-        self._ws = ws
+    def __init__(self, sock: LegSocket) -> None:
         self._sock = sock
         sock.tune()
 
@@ -189,19 +188,21 @@ class Transport:
         """When any byte last came, monotonic."""
         return self._sock.duplex.heard_at
 
-    def read(self, on_message: Callable[[bytes | str], None], outbox: Outbox) -> ReadEnd:
-        """Run the library's loop: call `on_message` for each message until the end.
+    def read(
+        self, websocket: Any, on_message: Callable[[bytes | str], None], outbox: Outbox
+    ) -> ReadEnd:
+        """Run the loop of the library's `websocket`: call `on_message` for each message.
 
         What `on_message` raises comes out here, but for OSError. Pongs and close
         replies go to `outbox`.
         """
         self._sock.outbox = outbox
-        self._ws.input_buffer = _Dispatch(on_message)
-        self._ws._thread()
+        websocket.input_buffer = _Dispatch(on_message)
+        websocket._thread()
         if self._sock.is_lost:
             return ReadEnd.LOST
         # The library is through with both closes only if the peer's came first.
-        return ReadEnd.CLOSED if self._ws.ws.state.name == "CLOSED" else ReadEnd.BROKEN
+        return ReadEnd.CLOSED if websocket.ws.state.name == "CLOSED" else ReadEnd.BROKEN
 
     def discard_input(self) -> None:
         """Read and drop until the stream ends or abort() is called.

@@ -549,21 +549,14 @@ def test_long_reason_of_a_close_is_cut_to_fit() -> None:
     payload[2:].decode("utf-8")
 
 
-def test_stop_of_a_leg_whose_peer_does_not_read_ends_in_time() -> None:
+def test_stop_of_a_leg_whose_peer_does_not_read_ends_in_time(deaf: HandServer) -> None:
     """A goodbye that cannot be said is given up after a second."""
-    with hand_server(serving()) as server:
-        transport = dial(server)
-        transport.start("test")
-        for channel in range(1, 200):
-            transport.outbox.put_data(channel, b"\0\0\0\1", bytes(65536))
+    with leg(deaf) as transport:
+        fill(transport)
         transport.close(1000)
-        # The visitor stops reading for good: it only waits.
-        stopper = threading.Thread(target=transport.stop)
         begun = time.monotonic()
-        stopper.start()
-        stopper.join(2.5)
-        assert not stopper.is_alive()
-        assert time.monotonic() - begun < 2.0
+        transport.stop()
+        assert 0.9 < time.monotonic() - begun < 1.5
 
 
 def test_pings_are_answered_while_a_large_send_is_stuck_and_no_frame_breaks() -> None:
@@ -600,6 +593,27 @@ def test_pings_are_answered_while_a_large_send_is_stuck_and_no_frame_breaks() ->
     assert data == block * blocks
     # Several may share one answer; the newest is among them.
     assert pongs[-1] == b"%d" % (pings - 1)
+
+
+@pytest.fixture
+def deaf() -> Iterator[HandServer]:
+    """A server that upgrades and then does not read."""
+    ends = threading.Event()
+
+    def serve(visitor: Visitor) -> None:
+        visitor.upgrade()
+        ends.wait(10.0)
+
+    with hand_server(serve) as server:
+        yield server
+        ends.set()
+
+
+def fill(transport: Transport) -> None:
+    """Send until the writer is stuck in the kernel."""
+    for channel in range(1, 200):
+        transport.outbox.put_data(channel, b"\0\0\0\1", bytes(65536))
+    eventually(lambda: not _can_write(transport))
 
 
 def _can_write(transport: Transport) -> bool:
@@ -688,17 +702,14 @@ def test_tick_never_waits_for_the_outbox() -> None:
         assert transport.outbox.take() == Frame(OP_PING, b"", b"")
 
 
-def test_tick_never_waits_for_a_stuck_writer() -> None:
+def test_tick_never_waits_for_a_stuck_writer(deaf: HandServer) -> None:
     """It gives a leg up from outside the send lock, and the stuck writer wakes."""
-    with hand_server(serving()) as server:
-        transport = dial(server, ping_interval_s=1.0)
-        transport.start("test")
-        for channel in range(1, 200):
-            transport.outbox.put_data(channel, b"\0\0\0\1", bytes(65536))
-        eventually(lambda: not _can_write(transport))
+    with leg(deaf, ping_interval_s=1.0) as transport:
+        fill(transport)
         begun = time.monotonic()
         transport.tick(begun + 100, slept=False)
         assert time.monotonic() - begun < 0.05
+        assert transport.receive() == (OP_CLOSE, 1006)
         transport.stop()
         assert time.monotonic() - begun < 1.0
 

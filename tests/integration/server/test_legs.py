@@ -212,6 +212,16 @@ def test_keystroke_overtakes_when_another_tunnel_downloads(server: Server) -> No
         assert before < WINDOW // 2
 
 
+def test_client_is_reachable_when_it_has_its_answer(server: Server) -> None:
+    """A proxy user that comes in the same instant finds it, however busy the machine is."""
+    with RawUser(server.url) as waiting:
+        waiting.ping()
+        for number in range(50):
+            with RawClient(server.url) as client, RawUser(server.url) as user:
+                user.send_open(tunnel_id=f"{number:032x}")
+                assert client.recv_control("open")["tunnel_id"] == f"{number:032x}"
+
+
 def test_client_is_replaced_at_once_when_its_link_died_without_a_word(server: Server) -> None:
     """The old leg is stuck in a send to nobody, and still gives way, slot and thread."""
     with ExitStack() as stack:

@@ -44,7 +44,7 @@ class Upgraded:
         environ: dict[str, Any] = {**ENVIRON, "gunicorn.socket": ours}
         self.sock = prepare_upgrade(environ)
         self.library = LibraryServer(environ, **SERVER_OPTIONS)
-        self.transport = Transport(self.library, self.sock)
+        self.transport = Transport(self.sock)
         self.outbox = Outbox()
         self.answer = self.peer.recv(65536)
 
@@ -54,7 +54,7 @@ class Upgraded:
         if end:
             self.peer.shutdown(socket.SHUT_WR)
         self.messages: list[Any] = []
-        return self.transport.read(on_message or self.messages.append, self.outbox)
+        return self.transport.read(self.library, on_message or self.messages.append, self.outbox)
 
     def close(self) -> None:
         self._ours.close()
