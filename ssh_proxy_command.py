@@ -1809,6 +1809,10 @@ class TunnelEnd:
         """Whether the time for handing on what came before the end has passed."""
         return self._ended is not None and time.monotonic() >= self._deliver_until
 
+    def deliver_left_s(self) -> float:
+        """Return the seconds that are left of that time; only after the end."""
+        return max(0.0, self._deliver_until - time.monotonic())
+
     # The leg's reader. Raise TunnelError for what breaks the protocol.
 
     def on_open(self, limit: int) -> bool:

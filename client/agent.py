@@ -85,11 +85,8 @@ class Agent:
         restart_until = 0.0
         try:
             while not self._stopping.is_set():
-                begun = time.monotonic()
                 spread_s = self._serve_once()
                 now = time.monotonic()
-                if now - begun >= STABLE_S:
-                    self._backoff.reset()
                 if spread_s is not None:
                     restart_until = now + spread_s + _RESTART_S
                     self._wait(self._rng.uniform(0.0, spread_s))
@@ -156,6 +153,8 @@ class Agent:
             log.error("connect refused reason=%s, next try in %d s: %s", exc.code, CAP_S, exc)
 
     def _note_end(self, transport: Transport, code: int, lasted_s: float) -> None:
+        if lasted_s >= STABLE_S:
+            self._backoff.reset()
         if self._stopping.is_set():
             log.info("leg closed reason=client_stopped secs=%.1f", lasted_s)
             return

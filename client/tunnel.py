@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import struct
 import threading
@@ -19,13 +20,15 @@ from client.duplex import wait_ready
 from client.errors import DialError, RelayError
 from client.outbox import Frame, Outbox
 from client.tunnel_end import TunnelEnd
-from client.wire import FLUSH_S, OP_TEXT, encode_control
+from client.wire import OP_TEXT, encode_control
 
 # The dial of a target in all, name lookup included. Shorter than the proxy command's
 # 15 s, so that the proxy user reads our reason.
 DIAL_TARGET_S = 10.0
 # A write to a target that does not read looks this often whether the tunnel has ended.
 _STUCK_WRITE_S = 0.25
+# After its eof a target that has gone is noticed so soon.
+_WATCH_S = 0.5
 # Linux and macOS: try, do not wait, whatever the socket's mode.
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 _REFUSED_CODES = {
@@ -68,7 +71,7 @@ class Tunnel:
             if self._sock is not None:
                 self._writer.start()
                 self._read(self._sock)
-                self.end.wait_over()
+                self._watch(self._sock)
                 self._writer.join()
                 self._close(self._sock)
         except Exception:
@@ -123,6 +126,15 @@ class Tunnel:
         finally:
             self._target_is_read.set()
 
+    def _watch(self, sock: socket.socket) -> None:
+        """Wait for the end. Nobody reads the target after its eof, so ask for an RST."""
+        end = self.end
+        while not end.is_over:
+            end.wait_over(_WATCH_S)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                end.reset(_target_error(OSError(code, os.strerror(code))))
+
     # Leg to target.
 
     def _write(self) -> None:
@@ -163,7 +175,7 @@ class Tunnel:
         with contextlib.suppress(OSError):
             if is_clean:
                 sock.shutdown(socket.SHUT_WR)
-                self._target_is_read.wait(FLUSH_S)
+                self._target_is_read.wait(self.end.deliver_left_s())
             # Not SHUT_RDWR: a FIN would tell the target of a clean end.
             sock.shutdown(socket.SHUT_RD)
 

@@ -40,6 +40,8 @@ class Relay:
         self._registry: Registry[Leg] = Registry()
         self._timer = Timer(lambda: self._legs)
         self._is_started = False
+        # One line is enough: peers retry for ever.
+        self._has_complained = False
         # Guards the replacement of _legs, which itself is never changed; told of each.
         self._legs_changed = threading.Condition()
         self._legs: tuple[Leg, ...] = ()
@@ -62,10 +64,12 @@ class Relay:
         """Raise HttpRefusal where no worker of ours has started the relay."""
         if self._is_started:
             return
-        _log.error(
-            "websocket refused code=wrong_worker mend='run gunicorn in the project's root, so "
-            "that it reads gunicorn.conf.py, without -k and -c; or run python -m server'"
-        )
+        if not self._has_complained:
+            self._has_complained = True
+            _log.error(
+                "websockets are refused code=wrong_worker mend='run gunicorn in the project's "
+                "root, where it reads gunicorn.conf.py, without -k and -c; or python -m server'"
+            )
         raise HttpRefusal("wrong_worker", "the relay runs under the wrong gunicorn worker class")
 
     @property

@@ -20,7 +20,6 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from server import mask
 from server.duplex import Duplex
 from server.outbox import Frame, Outbox
 from server.wire import (
@@ -38,8 +37,6 @@ _RECEIVE_BYTES = 256 * 1024
 # What the kernel may hold unsent: more only delays the keystroke that comes behind it.
 _UNSENT_BYTES = 128 * 1024
 _FIN = 0x80
-
-mask.install()
 
 
 class _NoThread:

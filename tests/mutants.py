@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("client", "server", "tests", "docs", "deploy", ".ci")
 COPIED_FILES = ("ssh_proxy_command.py", "wsgi.py", "gunicorn.conf.py", "pyproject.toml")
 # A mutant that hangs is caught as well; no test of these takes a tenth of it.
-TEST_S = 120.0
+TEST_S = 60.0
 # pytest's exit code for "some test failed"; others mean that no test has judged.
 TESTS_FAILED = 1
 
@@ -34,7 +34,301 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-MUTANTS: tuple[Mutant, ...] = ()
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant(
+        "1: nobody gets in without a secret",
+        "server/credentials.py",
+        "return hmac.compare_digest(_digest(secret), expected)",
+        "return True",
+        (
+            "tests/unit/server/test_credentials.py",
+            "tests/integration/server/test_doors.py::test_refusal_is_the_same_when_name_or_secret_is_wrong",
+        ),
+    ),
+    Mutant(
+        "1: a head has ten seconds",
+        "server/worker.py",
+        "while self._pending and (head := next(iter(self._pending))).deadline <= now:",
+        "while self._pending and (head := next(iter(self._pending))).deadline <= 0:",
+        (
+            "tests/integration/server/test_doors.py::test_head_is_dropped_when_it_takes_longer_than_ten_seconds",
+        ),
+    ),
+    Mutant(
+        "1: nothing lingers on the accept thread",
+        "server/worker.py",
+        "        sock.setblocking(False)\n        # The plain",
+        "        sock.settimeout(2.0)\n        # The plain",
+        (
+            "tests/integration/server/test_doors.py::test_health_and_tunnels_answer_when_200_peers_stall",
+        ),
+    ),
+    Mutant(
+        "1: a slot comes back when its leg ends",
+        "server/app.py",
+        "            relay.release(slot)",
+        "            pass",
+        (
+            "tests/integration/server/test_doors.py::test_relay_answers_503_and_health_when_all_slots_are_taken",
+        ),
+    ),
+    Mutant(
+        "1: at most three quarters go to clients",
+        "server/registry.py",
+        "if len(self._clients) >= self.clients_at_most:",
+        "if False:",
+        ("tests/unit/server/test_registry.py",),
+    ),
+    Mutant(
+        "1: the newcomer takes the slot over",
+        "server/registry.py",
+        "                self._slots.discard(old)\n",
+        "",
+        ("tests/unit/server/test_registry.py",),
+    ),
+    Mutant(
+        "2: the server never takes more than the window",
+        "server/credit.py",
+        "        if self.forwarded + size > self.limit:",
+        "        if False:",
+        (
+            "tests/unit/server/test_credit.py",
+            "tests/integration/server/test_tunnels.py::test_tunnel_is_reset_at_both_ends_when_a_rule_is_broken",
+        ),
+    ),
+    Mutant(
+        "2: an end never takes more than its window",
+        "client/stream.py",
+        "        if self.received + size > self.limit:",
+        "        if False:",
+        ("tests/unit/client/test_stream.py",),
+    ),
+    Mutant(
+        "2: small pieces do not cost an entry each",
+        "client/outbox.py",
+        "if queue and len(queue[-1]) + len(data) <= MAX_DATA_BYTES:",
+        "if False:",
+        ("tests/unit/client/test_outbox.py",),
+    ),
+    Mutant(
+        "2: limits only grow",
+        "client/stream.py",
+        "self.limit = min(MAX_COUNT, max(before, self.delivered + self.window))",
+        "self.limit = min(MAX_COUNT, self.delivered + self.window - self.window // 2)",
+        ("tests/unit/client/test_stream.py",),
+    ),
+    Mutant(
+        "3: the server's reader never writes",
+        "server/transport.py",
+        "        if self.outbox is None:\n",
+        "        if True:\n",
+        (
+            "tests/unit/server/test_transport.py",
+            "tests/integration/server/test_legs.py::test_frames_stay_whole_when_pings_come_while_a_send_is_stuck",
+        ),
+    ),
+    Mutant(
+        "3: a client that dials reads on",
+        "client/leg.py",
+        "        tunnel.thread.start()\n",
+        "        tunnel.thread.start()\n        tunnel.thread.join(3)\n",
+        ("tests/integration/client/test_leg.py",),
+    ),
+    Mutant(
+        "4: frames are whole",
+        "client/duplex.py",
+        "        with self._send_lock:\n            if self._is_tls:",
+        "        if True:\n            if self._is_tls:",
+        ("tests/integration/client/test_duplex.py",),
+    ),
+    Mutant(
+        "4: one thread inside a TLS object, reading",
+        "client/duplex.py",
+        "                with self._tls_lock:\n                    return self._sock.recv(size)",
+        "                if True:\n                    return self._sock.recv(size)",
+        (
+            "tests/integration/client/test_duplex.py::test_no_two_threads_are_ever_inside_one_tls_object",
+        ),
+    ),
+    Mutant(
+        "4: one thread inside a TLS object, writing",
+        "client/duplex.py",
+        "                with self._tls_lock:\n                    sent =",
+        "                if True:\n                    sent =",
+        (
+            "tests/integration/client/test_duplex.py::test_no_two_threads_are_ever_inside_one_tls_object",
+        ),
+    ),
+    Mutant(
+        "4: the same bytes again after WANT_WRITE",
+        "client/duplex.py",
+        "                wait_ready(self._sock, write=True, timeout_s=None)\n            except ssl.SSLWantReadError:\n                wait_ready(self._sock, write=False, timeout_s=_CROSS_WAIT_S)\n            else:",
+        "                wait_ready(self._sock, write=True, timeout_s=None)\n                view = view[1:]\n            except ssl.SSLWantReadError:\n                wait_ready(self._sock, write=False, timeout_s=_CROSS_WAIT_S)\n            else:",
+        (
+            "tests/integration/client/test_duplex.py::test_same_bytes_are_offered_again_after_want_write",
+        ),
+    ),
+    Mutant(
+        "4: the client's reader never writes a pong",
+        "client/transport.py",
+        'self.outbox.put_leg("pong", Frame(OP_PONG, b"", payload))',
+        "self._duplex._sock.send(frame_header(OP_PONG, len(payload), bytes(4)) + payload)",
+        (
+            "tests/integration/client/test_transport.py::test_pings_are_answered_while_a_large_send_is_stuck_and_no_frame_breaks",
+        ),
+    ),
+    Mutant(
+        "5: channels take turns",
+        "client/outbox.py",
+        "            self._turns.append(channel)\n        else:\n            del self._channels[channel]\n        return frame, None",
+        "            self._turns.appendleft(channel)\n        else:\n            del self._channels[channel]\n        return frame, None",
+        ("tests/unit/client/test_outbox.py",),
+    ),
+    Mutant(
+        "5: acks overtake data",
+        "client/outbox.py",
+        "        if self._fast:\n            key",
+        "        if self._fast and not self._turns:\n            key",
+        ("tests/unit/client/test_outbox.py",),
+    ),
+    Mutant(
+        "6: only that very leg is released",
+        "server/registry.py",
+        "            if self._clients.get(slot.name) is slot:",
+        "            if slot.name in self._clients:",
+        ("tests/unit/server/test_registry.py",),
+    ),
+    Mutant(
+        "6: a closed leg cannot be attached",
+        "server/registry.py",
+        "if slot not in self._slots or self._is_draining:",
+        "if self._is_draining:",
+        ("tests/unit/server/test_registry.py",),
+    ),
+    Mutant(
+        "6: another instance closes with 4409",
+        "server/registry.py",
+        "CLOSE_REPLACED_BY_SELF if same else CLOSE_REPLACED_BY_OTHER",
+        "CLOSE_REPLACED_BY_SELF",
+        ("tests/unit/server/test_registry.py", "tests/integration/server/test_legs.py"),
+    ),
+    Mutant(
+        "7: the server gives a silent leg up",
+        "server/leg.py",
+        "abort_at = min(silent_at, self._abort_at, self._first_by)",
+        "abort_at = min(self._abort_at, self._first_by)",
+        ("tests/integration/server/test_legs.py::test_leg_is_given_up_when_it_is_silent",),
+    ),
+    Mutant(
+        "7: an end gives a silent leg up",
+        "client/transport.py",
+        "        if now >= silent_at:\n",
+        "        if False:\n",
+        (
+            "tests/integration/client/test_transport.py::test_silence_gives_the_leg_up_after_two_and_a_half_intervals",
+        ),
+    ),
+    Mutant(
+        "7: the timer never waits for a lock",
+        "client/outbox.py",
+        "if not self._ready.acquire(blocking=False):",
+        "if not self._ready.acquire():",
+        ("tests/unit/client/test_outbox.py::test_try_put_leg_never_waits_while_the_lock_is_held",),
+    ),
+    Mutant(
+        "8: a dial ends by its deadline",
+        "client/dial.py",
+        "    if time.monotonic() >= deadline:\n        raise DialError",
+        "    if False:\n        raise DialError",
+        ("tests/integration/client/test_dial.py::test_deadline_holds_when_nothing_answers",),
+    ),
+    Mutant(
+        "8: a stuck name lookup ends by the deadline",
+        "client/dial.py",
+        "answer = answers.get(timeout=_slice_s(deadline))",
+        "answer = answers.get()",
+        ("tests/integration/client/test_dial.py::test_stuck_lookup_ends_by_the_deadline",),
+    ),
+    Mutant(
+        "8: a target that does not read ends its tunnel",
+        "client/tunnel.py",
+        "                if self.end.must_stop():\n",
+        "                if False:\n",
+        (
+            "tests/integration/client/test_tunnel.py::test_target_that_does_not_read_delays_the_end_by_a_second",
+        ),
+    ),
+    Mutant(
+        "9: legs close with 1012",
+        "server/relay.py",
+        'leg.end(CLOSE_RESTART, "server_restart")\n\n    def stop',
+        'leg.abort("server_restart")\n\n    def stop',
+        (
+            "tests/integration/server/test_lifecycle.py::test_every_leg_closes_with_1012_when_the_server_is_told_to_stop",
+        ),
+    ),
+    Mutant(
+        "9: every stop signal leads to the one drain",
+        "server/worker.py",
+        "        self.handle_exit(sig, frame)",
+        "        super().handle_quit(sig, frame)",
+        ("tests/integration/server/test_lifecycle.py",),
+    ),
+    Mutant(
+        "10: no secret in a repr",
+        "client/config.py",
+        "    secret: str = field(repr=False)",
+        "    secret: str = field()",
+        ("tests/unit/client/test_config.py",),
+    ),
+    Mutant(
+        "10: each error has its exit code",
+        "client/errors.py",
+        '"unauthorized": (EXIT_UNAUTHORIZED, False)',
+        '"unauthorized": (EXIT_SERVER, False)',
+        ("tests/e2e/test_exit_codes.py::test_one_line_and_a_code_when_no_tunnel_comes_about",),
+    ),
+    Mutant(
+        "wire: the final ack",
+        "client/tunnel_end.py",
+        "            self._stream.into.eof_acked = True\n            self._changed.notify_all()",
+        "            self._stream.into.eof_acked = True\n            self._ended = RelayError('eof', '')",
+        (
+            "tests/integration/client/test_tunnel.py::test_bytes_go_both_ways_and_both_eofs_end_the_tunnel",
+        ),
+    ),
+    Mutant(
+        "wire: any other end is a reset at the target",
+        "client/tunnel.py",
+        'if ended is not None and ended.code != "user_gone":\n            linger_0',
+        "if False:\n            linger_0",
+        ("tests/integration/client/test_tunnel.py::test_any_other_end_is_a_reset_at_the_target",),
+    ),
+    Mutant(
+        "wire: no FIN before that reset",
+        "client/tunnel.py",
+        "sock.shutdown(socket.SHUT_RD)",
+        "sock.shutdown(socket.SHUT_RDWR)",
+        ("tests/integration/client/test_tunnel.py::test_any_other_end_is_a_reset_at_the_target",),
+    ),
+    Mutant(
+        "wire: user_gone takes its turn",
+        "client/tunnel_end.py",
+        '_IN_TURN = ("user_gone", "target_reset")',
+        '_IN_TURN = ("target_reset",)',
+        (
+            "tests/unit/script",
+            "tests/e2e/test_ssh.py::test_no_tunnel_is_left_when_fifty_short_sessions_ended",
+        ),
+    ),
+    Mutant(
+        "wire: redirects are not followed",
+        "client/transport.py",
+        "redirect_limit=0",
+        "redirect_limit=3",
+        ("tests/integration/client/test_transport.py::test_redirect_is_named_and_never_followed",),
+    ),
+)
 
 
 def apply(folder: Path, mutant: Mutant) -> str | None:

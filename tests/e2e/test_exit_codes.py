@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.conftest import CLIENTS, OFFLINE, Slow
 from tests.e2e.flows import AT_ONCE_S, Mark, count, lines_since
 from tests.support import debian
 from tests.support.certs import Certs
 from tests.support.ports import free_port
 from tests.support.processes import (
     CLIENT_NAME,
-    CLIENT_SECRET,
     CREDENTIALS,
     TOKEN,
     Finished,
@@ -38,15 +38,12 @@ from tests.support.waiting import eventually
 
 LOST, USAGE, SECRET, CLIENT, TARGET, SERVER = 1, 2, 3, 4, 5, 6
 SIGPIPE_STATUS = 128 + signal.SIGPIPE
-OFFLINE = "switched-off"
 WRONG_TOKEN = "pu-wrong-wrong-wrong-wrong-wrong"
 # The client's dial of a target that does not answer, and what the programs need beside it.
 DIAL_S = 10.0
 # The proxy command's patience with a client that does not answer at all.
 OPEN_S = 15.0
 PROXY_PASSWORD = "pw-Zk3vB9uXn5"
-
-CLIENTS = {CLIENT_NAME: CLIENT_SECRET, OFFLINE: "cs-of-a-device-that-is-switched-off"}
 
 
 @pytest.fixture(scope="module")
@@ -57,28 +54,6 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
         yield running
         # However all the proxy commands ended, no tunnel is left.
         Mark.now(running)
-
-
-@dataclass(frozen=True)
-class Slow:
-    """Proxy commands whose end takes seconds: begun before the other tests, read after them."""
-
-    target_is_silent: Pipes
-    client_is_silent: Pipes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slow]:
-    """On a relay of their own, which nothing else disturbs."""
-    credentials = {**CREDENTIALS, "clients": CLIENTS}
-    with (
-        running_relay(tmp_path_factory.mktemp("slow"), credentials=credentials) as relay,
-        RawClient(relay.url, OFFLINE, CLIENTS[OFFLINE]),
-        black_hole_port() as port,
-        relay.proxy(port) as target_is_silent,
-        relay.proxy(port, name=OFFLINE) as client_is_silent,
-    ):
-        yield Slow(target_is_silent, client_is_silent)
 
 
 def check_failed(done: Finished, status: int, *words: str) -> None:

@@ -58,7 +58,10 @@ SHELL_S = 10.0
 @pytest.fixture(scope="module")
 def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
     """A real sshd."""
-    with debian.run_sshd(tmp_path_factory.mktemp("sshd")) as running:
+    # bash reads ~/.bashrc in sshd's sessions, which may be slow or talk, unless it believes
+    # that it runs inside another shell.
+    config = "SetEnv SHLVL=1"
+    with debian.run_sshd(tmp_path_factory.mktemp("sshd"), config=config) as running:
         yield running
 
 

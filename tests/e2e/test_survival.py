@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import select
+import shlex
 import signal
 import statistics
 import threading
@@ -15,27 +16,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.flows import AT_ONCE_S, becomes, lines_since, side_by_side
+from tests.e2e.flows import AT_ONCE_S, becomes, relay_argv
 from tests.support.ports import free_port
 from tests.support.processes import (
+    Finished,
     Pipes,
+    Proc,
     Relay,
-    resident_bytes,
+    Server,
+    proxy_env,
     running_relay,
     start_client,
     start_proxy,
     start_server,
-    thread_count,
 )
 from tests.support.raw import RawUser
 from tests.support.targets import (
+    Conversation,
     DuplexTarget,
     EchoTarget,
-    RecordingTarget,
     SilentTarget,
     SourceTarget,
-    Target,
-    pseudo_random,
+    black_hole_port,
     pseudo_random_bytes,
     pseudo_random_sha256,
 )
@@ -47,6 +49,9 @@ GONE_S = 2.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 KEYSTROKES = 300
 SLOWEST_KEYSTROKE_S = 0.5
+ENDLESS = 1 << 40
+# So much went through: bytes flow.
+FLOWING_BYTES = 2_000_000
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +63,20 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
         yield running
 
 
+def wait_stuck(conversation: Conversation, quiet_s: float = 0.3) -> None:
+    """Wait until the target could send nothing more for `quiet_s`."""
+    is_flowing = True
+    while is_flowing:
+        seen = conversation.sent_bytes
+        try:
+            conversation.wait(lambda me, seen=seen: me.sent_bytes > seen, quiet_s)
+        except AssertionError:
+            is_flowing = False
+    assert conversation.sent_bytes > 0
+
+
 @contextmanager
-def in_thread(task: "functools.partial[object]") -> Iterator[threading.Event]:
+def beside(task: "functools.partial[object]") -> Iterator[threading.Event]:
     """Run `task(stop)` beside the test until the block ends, or it does by itself."""
     stop = threading.Event()
     thread = threading.Thread(target=task, args=(stop,))
@@ -133,43 +150,133 @@ def test_all_is_closed_and_comes_back_when_the_server_is_stopped(tmp_path: Path)
             check_server_stop(server, number)
             mark = client.line_count
             server = stack.enter_context(start_server(tmp_path, port=port))
+            # By itself, as soon as the server is back.
             client.wait_for_line("registered", 2.0, after=mark)
         with EchoTarget() as target, start_proxy(server.url, port=target.port) as proxy:
-            assert proxy.finish(b"as before").stdout == b"as before"
+            assert proxy.finish(b"as before") == Finished(0, b"as before", [])
 
 
-def check_server_stop(server: "Server", number: signal.Signals) -> None:
+def check_server_stop(server: Server, number: signal.Signals) -> None:
+    """Stop it while bytes flow both ways, one reader is stuck and one peer reads nothing."""
     with ExitStack() as stack:
         enter = stack.enter_context
-        source, target, silent = enter(SourceTarget(1 << 40)), enter(FlowTarget()), SilentTarget()
-        enter(silent)
-        flowing = [enter(start_proxy(server.url, port=target.port)) for _ in range(2)]
+        flow = enter(DuplexTarget(ENDLESS))
+        source = enter(SourceTarget(ENDLESS))
+        silent = enter(SilentTarget())
+        flowing = [enter(start_proxy(server.url, port=flow.port)) for _ in range(2)]
         stuck = enter(start_proxy(server.url, port=source.port))
-        # A raw peer whose target says nothing: it sees what the server says at the end.
-        raw = enter(RawUser(server.url))
-        raw.send_open(port=silent.port)
-        raw.recv_control("opened")
-        # And one that never reads: the server's writes to it are stuck.
+        wait_stuck(source.conversation(0))
+        # A peer that never reads, so that the server's writes to it are stuck.
         deaf = enter(RawUser(server.url))
         deaf.send_open(port=source.port, tunnel_id="2" * 32, limit=1 << 30)
+        wait_stuck(source.conversation(1))
+        # A peer by hand that sees what the server says at the end.
+        watcher = enter(RawUser(server.url))
+        watcher.send_open(port=silent.port)
+        watcher.recv_control("opened")
         for proxy in flowing:
-            enter(in_thread(functools.partial(pump, proxy)))
-        for conversation in [target.conversation(0), target.conversation(1)]:
-            conversation.wait_received(1_000_000)
-        for conversation in [source.conversation(0), source.conversation(1)]:
-            is_stuck(conversation)
+            enter(beside(functools.partial(pump, proxy)))
+        for index in range(len(flowing)):
+            flow.conversation(index).wait_received(FLOWING_BYTES)
 
         asked_at = time.monotonic()
         server.signal(number)
-        assert raw.recv_control("going_away", GONE_S)["spread_ms"] > 0
-        assert raw.recv_control("detached", GONE_S)["code"] == "server_restart"
-        assert raw.recv_close(GONE_S)[0] == 1012
+        assert watcher.recv_control("going_away", GONE_S)["spread_ms"] > 0
+        assert watcher.recv_control("detached", GONE_S)["code"] == "server_restart"
+        assert watcher.recv_close(GONE_S)[0] == 1012
         assert server.wait(GONE_S) == 0
         took_s = time.monotonic() - asked_at
         print(f"{number.name}: gone after {took_s:.2f} s")
         assert took_s <= GONE_S
         for proxy in [*flowing, stuck]:
-            assert proxy.wait(AT_ONCE_S) == 1
+            # A second for what came before, which the stuck one does not take.
+            assert proxy.wait(2 * AT_ONCE_S) == 1
             assert len(proxy.lines) == 1
             assert "restarted" in proxy.lines[0]
-        assert "ERROR" not in server.text
+        assert not re.search("ERROR|Traceback", server.text)
+
+
+def test_new_tunnels_work_when_the_master_gets_sighup(tmp_path: Path) -> None:
+    """The rolling path: another worker, the same master, and nobody is refused."""
+    with running_relay(tmp_path) as relay, EchoTarget() as target:
+        first_worker = relay.server.worker_pid
+        with relay.proxy(target.port) as old:
+            old.send(b"x")
+            assert old.receive_exactly(1) == b"x"
+            relay.server.signal(signal.SIGHUP)
+            for number in range(3):
+                with relay.proxy(target.port) as proxy:
+                    data = b"tunnel %d" % number
+                    assert proxy.finish(data) == Finished(0, data, [])
+            # The tunnels of the old worker are told.
+            assert old.wait(GONE_S) == 1
+            assert "restarted" in old.text
+        becomes(lambda: relay.server.worker_pid != first_worker, True, GONE_S)
+        assert relay.server.is_running
+
+
+def test_users_are_told_when_the_client_is_stopped(tmp_path: Path) -> None:
+    """SIGTERM to the client in flow, with a stuck reader and a dial: exit 0 in 2 s."""
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        relay = enter(running_relay(tmp_path))
+        flow, source = enter(DuplexTarget(ENDLESS)), enter(SourceTarget(ENDLESS))
+        silent = enter(SilentTarget(receive_buffer_bytes=65536))
+        dialling = enter(relay.proxy(enter(black_hole_port())))
+        flowing, stuck = enter(relay.proxy(flow.port)), enter(relay.proxy(source.port))
+        flooding = enter(relay.proxy(silent.port))
+        enter(beside(functools.partial(pump, flowing)))
+        flow.conversation().wait_received(FLOWING_BYTES)
+        wait_stuck(source.conversation())
+        assert flooding.send_some(bytes(64 << 20)) < 64 << 20
+
+        asked_at = time.monotonic()
+        relay.client.terminate()
+        assert relay.client.wait(GONE_S) == 0
+        took_s = time.monotonic() - asked_at
+        print(f"client gone after {took_s:.2f} s")
+        assert took_s <= GONE_S
+        for proxy in (flowing, stuck, flooding, dialling):
+            assert proxy.wait(2 * AT_ONCE_S) == 1
+            assert len(proxy.lines) == 1
+            assert "the client on the device was stopped" in proxy.lines[0]
+        assert not re.search("ERROR|Traceback", relay.client.text)
+
+
+def test_keystrokes_pass_when_the_same_client_is_busy(relay: Relay) -> None:
+    """Beside a bulk download, a stopped reader and a target that reads nothing."""
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        source, silent = enter(SourceTarget(ENDLESS)), enter(SilentTarget())
+        echo = enter(EchoTarget())
+        enter(relay.proxy(source.port, ping_interval_s=INTERVAL_S))  # whose stdout is not read
+        flooding = enter(relay.proxy(silent.port, ping_interval_s=INTERVAL_S))
+        size = 64 << 20
+        assert flooding.send_some(bytes(size)) < size
+        wait_stuck(source.conversation(0))
+        # By a shell, so that this process does not read the bulk itself.
+        line = f"exec {shlex.join(relay_argv(relay, source.port))} </dev/null >/dev/null"
+        enter(Proc(["sh", "-c", line], env=proxy_env(ping_interval_s=INTERVAL_S)))
+        bulk = source.conversation(1)
+        bulk.wait(lambda me: me.sent_bytes > FLOWING_BYTES)
+        keys = enter(relay.proxy(echo.port, ping_interval_s=INTERVAL_S))
+        keys.send(b"k")
+        assert keys.receive_exactly(1) == b"k"
+
+        begun, bulk_before = time.monotonic(), bulk.sent_bytes
+        took_s = []
+        for _ in range(KEYSTROKES):
+            pressed_at = time.monotonic()
+            keys.send(b"k")
+            assert keys.receive_exactly(1) == b"k"
+            took_s.append(time.monotonic() - pressed_at)
+        seconds = time.monotonic() - begun
+        rate = (bulk.sent_bytes - bulk_before) / seconds / 1e6
+        p50, p99 = percentile(took_s, 50), percentile(took_s, 99)
+        print(f"keystroke p50 {p50 * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms beside {rate:.0f} MB/s")
+        assert p99 < SLOWEST_KEYSTROKE_S
+        assert rate > 1, "the download was stuck too"
+
+
+def percentile(values: list[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]

@@ -20,7 +20,6 @@ SCRIPT_PYTHON = (3, 9)
 # May be imported by these files alone.
 FENCED = {
     "simple_websocket": {"server/transport.py"},
-    "wsproto": {"server/mask.py"},
     "flask": {"server/app.py"},
     "flask_sock": {"server/app.py"},
     "websocket": {"client/transport.py", "ssh_proxy_command.py"},

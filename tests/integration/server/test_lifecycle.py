@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import Server, start_server
+from tests.support.processes import Server, start_server, write_credentials
 from tests.support.raw import CLIENT_PATH, RawClient, RawUser, client_headers, handshake_status
 from tests.support.waiting import eventually
 
@@ -23,6 +23,11 @@ def open_tunnel(client: RawClient, user: RawUser) -> int:
     client.send_opened(channel, limit=WINDOW)
     user.recv_control("opened")
     return channel
+
+
+def wait_up(server: Server, legs: int) -> None:
+    """Wait until the server serves that many legs: a peer has its answer a moment before."""
+    eventually(lambda: server.text.count(" leg up ") >= legs)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
@@ -43,6 +48,7 @@ def test_every_leg_closes_with_1012_when_the_server_is_told_to_stop(
         client.send_on(channel, b"last words")
 
         assert user.recv_binary() == b"last words"
+        wait_up(server, 4)
         begun = time.monotonic()
         server.signal(number)
 
@@ -88,6 +94,7 @@ def test_process_is_gone_in_two_seconds_when_everything_is_stuck(tmp_path: Path)
 def test_newcomers_are_refused_when_the_server_drains(tmp_path: Path) -> None:
     """The listener is closed first: nobody is accepted by the backlog and never served."""
     with start_server(tmp_path, threads=8) as server, RawUser(server.url) as user:
+        wait_up(server, 1)
         server.terminate()
         user.recv_control("going_away")
         with pytest.raises(OSError, match=r"refused|reset"):
@@ -99,6 +106,7 @@ def test_new_worker_serves_when_the_master_gets_sighup(tmp_path: Path) -> None:
     """The rolling path: no request fails, the old worker's legs close with 1012."""
     with start_server(tmp_path, threads=8) as server, RawClient(server.url) as client:
         old = server.worker_pid
+        wait_up(server, 1)
         server.signal(signal.SIGHUP)
         client.recv_control("going_away")
         assert client.recv_close(1)[0] == 1012
@@ -108,6 +116,24 @@ def test_new_worker_serves_when_the_master_gets_sighup(tmp_path: Path) -> None:
             eventually(lambda: server.worker_pid != old, 3)
             user.send_binary(b"x")
             assert again.recv_on()[1] == b"x"
+
+
+def test_old_worker_goes_on_when_sighup_finds_bad_credentials(tmp_path: Path) -> None:
+    """A typing error in the file must not end the relay; the next SIGHUP takes the mended one."""
+    with start_server(tmp_path, threads=8) as server, RawClient(server.url) as client:
+        worker = server.worker_pid
+        write_credentials(tmp_path, "{")
+        server.signal(signal.SIGHUP)
+        server.wait_for_line("ERROR.* not reloaded, .*credentials.json: not JSON")
+        with RawUser(server.url) as user:
+            open_tunnel(client, user)
+        assert server.worker_pid == worker
+
+        write_credentials(tmp_path, {"clients": {"new": "s"}, "proxy_users": ["t"]})
+        server.signal(signal.SIGHUP)
+        assert client.recv_close(3)[0] == 1012
+        with RawClient(server.url, "new", "s"):
+            pass
 
 
 def test_second_worker_is_not_started_when_the_master_gets_sigttin(tmp_path: Path) -> None:
@@ -126,6 +152,7 @@ def test_worker_drains_when_its_master_is_killed(tmp_path: Path) -> None:
     """An orphan does not go on serving beside its successor."""
     with start_server(tmp_path, threads=8) as server, RawUser(server.url) as user:
         worker = server.worker_pid
+        wait_up(server, 1)
         server.signal(signal.SIGKILL)
         assert user.recv_close(3)[0] == 1012
         eventually(lambda: _is_gone(worker), 3)

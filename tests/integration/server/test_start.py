@@ -1,6 +1,5 @@
 """How the server starts, and how it says that it cannot."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from tests.support.ports import free_port
 from tests.support.processes import (
     CLIENT_SECRET,
     CREDENTIALS,
-    ROOT,
     TOKEN,
     Proc,
     Server,
@@ -105,23 +103,20 @@ def test_websockets_are_refused_when_another_worker_class_is_in_force(tmp_path: 
         for path, headers in ((CLIENT_PATH, client_headers()), (USER_PATH, user_headers())):
             answer = handshake_status(server.url + path, headers)
             assert (answer.status, answer.json["code"]) == (500, "wrong_worker")
-        server.wait_for_line("ERROR websocket refused code=wrong_worker mend=")
-        assert server.text.count("wrong_worker") <= 4
+        server.wait_for_line("ERROR websockets are refused code=wrong_worker mend=")
+        assert server.text.count(" ERROR ") == 1
         assert server.health() == 200
 
 
 def foreign(tmp_path: Path, *args: str, credentials: object = CREDENTIALS) -> Server:
-    """Start gunicorn from another folder, where our conf file is not."""
+    """Start gunicorn with another conf file than ours."""
     port = free_port()
     file = write_credentials(tmp_path, credentials)
     env = child_environment({"HTTP_NETWORK_RELAY_CREDENTIALS_FILE": str(file)})
+    conf_file = tmp_path / "empty.py"
+    conf_file.touch()
     argv = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", *args]
-    argv += ["--chdir", str(ROOT), "-c", os.devnull + ".py"] if not args else []
-    folder = tmp_path / "elsewhere"
-    folder.mkdir(exist_ok=True)
-    (folder / "empty.py").touch()
-    argv = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", *args]
-    argv += ["-c", str(folder / "empty.py"), "--no-control-socket", "wsgi:app"]
+    argv += ["-c", str(conf_file), "--no-control-socket", "wsgi:app"]
     return Server(argv, env=env, port=port, has_tls=False, credentials_file=file)
 
 
@@ -134,7 +129,7 @@ def test_websockets_are_refused_when_our_settings_are_not_in_force(
         server.wait_healthy()
         answer = handshake_status(server.url + CLIENT_PATH, client_headers())
         assert (answer.status, answer.json["code"]) == (500, "wrong_worker")
-        assert "ERROR websocket refused code=wrong_worker" in server.text
+        server.wait_for_line("ERROR websockets are refused code=wrong_worker mend=")
 
 
 def test_start_ends_without_a_loop_when_our_settings_are_not_in_force(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from simple_websocket import Server as LibraryServer
 from wsproto import frame_protocol
 from wsproto.frame_protocol import FrameDecoder
 
-from server import mask
 from server.outbox import Outbox
 from server.transport import (
     SERVER_OPTIONS,
@@ -177,18 +176,6 @@ def test_control_frames_are_taken_apart() -> None:
 
 def _plain_apply_mask(data: bytearray, key: bytes) -> bytes:
     return bytes(byte ^ key[at % 4] for at, byte in enumerate(data))
-
-
-def test_fast_masker_gives_what_the_slow_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In pieces of every length, over the bounds of the key."""
-    original = _slow_masker()
-    apply = mask._load() or _plain_apply_mask
-    monkeypatch.setattr(mask.FastMasker, "apply_mask", staticmethod(apply), raising=False)
-    data, key = os.urandom(1000), os.urandom(4)
-    for cut in (0, 1, 2, 3, 4, 5, 499, 1000):
-        fast, slow = mask.FastMasker(key), original(key)
-        pieces = [bytearray(data[:cut]), bytearray(data[cut:])]
-        assert [bytes(fast.process(p)) for p in pieces] == [bytes(slow.process(p)) for p in pieces]
 
 
 def _slow_masker() -> Any:

@@ -1,0 +1,174 @@
+"""A leg without a network: the server's part is played by the test, message by message."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from client.leg import Leg
+from client.outbox import Outbox
+from client.wire import (
+    DEFAULT_MAX_WINDOW_BYTES,
+    MIN_WINDOW_BYTES,
+    OP_BINARY,
+    OP_CLOSE,
+    OP_TEXT,
+    encode_channel,
+    encode_control,
+)
+from tests.support.waiting import eventually
+
+
+class FakeTransport:
+    """What Leg needs of a Transport: a real outbox, and messages from a queue."""
+
+    def __init__(self) -> None:
+        self.outbox = Outbox()
+        self.messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.closes: list[tuple[int, str, bool]] = []
+        self.gave_up = None
+
+    def receive(self) -> tuple[int, Any]:
+        message = self.messages.get(timeout=10.0)
+        if isinstance(message, BaseException):
+            raise message
+        return message  # type: ignore[no-any-return]
+
+    def close(self, code: int, reason: str = "", *, flush: bool = True) -> None:
+        self.closes.append((code, reason, flush))
+
+
+class ServerSide:
+    """A Leg in a thread, and the server's end of it in the test's hands.
+
+    A third thread takes what the leg sends, as the writer would; `holds` keeps it from that.
+    """
+
+    def __init__(self, max_window_bytes: int = DEFAULT_MAX_WINDOW_BYTES) -> None:
+        self.transport = FakeTransport()
+        self.leg = Leg(self.transport, max_window_bytes)  # type: ignore[arg-type]
+        # Guards controls and data; woken at each frame.
+        self._changed = threading.Condition()
+        self.controls: list[dict[str, Any]] = []
+        self.data: dict[int, bytearray] = {}
+        # Everything in order, data as "data".
+        self.order: list[tuple[int, str]] = []
+        self.code: int | None = None
+        self._reader = threading.Thread(target=self._serve, name="leg-reader")
+        self._writer = threading.Thread(target=self._take, name="leg-writer")
+        self._reader.start()
+        self._writer.start()
+
+    def __enter__(self) -> ServerSide:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Lose the leg, and join all that it had."""
+        self.transport.messages.put((OP_CLOSE, 1006))
+        self._reader.join(5.0)
+        for tunnel in self.leg._all():
+            tunnel.thread.join(5.0)
+        self.transport.outbox.stop()
+        self._writer.join(5.0)
+
+    def lose(self) -> None:
+        self.transport.messages.put((OP_CLOSE, 1006))
+        self._reader.join(5.0)
+        assert not self._reader.is_alive()
+
+    def wait_served(self) -> int:
+        """Wait for the leg's own end; the close code."""
+        self._reader.join(5.0)
+        assert not self._reader.is_alive()
+        assert self.code is not None
+        return self.code
+
+    def _serve(self) -> None:
+        self.code = self.leg.serve()
+
+    def _take(self) -> None:
+        while (frame := self.transport.outbox.take()) is not None:
+            with self._changed:
+                if frame.opcode == OP_BINARY:
+                    channel = int.from_bytes(frame.head, "big")
+                    self.data.setdefault(channel, bytearray()).extend(frame.payload)
+                    self.order.append((channel, "data"))
+                else:
+                    control = json.loads(frame.payload)
+                    self.controls.append(control)
+                    self.order.append((control["channel"], control["type"]))
+                self._changed.notify_all()
+
+    # What the server says.
+
+    def say(self, kind: str, channel: int = 0, **fields: Any) -> None:
+        text = encode_control(kind, channel, **fields)
+        self.transport.messages.put((OP_TEXT, text))
+
+    def say_raw(self, payload: bytes, opcode: int = OP_TEXT) -> None:
+        self.transport.messages.put((opcode, payload))
+
+    def send(self, channel: int, data: bytes) -> None:
+        for start in range(0, len(data), 65536):
+            message = encode_channel(channel) + data[start : start + 65536]
+            self.transport.messages.put((OP_BINARY, message))
+
+    def open(self, channel: int, port: int, **fields: Any) -> None:
+        opening: dict[str, Any] = {
+            "client": "lab-1",
+            "host": "127.0.0.1",
+            "port": port,
+            "protocol": "tcp",
+            "tunnel_id": f"{channel:032x}",
+            "resume_token": "0" * 64,
+            "limit": MIN_WINDOW_BYTES,
+            "grace_s": 0,
+            "user": "anna",
+        }
+        self.say("open", channel, **{**opening, **fields})
+
+    def ack(self, channel: int, delivered: int, *, eof: bool = False, limit: int = 2**40) -> None:
+        self.say("ack", channel, delivered=delivered, limit=limit, eof=eof)
+
+    # What the client said.
+
+    def wait(self, predicate: Callable[[], Any], timeout_s: float = 5.0) -> Any:
+        with self._changed:
+            value = self._changed.wait_for(predicate, timeout_s)
+            assert value, f"only {self.order}"
+            return value
+
+    def find(self, kind: str, channel: int) -> dict[str, Any] | None:
+        for control in self.controls:
+            if (control["type"], control["channel"]) == (kind, channel):
+                return control
+        return None
+
+    def control(self, kind: str, channel: int, timeout_s: float = 5.0) -> dict[str, Any]:
+        """Wait for the first control of this type on this channel."""
+        found: dict[str, Any] = self.wait(lambda: self.find(kind, channel), timeout_s)
+        return found
+
+    def bytes_of(self, channel: int) -> bytes:
+        with self._changed:
+            return bytes(self.data.get(channel, b""))
+
+    def wait_bytes(self, channel: int, count: int) -> bytes:
+        self.wait(lambda: len(self.data.get(channel, b"")) >= count)
+        return self.bytes_of(channel)
+
+    def kinds(self, channel: int) -> list[str]:
+        """The kinds of all messages of a channel so far, data counted once."""
+        with self._changed:
+            kinds = [kind for number, kind in self.order if number == channel and kind != "ack"]
+        return [kind for at, kind in enumerate(kinds) if at == 0 or kinds[at - 1] != kind]
+
+    def wait_forgotten(self, channel: int, timeout_s: float = 5.0) -> None:
+        """Wait until the client holds nothing of that channel."""
+        eventually(lambda: channel not in {tunnel.channel for tunnel in self.leg._all()}, timeout_s)

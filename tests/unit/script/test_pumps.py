@@ -1,0 +1,449 @@
+"""The two pumps over real pipes: stdin up, stdout down, and the user who goes away."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import ssh_proxy_command as script
+from tests.support.processes import ROOT, child_environment
+from tests.support.waiting import eventually
+
+LOST = script.RelayError("leg_lost", "lost")
+WINDOW = script.MIN_WINDOW_BYTES
+
+
+class Desk:
+    """Pumps on two pipes of the test's, the leg's frames collected by a thread."""
+
+    def __init__(self, *, limit: int = WINDOW) -> None:
+        self.stdin_r, self.stdin_w = os.pipe()
+        self.stdout_r, self.stdout_w = os.pipe()
+        self.outbox = script.Outbox()
+        self.pumps = script.Pumps()
+        self.end = script.TunnelEnd(self.outbox, 0, WINDOW, self.pumps.wake)
+        self.end.on_open(limit)
+        # Guards what was sent; woken at each frame.
+        self._changed = threading.Condition()
+        self.up = bytearray()
+        self.controls: list[dict[str, Any]] = []
+        self._taker = threading.Thread(target=self._take)
+
+    def start(self) -> None:
+        self._taker.start()
+        self.pumps.start(self.end)
+
+    def _take(self) -> None:
+        while (frame := self.outbox.take()) is not None:
+            with self._changed:
+                if frame.opcode == script.OP_BINARY:
+                    # Behind an end nothing may come.
+                    assert not any(each["type"] == "reset" for each in self.controls)
+                    self.up += frame.payload
+                else:
+                    self.controls.append(json.loads(frame.payload))
+                self._changed.notify_all()
+
+    def wait(self, predicate: Callable[[], Any], timeout_s: float = 5.0) -> None:
+        with self._changed:
+            assert self._changed.wait_for(predicate, timeout_s), (bytes(self.up), self.controls)
+
+    def kinds(self) -> list[str]:
+        with self._changed:
+            return [control["type"] for control in self.controls]
+
+    def close(self, *fds: int) -> None:
+        for fd in fds:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def end_all(self) -> None:
+        self.end.on_end(LOST)
+        self.close(self.stdin_w)
+        # A pump that is stuck in stdout: take what it writes.
+        poll = select.poll()
+        with contextlib.suppress(OSError):
+            poll.register(self.stdout_r, select.POLLIN)
+            while self.pumps._down.is_alive():
+                if dict(poll.poll(5)).get(self.stdout_r, 0) & select.POLLIN:
+                    os.read(self.stdout_r, 65536)
+        self.pumps.join(2.0)
+        self.outbox.stop()
+        self._taker.join()
+        self.close(self.stdin_r, self.stdout_r, self.stdout_w)
+        self.close(self.pumps._wake_r, self.pumps._wake_w)
+
+
+@pytest.fixture
+def make_desk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Desk]]:
+    """Desks whose pipes are the script's stdin and stdout."""
+    desks: list[Desk] = []
+
+    def make(*, starts: bool = True, **options: Any) -> Desk:
+        desk = Desk(**options)
+        monkeypatch.setattr(script, "STDIN", desk.stdin_r)
+        monkeypatch.setattr(script, "STDOUT", desk.stdout_w)
+        if starts:
+            desk.start()
+            desks.append(desk)
+        return desk
+
+    yield make
+    for desk in desks:
+        desk.end_all()
+
+
+@pytest.fixture
+def desk(make_desk: Callable[..., Desk]) -> Desk:
+    """One desk, at work."""
+    return make_desk()
+
+
+def read_exactly(fd: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = os.read(fd, size - len(data))
+        assert piece, f"the end after {len(data)} of {size}"
+        data += piece
+    return data
+
+
+# Carrying.
+
+
+def test_stdin_goes_up_and_its_end_is_an_eof(desk: Desk) -> None:
+    """At once, and with its count."""
+    os.write(desk.stdin_w, b"abc")
+    desk.wait(lambda: desk.up == b"abc")
+    desk.close(desk.stdin_w)
+    desk.wait(lambda: desk.controls)
+    assert desk.controls == [{"type": "eof", "count": 3}]
+    # The other direction lives on.
+    desk.end.on_data(b"answer")
+    assert read_exactly(desk.stdout_r, 6) == b"answer"
+
+
+def test_what_came_goes_to_stdout_and_its_end_closes_it(desk: Desk) -> None:
+    """The reader sees the end while stdin is still open; then the ack says eof."""
+    desk.end.on_data(b"answer")
+    desk.end.on_eof(6)
+    assert read_exactly(desk.stdout_r, 6) == b"answer"
+    assert os.read(desk.stdout_r, 1) == b""
+    desk.wait(lambda: desk.controls)
+    assert desk.controls[-1]["type"] == "ack"
+    assert (desk.controls[-1]["delivered"], desk.controls[-1]["eof"]) == (6, True)
+    os.write(desk.stdin_w, b"still up")
+    desk.wait(lambda: desk.up == b"still up")
+    assert desk.pumps.exit_code is None
+
+
+def test_clean_end_ends_both_pumps(desk: Desk) -> None:
+    """Both eofs and both acks: nobody is asked for an exit code."""
+    desk.close(desk.stdin_w)
+    desk.wait(lambda: desk.controls)
+    desk.end.on_eof(0)
+    desk.end.on_ack(script.Ack(0, WINDOW, True))
+    desk.pumps.join(2.0)
+    assert desk.end.is_finished
+    assert not desk.pumps._up.is_alive()
+    assert not desk.pumps._down.is_alive()
+    assert desk.pumps.exit_code is None
+
+
+def test_stdin_is_left_alone_without_credit(make_desk: Callable[..., Desk]) -> None:
+    """What is not read stays in the pipe, where its writer waits; an ack goes on with it."""
+    desk = make_desk(limit=10)
+    os.write(desk.stdin_w, b"0123456789abcdef")
+    desk.wait(lambda: len(desk.up) == 10)
+    poll = select.poll()
+    poll.register(desk.stdin_r, select.POLLIN)
+    assert poll.poll(0)
+    desk.end.on_ack(script.Ack(10, 13, False))
+    desk.wait(lambda: len(desk.up) == 13)
+    desk.end.on_ack(script.Ack(13, 100, False))
+    desk.wait(lambda: desk.up == b"0123456789abcdef")
+
+
+def test_stdout_that_somebody_made_non_blocking_is_waited_for(desk: Desk) -> None:
+    """ssh shares its pipes; EAGAIN is no error."""
+    os.set_blocking(desk.stdout_w, False)
+    data = bytes(range(256)) * 1000
+    for start in range(0, len(data), 64_000):
+        desk.end.on_data(data[start : start + 64_000])
+    assert read_exactly(desk.stdout_r, len(data)) == data
+    assert desk.end.ended is None
+
+
+def test_stuck_stdout_does_not_hold_stdin_up(desk: Desk) -> None:
+    """Its reader sleeps; what is typed still goes."""
+    desk.end.on_data(bytes(60_000))
+    desk.end.on_data(bytes(60_000))
+    os.write(desk.stdin_w, b"typed")
+    desk.wait(lambda: desk.up == b"typed")
+
+
+def test_ack_says_what_was_written_and_not_what_came(desk: Desk) -> None:
+    """Bytes in a queue are not delivered."""
+    for _ in range(4):
+        desk.end.on_data(bytes(64 * 1024))
+    # A pipe takes 64 KiB; more is not acked before somebody reads.
+    desk.wait(lambda: desk.controls)
+    assert all(ack["delivered"] <= 2 * 64 * 1024 for ack in desk.controls)
+    read_exactly(desk.stdout_r, 4 * 64 * 1024)
+    desk.wait(lambda: desk.controls[-1]["delivered"] == 4 * 64 * 1024)
+
+
+# The user goes away.
+
+
+def gone(desk: Desk) -> None:
+    """The tunnel was reset as it should be, and soon."""
+    desk.wait(lambda: any(each["type"] == "reset" for each in desk.controls), 1.0)
+    assert desk.controls[-1]["code"] == "user_gone"
+    desk.pumps.join(1.0)
+    assert not desk.pumps._up.is_alive()
+
+
+def test_reader_of_an_idle_stdout_that_goes_away_is_noticed(desk: Desk) -> None:
+    """Nothing is written, so only POLLERR tells; it counts as SIGPIPE."""
+    os.write(desk.stdin_w, b"last")
+    desk.wait(lambda: desk.up == b"last")
+    os.close(desk.stdout_r)
+    gone(desk)
+    assert desk.pumps.exit_code == 141
+    assert desk.up == b"last"
+
+
+def test_reader_that_goes_away_after_the_end_of_stdin_is_noticed(desk: Desk) -> None:
+    """Nothing is left to read from stdin, and stdout is still watched."""
+    desk.close(desk.stdin_w)
+    desk.wait(lambda: desk.controls)
+    os.close(desk.stdout_r)
+    gone(desk)
+    assert desk.pumps.exit_code == 141
+
+
+def test_reader_that_goes_away_while_there_is_no_credit_is_noticed(
+    make_desk: Callable[..., Desk],
+) -> None:
+    """A full upload does not make it blind."""
+    desk = make_desk(limit=0)
+    os.write(desk.stdin_w, b"x")
+    os.close(desk.stdout_r)
+    gone(desk)
+    assert desk.pumps.exit_code == 141
+
+
+def test_write_to_a_reader_that_has_gone_counts_as_sigpipe(desk: Desk) -> None:
+    """EPIPE, where nothing could be polled."""
+    desk.pumps._watches_stdout = False
+    desk.pumps.wake()
+    os.close(desk.stdout_r)
+    desk.end.on_data(b"x")
+    gone(desk)
+    assert desk.pumps.exit_code == 141
+
+
+def test_what_stdin_still_holds_is_sent_after_a_signal(make_desk: Callable[..., Desk]) -> None:
+    """ssh sends SIGHUP before it closes the pipe: its last words must not be lost."""
+    for rounds in range(10):
+        desk = make_desk(starts=False)
+        data = os.urandom(60_000)
+        os.write(desk.stdin_w, data)
+        desk.pumps.leave(129)
+        desk.start()
+        try:
+            gone(desk)
+            assert desk.up == data, rounds
+            assert desk.pumps.exit_code == 129
+        finally:
+            desk.end_all()
+
+
+def test_eof_of_stdin_after_a_signal_comes_before_the_reset(make_desk: Callable[..., Desk]) -> None:
+    """As every ssh session ends."""
+    desk = make_desk(starts=False)
+    os.write(desk.stdin_w, b"bye")
+    desk.close(desk.stdin_w)
+    desk.pumps.leave(129)
+    desk.start()
+    try:
+        gone(desk)
+        assert desk.up == b"bye"
+        assert desk.kinds() == ["eof", "reset"]
+    finally:
+        desk.end_all()
+
+
+def test_signal_does_not_wait_for_stdin(desk: Desk) -> None:
+    """Open and silent: nothing to take."""
+    begun = time.monotonic()
+    desk.pumps.leave(143)
+    gone(desk)
+    assert time.monotonic() - begun < 0.5
+    assert desk.pumps.exit_code == 143
+
+
+def test_signal_when_both_eofs_are_there_lets_the_tunnel_finish(desk: Desk) -> None:
+    """Only the acks are missing: a clean end stays one."""
+    desk.close(desk.stdin_w)
+    desk.end.on_eof(0)
+    desk.wait(lambda: len(desk.controls) == 2)
+    desk.pumps.leave(129)
+    eventually(lambda: desk.pumps.exit_code == 129)
+    desk.end.on_ack(script.Ack(0, WINDOW, True))
+    desk.pumps.join(1.0)
+    assert desk.end.is_finished
+    assert "reset" not in desk.kinds()
+
+
+def test_first_reason_is_the_exit_code(desk: Desk) -> None:
+    """A second signal changes nothing."""
+    desk.pumps.leave(129)
+    desk.pumps.leave(143)
+    gone(desk)
+    assert desk.pumps.exit_code == 129
+
+
+def test_leave_never_waits(desk: Desk) -> None:
+    """However often, and from a timer that must not stop."""
+    begun = time.monotonic()
+    for _ in range(100_000):
+        desk.pumps.wake()
+    desk.pumps.leave(130)
+    assert time.monotonic() - begun < 2.0
+    gone(desk)
+
+
+@pytest.mark.parametrize("which", ["stdin", "stdout"])
+def test_broken_descriptor_is_an_internal_error(
+    make_desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """A sentence that says which, and no traceback."""
+    desk = make_desk(starts=False)
+    real_read, real_write = os.read, os.write
+
+    def read(fd: int, size: int) -> bytes:
+        if fd == desk.stdin_r:
+            raise OSError(5, "Input/output error")
+        return real_read(fd, size)
+
+    def write(fd: int, data: Any) -> int:
+        if fd == desk.stdout_w:
+            raise OSError(28, "No space left on device")
+        return real_write(fd, data)
+
+    monkeypatch.setattr(
+        os, "read" if which == "stdin" else "write", read if which == "stdin" else write
+    )
+    desk.start()
+    try:
+        if which == "stdin":
+            real_write(desk.stdin_w, b"x")
+        else:
+            desk.end.on_data(b"x")
+        desk.wait(lambda: desk.controls)
+        assert desk.controls[-1]["code"] == "internal_error"
+        assert which in desk.controls[-1]["message"]
+        assert desk.pumps.exit_code is None
+    finally:
+        monkeypatch.undo()
+        desk.end_all()
+
+
+# Where there is no poll.
+
+
+def test_pumps_carry_without_poll(
+    make_desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows: a thread in read(), an Event for the rest."""
+    desk = make_desk(starts=False, limit=10)
+    monkeypatch.setattr(script, "CAN_POLL", False)
+    desk.pumps._watches_stdout = False
+    desk.start()
+    os.write(desk.stdin_w, b"0123456789more")
+    desk.wait(lambda: desk.up == b"0123456789")
+    desk.end.on_ack(script.Ack(10, 100, False))
+    desk.wait(lambda: desk.up == b"0123456789more")
+    desk.end.on_data(b"down")
+    assert read_exactly(desk.stdout_r, 4) == b"down"
+    desk.close(desk.stdin_w)
+    desk.wait(lambda: desk.kinds() == ["eof"])
+    desk.pumps.leave(130)
+    gone(desk)
+    desk.end_all()
+
+
+# Closing stdout, in a process of its own: the descriptors are the real ones.
+
+CLOSES = """
+import os, sys
+import ssh_proxy_command as script
+script._close_stdout()
+# Then go on with stdin: the other direction.
+sys.exit(0 if os.read(0, 10) == b"go on" else 1)
+"""
+
+
+def child(**streams: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", CLOSES]
+    return subprocess.Popen(command, cwd=ROOT, env=child_environment(), **streams)
+
+
+def test_closing_stdout_closes_a_stderr_that_is_the_same_pipe() -> None:
+    """`2>&1`: the reader of the pipe sees the end while the process lives."""
+    reader, writer = os.pipe()
+    with child(stdin=subprocess.PIPE, stdout=writer, stderr=writer) as process:
+        os.close(writer)
+        assert os.read(reader, 100) == b""
+        assert process.poll() is None
+        process.communicate(b"go on", timeout=5)
+        assert process.returncode == 0
+    os.close(reader)
+
+
+def test_closing_stdout_leaves_a_stderr_of_its_own() -> None:
+    """The last line of an error still has to get out."""
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with child(**streams) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read() == b""
+        poll = select.poll()
+        poll.register(process.stderr, select.POLLIN)
+        assert poll.poll(0) == []
+        process.communicate(b"go on", timeout=5)
+        assert process.returncode == 0
+
+
+def test_closing_a_stdout_that_is_the_same_socket_as_stdin_ends_one_way() -> None:
+    """inetd and socat do so: FIN, and stdin goes on."""
+    ours, theirs = socket.socketpair()
+    with ours, child(stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        theirs.close()
+        ours.settimeout(5.0)
+        assert ours.recv(100) == b""
+        assert process.poll() is None
+        ours.sendall(b"go on")
+        assert process.wait(5) == 0
+
+
+@pytest.mark.parametrize("kind", ["null", "file"])
+def test_closing_a_stdout_that_is_no_pipe_is_no_error(kind: str, tmp_path: Any) -> None:
+    """/dev/null and a file."""
+    path = os.devnull if kind == "null" else tmp_path / "out"
+    with open(path, "wb") as out, child(stdin=subprocess.PIPE, stdout=out) as process:
+        process.communicate(b"go on", timeout=5)
+        assert process.returncode == 0
