@@ -1375,6 +1375,10 @@ def websocket_client() -> Any:
             "the Python module `websocket` here is another package of that name:"
             " `pip uninstall websocket`, then `pip install websocket-client`",
         )
+    # Debian 12's version takes 1012, with which a server restarts, for a broken frame.
+    known = getattr(websocket._abnf, "VALID_CLOSE_STATUS", ())
+    if CLOSE_RESTART not in known:
+        websocket._abnf.VALID_CLOSE_STATUS = (*known, CLOSE_RESTART)
     return websocket
 
 
@@ -1432,7 +1436,8 @@ class _HandshakeSocket:
     def recv(self, size: int) -> bytes:
         while not self.buffer:
             try:
-                self.buffer = self._sock.recv(_READ_BYTES)
+                # Small: the library takes it byte by byte, and each takes the rest along.
+                self.buffer = self._sock.recv(4096)
             except (BlockingIOError, ssl.SSLWantReadError):
                 self._wait(write=False)
             else:
@@ -2084,6 +2089,7 @@ GONE_SIGNALS = ("SIGHUP", "SIGTERM", "SIGINT")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one tunnel over stdin and stdout; returns the exit code."""
+    fill_standard_files()
     try:
         settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
         websocket_client()
@@ -2097,6 +2103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return session.run()
     except RelayError as exc:
         return complain(exc)
+
+
+def fill_standard_files() -> None:
+    """Open what is closed of 0, 1 and 2: a socket in that place would be taken for stdin."""
+    number = os.open(os.devnull, os.O_RDWR)
+    while number <= 2:
+        number = os.dup(number)
+    os.close(number)
 
 
 # What to try, for errors whose sentence does not say it already.

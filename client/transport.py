@@ -26,6 +26,7 @@ from client.errors import ERRORS, RelayError
 from client.outbox import Frame, Outbox
 from client.wire import (
     CHANNEL_BYTES,
+    CLOSE_RESTART,
     CLOSE_TOO_BIG,
     FLUSH_S,
     MAX_DATA_BYTES,
@@ -70,6 +71,10 @@ def websocket_client() -> Any:
             "the Python module `websocket` here is another package of that name:"
             " `pip uninstall websocket`, then `pip install websocket-client`",
         )
+    # Debian 12's version takes 1012, with which a server restarts, for a broken frame.
+    known = getattr(websocket._abnf, "VALID_CLOSE_STATUS", ())
+    if CLOSE_RESTART not in known:
+        websocket._abnf.VALID_CLOSE_STATUS = (*known, CLOSE_RESTART)
     return websocket
 
 
@@ -127,7 +132,8 @@ class _HandshakeSocket:
     def recv(self, size: int) -> bytes:
         while not self.buffer:
             try:
-                self.buffer = self._sock.recv(_READ_BYTES)
+                # Small: the library takes it byte by byte, and each takes the rest along.
+                self.buffer = self._sock.recv(4096)
             except (BlockingIOError, ssl.SSLWantReadError):
                 self._wait(write=False)
             else:

@@ -39,7 +39,8 @@ INTERVAL_S = 0.5
 MARGIN_S = 0.5
 SILENCE_S = 2.5 * INTERVAL_S + MARGIN_S
 
-UP, DOWN = pseudo_random_bytes(300_000, "up"), pseudo_random_bytes(300_000, "down")
+# All together less than the smallest window: a user who goes does not wait for credit.
+UP, DOWN = pseudo_random_bytes(150_000, "up"), pseudo_random_bytes(150_000, "down")
 # Written in the instant before the end.
 LAST_UP, LAST_DOWN = pseudo_random_bytes(50_000, "last up"), pseudo_random_bytes(50_000, "last")
 
@@ -164,6 +165,7 @@ ROWS = {
         both_end,
         more_up=LAST_UP,
         more_down=LAST_DOWN,
+        target_stays=True,
         target_sees="eof",
         status=0,
         server_reason="eof",

@@ -273,6 +273,11 @@ def test_sessions_do_not_mix_when_twenty_run_at_once(relay: Relay, sshd: Sshd) -
 
 def test_no_tunnel_is_left_when_fifty_short_sessions_ended(relay: Relay, sshd: Sshd) -> None:
     """50 times `ssh host true`: all is given back within a second of the last one's end."""
+    check_short_sessions(relay, sshd, SHORT_SESSIONS)
+
+
+def check_short_sessions(relay: Relay, sshd: Sshd, sessions: int) -> None:
+    """Run `ssh host true` so many times, 8 at once; nothing may be left of them."""
     becomes(lambda: connections_to(sshd.port), [], SHELL_S)
     worker = relay.server.worker_pid
 
@@ -283,11 +288,11 @@ def test_no_tunnel_is_left_when_fifty_short_sessions_ended(relay: Relay, sshd: S
     before = held()
     mark, sshd_mark = Mark.now(relay), sshd.process.line_count
     argv = ssh_argv(relay, sshd, "true")
-    done = side_by_side([lambda: run(argv)] * SHORT_SESSIONS, 8)
+    done = side_by_side([lambda: run(argv)] * sessions, 8)
     ended_at = time.monotonic()
-    assert [(each.returncode, each.stderr) for each in done] == [(0, b"")] * SHORT_SESSIONS
+    assert [(each.returncode, each.stderr) for each in done] == [(0, b"")] * sessions
 
-    mark.wait_all_closed(SHORT_SESSIONS)
+    mark.wait_all_closed(sessions)
     becomes(lambda: connections_to(sshd.port), [])
     becomes(held, before)
     assert time.monotonic() - ended_at <= AT_ONCE_S
@@ -298,7 +303,7 @@ def test_no_tunnel_is_left_when_fifty_short_sessions_ended(relay: Relay, sshd: S
     def goodbyes() -> int:
         return count(lines_since(sshd.process, sshd_mark), "^Received disconnect from")
 
-    becomes(goodbyes, SHORT_SESSIONS)
+    becomes(goodbyes, sessions)
     bad = re.compile("Connection reset|Connection closed by|error|fatal", re.IGNORECASE)
     assert not [line for line in lines_since(sshd.process, sshd_mark) if bad.search(line)]
 

@@ -355,7 +355,8 @@ def test_stop_resets_each_tunnel_with_a_reason_and_closes_the_leg() -> None:
             agent = Agent(config_for(server.endpoint))
             with running(agent):
                 assert is_open.wait(5.0)
-            assert target.conversation().wait_ended() == "reset"
+                conversation = target.conversation()
+            assert conversation.wait_ended() == "reset"
     assert json.loads(said[0][1])["type"] == "opened"
     assert json.loads(said[1][1])["code"] == "client_stopped"
     assert said[2] == (OP_CLOSE, struct.pack("!H", 1001) + b"client stopped")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import select
 import socket
 import sys
 import threading
@@ -205,7 +206,7 @@ def test_target_that_does_not_answer_is_told(
         begun = time.monotonic()
         server.open(1, hole)
         assert server.control("refused", 1)["code"] == "target_timeout"
-        assert time.monotonic() - begun < 0.6
+        assert time.monotonic() - begun < 1.0
 
 
 def test_target_without_a_way_is_told(server: ServerSide, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,6 +352,42 @@ def test_user_gone_ends_the_tunnel_although_the_target_sends_for_ever(
         assert time.monotonic() - begun < 1.5
 
 
+def test_user_gone_ends_the_tunnel_although_bytes_are_always_there(
+    server: ServerSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SHUT_RD does not end what still comes: the clock does."""
+    real = client.tunnel.dial_tcp
+
+    class Endless(socket.socket):
+        def recv(self, *args: Any) -> bytes:
+            return b"x" * 100
+
+    def dial(*args: Any) -> socket.socket:
+        return Endless(fileno=real(*args).detach())
+
+    monkeypatch.setattr(client.tunnel, "dial_tcp", dial)
+    with RecordingTarget() as target:
+        opened(server, target, limit=1000)
+        server.wait_bytes(1, 1000)
+        begun = time.monotonic()
+        server.say("reset", 1, code="user_gone", message="")
+        server.wait_forgotten(1, 3.0)
+        assert time.monotonic() - begun < 1.5
+
+
+def test_user_gone_is_no_reset_for_a_target_that_stays(server: ServerSide) -> None:
+    """After FIN and a second of patience our side closes, without an RST."""
+    with RecordingTarget(close_on_eof=False) as target:
+        conversation = opened(server, target)
+        server.say("reset", 1, code="user_gone", message="")
+        assert conversation.wait_ended() == "eof"
+        server.wait_forgotten(1, 2.0)
+        poll = select.poll()
+        poll.register(conversation._sock, 0)  # Errors are told unasked.
+        assert not any(events & select.POLLERR for _, events in poll.poll(0))
+        assert conversation.ended == "eof"
+
+
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
@@ -492,7 +529,7 @@ def test_reset_cancels_a_dial_that_gets_no_answer(server: ServerSide) -> None:
         begun = time.monotonic()
         server.say("reset", 1, code="user_gone", message="")
         server.wait_forgotten(1)
-        assert time.monotonic() - begun < 0.5
+        assert time.monotonic() - begun < 0.8
     assert server.kinds(1) == []
 
 
@@ -502,7 +539,7 @@ def test_lost_leg_drops_a_tunnel_that_dials(server: ServerSide) -> None:
         server.open(1, hole)
         eventually(lambda: server.leg._all())
         server.lose()
-        server.wait_forgotten(1, 0.5)
+        server.wait_forgotten(1, 0.8)
 
 
 # The log.
