@@ -16,6 +16,12 @@ leg's writer; the timer.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # A Ctrl-C during the other imports ends it without a traceback; run() takes over later.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import base64
 import contextlib
@@ -29,7 +35,6 @@ import random
 import re
 import select
 import selectors
-import signal
 import socket
 import ssl
 import stat

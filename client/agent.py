@@ -39,11 +39,9 @@ class Agent:
         self,
         config: ClientConfig,
         rng: random.Random | None = None,
-        on_stop: Callable[[int], None] = lambda _: None,
+        on_signal: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._config = config
-        # Told a signal's number, or 0 when the agent failed (a bug, logged).
-        self._on_stop = on_stop
         self._rng = rng or random.Random()
         self._backoff = Backoff(self._rng)
         # Random for each process: tells our own return from another machine with our name.
@@ -52,8 +50,11 @@ class Agent:
         # Guards _current, so that stop() never misses a leg that is just coming up.
         self._lock = threading.Lock()
         self._current: tuple[Transport, Leg] | None = None
-        self._timer = Timer(self._tick, on_stop)
+        self._timer = Timer(self._tick, on_signal)
         self._thread = threading.Thread(target=self._run, name="leg-reader")
+        # The reader's own.
+        self._old_legs: list[Leg] = []
+        self._restart_until = 0.0
 
     def start(self, signals: Iterable[int] = ()) -> None:
         """Start the timer and the reader; stop() and join() end them. Main thread."""
@@ -82,52 +83,53 @@ class Agent:
         return current[0].tick(now, slept=slept) if current is not None else now + _IDLE_TICK_S
 
     def _run(self) -> None:
-        restart_until = 0.0
-        try:
-            while not self._stopping.is_set():
-                spread_s = self._serve_once()
-                now = time.monotonic()
-                if spread_s is not None:
-                    restart_until = now + spread_s + _RESTART_S
-                    self._wait(self._rng.uniform(0.0, spread_s))
-                elif now < restart_until:
-                    self._wait(self._rng.uniform(*_RESTART_RETRY_S))
-                else:
-                    self._wait(self._next_wait_s)
-        except Exception:
-            log.exception("client failed")
-            self._on_stop(0)
+        while not self._stopping.is_set():
+            try:
+                wait_s = self._serve_once()
+            except Exception:
+                # A bug of ours, or a machine out of threads: nobody is there to restart us.
+                log.exception("client failed, next try in %d s", CAP_S)
+                wait_s = CAP_S
+            self._wait(wait_s)
+        deadline = time.monotonic() + FLUSH_S
+        for leg in self._old_legs:
+            leg.join(deadline)
 
     def _wait(self, seconds: float) -> None:
         self._stopping.wait(seconds)
 
-    def _serve_once(self) -> float | None:
-        """One leg from dial to end. Returns `going_away`'s spread, sets the next wait."""
-        self._next_wait_s = 0.0
+    def _serve_once(self) -> float:
+        """One leg from dial to end; return the seconds to wait before the next."""
         try:
             transport = self._connect()
         except RelayError as exc:
-            self._note_failure(exc)
-            return None
+            wait_s = self._note_failure(exc)
+            if time.monotonic() < self._restart_until:
+                return self._rng.uniform(*_RESTART_RETRY_S)
+            return wait_s
         leg = Leg(transport, self._config.max_window_bytes)
-        transport.start("client")
-        with self._lock:
-            self._current = (transport, leg)
-        self._timer.wake()
-        if self._stopping.is_set():
-            self.stop()
-        log.info("registered client=%s server=%s", self._config.name, self._config.endpoint.url)
+        # Its tunnels need a second for their ends, which the next leg does not wait for.
+        self._old_legs = [*(old for old in self._old_legs if not old.is_over()), leg]
         begun = time.monotonic()
         try:
+            transport.start("client")
+            with self._lock:
+                self._current = (transport, leg)
+            self._timer.wake()
+            if self._stopping.is_set():
+                self.stop()
+            config = self._config
+            log.info("registered client=%s server=%s", config.name, config.endpoint.url)
             code = leg.serve()
         finally:
-            # The tunnels first: their last words need no leg, but their ends its outbox.
-            leg.join(time.monotonic() + 2 * FLUSH_S)
             with self._lock:
                 self._current = None
             transport.stop()
-        self._note_end(transport, code, time.monotonic() - begun)
-        return leg.spread_s
+        wait_s = self._note_end(transport, code, time.monotonic() - begun)
+        if leg.spread_s is None:
+            return wait_s
+        self._restart_until = time.monotonic() + leg.spread_s + _RESTART_S
+        return self._rng.uniform(0.0, leg.spread_s)
 
     def _connect(self) -> Transport:
         config = self._config
@@ -141,33 +143,31 @@ class Agent:
             is_cancelled=self._stopping.is_set,
         )
 
-    def _note_failure(self, exc: RelayError) -> None:
+    def _note_failure(self, exc: RelayError) -> float:
         if self._stopping.is_set():
-            return
+            return 0.0
         if exc.is_retryable:
-            self._next_wait_s = max(self._backoff.next_s(), exc.retry_after_s or 0.0)
             log.warning("connect failed reason=%s: %s", exc.code, exc)
-        else:
-            # Nobody is there to restart us, and the operator may mend it.
-            self._next_wait_s = CAP_S
-            log.error("connect refused reason=%s, next try in %d s: %s", exc.code, CAP_S, exc)
+            return max(self._backoff.next_s(), exc.retry_after_s or 0.0)
+        # Nobody is there to restart us, and the operator may mend it.
+        log.error("connect refused reason=%s, next try in %d s: %s", exc.code, CAP_S, exc)
+        return CAP_S
 
-    def _note_end(self, transport: Transport, code: int, lasted_s: float) -> None:
+    def _note_end(self, transport: Transport, code: int, lasted_s: float) -> float:
         if lasted_s >= STABLE_S:
             self._backoff.reset()
         if self._stopping.is_set():
             log.info("leg closed reason=client_stopped secs=%.1f", lasted_s)
-            return
+            return 0.0
         if code == CLOSE_REPLACED_BY_OTHER:
-            self._next_wait_s = CAP_S
             log.error(
                 "leg closed: another machine registered as %s; give each its own name,"
                 " next try in %d s",
                 self._config.name,
                 CAP_S,
             )
-            return
-        self._next_wait_s = self._backoff.next_s()
+            return CAP_S
         why = transport.gave_up or f"close code {code}"
         level = logging.INFO if code == CLOSE_REPLACED_BY_SELF else logging.WARNING
         log.log(level, "leg lost secs=%.1f: %s", lasted_s, why)
+        return self._backoff.next_s()

@@ -119,7 +119,13 @@ class Leg:
         tunnel = Tunnel(control, self._transport.outbox, self._max_window_bytes, self._forget)
         with self._lock:
             self._tunnels[channel] = tunnel
-        tunnel.thread.start()
+        try:
+            tunnel.thread.start()
+        except RuntimeError as exc:
+            log.warning("tunnel refused reason=busy: %s", exc)
+            self._forget(tunnel)
+            error = RelayError("busy", "the client's machine can start no more threads")
+            refuse(self._transport.outbox, channel, error)
 
     def _why_not(self, control: dict[str, Any]) -> RelayError | None:
         if control["type"] == "resume":
@@ -158,6 +164,10 @@ class Leg:
             return list(self._tunnels.values())
 
     # The end.
+
+    def is_over(self) -> bool:
+        """Whether none of its tunnels is left."""
+        return not self._all()
 
     def reset_all(self, error: RelayError) -> None:
         """Reset every tunnel with a reason."""

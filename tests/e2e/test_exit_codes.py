@@ -1,6 +1,7 @@
 """How the proxy command ends: the exit code, one line on stderr, and a clean stdout."""
 
 import re
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import CLIENTS, OFFLINE, Slow
-from tests.e2e.flows import AT_ONCE_S, Mark, count, lines_since
+from tests.e2e.flows import AT_ONCE_S, Mark, count, lines_since, relay_argv
 from tests.support import debian
 from tests.support.certs import Certs
 from tests.support.ports import free_port
@@ -22,6 +23,7 @@ from tests.support.processes import (
     Finished,
     Pipes,
     Relay,
+    proxy_env,
     running_relay,
     start_client,
     start_proxy,
@@ -317,6 +319,33 @@ def test_code_is_141_when_stdout_was_closed(
         proxy.close_stdout()
         assert proxy.wait(AT_ONCE_S) == SIGPIPE_STATUS
         assert proxy.lines == []
+
+
+def test_nothing_is_said_when_ctrl_c_comes_during_the_start(relay: Relay, tmp_path: Path) -> None:
+    """No traceback while the imports are still on their way; here, one that waits."""
+    (tmp_path / "websocket.py").write_text(
+        "import os, signal, threading\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "threading.Event().wait(10)\n"
+    )
+    with relay.proxy(1, env={"PYTHONPATH": str(tmp_path)}) as proxy:
+        assert proxy.finish() == Finished(-signal.SIGINT, b"", [])
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+def test_streams_do_not_mix_when_a_standard_file_is_closed(relay: Relay, closed: str) -> None:
+    """As from /dev/null; a socket in its place must not be taken for stdin or stdout."""
+    with RecordingTarget(close_on_eof=False) as target:
+        line = f"exec {shlex.join(relay_argv(relay, target.port))} {closed}"
+        with Pipes(["sh", "-c", line], env=proxy_env()) as proxy:
+            conversation = target.conversation()
+            conversation.send(b"down")
+            conversation.shutdown_write()
+            done = proxy.finish(b"up")
+            assert (done.status, done.lines) == (0, [])
+            assert done.stdout == (b"" if ">&-" in closed else b"down")
+            assert conversation.wait_ended() == "eof"
+            assert conversation.received == (b"" if "<&-" in closed else b"up")
 
 
 # Proxies.

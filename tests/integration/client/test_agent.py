@@ -22,7 +22,6 @@ from client.dial import Endpoint
 from client.wire import OP_BINARY, OP_CLOSE, OP_TEXT
 from tests.integration.client.by_hand import HandServer, Visitor, frame, hand_server, stay
 from tests.support.targets import RecordingTarget, SilentTarget, black_hole_port
-from tests.support.waiting import eventually
 
 SECRET = "cs-a-secret-that-is-looked-for"
 SEED = 11
@@ -268,10 +267,10 @@ def test_broken_protocol_ends_the_leg_and_not_the_agent(
 def test_stop_while_waiting_to_retry_ends_at_once() -> None:
     """In the middle of 30 s."""
     with hand_server(answering("401 No", "unauthorized")) as server:
-        agent = Agent(config_for(server.endpoint))
+        agent = PromptAgent(config_for(server.endpoint), tries=1)
         agent.start()
-        server.visitor()
-        eventually(lambda: agent._next_wait_s == CAP_S)
+        assert agent.has_tried.wait(5.0)
+        assert agent.waits == [CAP_S]
         begun = time.monotonic()
         agent.stop()
         assert agent.join(begun + 2.0)
@@ -384,19 +383,21 @@ def test_stop_ends_in_time_although_server_and_target_are_stuck() -> None:
             ends.set()
 
 
-def test_agent_that_fails_tells_its_owner_and_logs_the_bug(
+def test_agent_that_fails_logs_the_bug_and_tries_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Exit instead of a process that does nothing for ever."""
-    told: list[int] = []
+    """Nobody is there to restart it."""
+    tries = threading.Semaphore(0)
 
     def broken(*_: object, **__: object) -> None:
+        tries.release()
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(client.agent, "connect", broken)
-    agent = Agent(config_for(Endpoint(False, "127.0.0.1", 1, "/p")), on_stop=told.append)
-    agent.start()
-    assert agent.join(time.monotonic() + 2.0)
-    assert told == [0]
-    assert levels(caplog) == ["ERROR"]
+    monkeypatch.setattr(client.agent, "CAP_S", 0.05)
+    agent = Agent(config_for(Endpoint(False, "127.0.0.1", 1, "/p")))
+    with running(agent):
+        for _ in range(3):
+            assert tries.acquire(timeout=5.0)
+    assert set(levels(caplog)) == {"ERROR"}
     assert caplog.records[0].exc_info is not None
