@@ -235,7 +235,8 @@ def test_abort_wakes_a_thread_that_is_blocked(pair: Pair, what: str) -> None:
     thread.join(2.0)
     assert not thread.is_alive()
     assert time.monotonic() - begun < 1.0
-    assert ends[0] == b"" if what == "recv" else isinstance(ends[0], OSError)
+    # Python 3.13's TLS reports the end without a close_notify as an error.
+    assert isinstance(ends[0], OSError) or (what == "recv" and ends[0] == b"")
 
 
 def test_abort_wakes_reader_and_writer_at_once_and_again_does_nothing(pair: Pair) -> None:
