@@ -1332,7 +1332,7 @@ def _start_tls(
     except (OSError, ValueError) as exc:  # ValueError: a name that cannot be in a certificate.
         tls.close()
         reason = getattr(exc, "strerror", None) or exc
-        raise RelayError("tls_failed", f"{what} failed: {reason}") from exc
+        raise RelayError("tls_failed", f"{what} failed: {reason}; check --server-url") from exc
     except BaseException:
         tls.close()
         raise
@@ -1512,7 +1512,8 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
         if status is None or status == 101:
             raise RelayError(
                 "not_a_relay",
-                f"{where} does not speak the relay's WebSocket: {printable(str(exc))}",
+                f"{where} does not speak the relay's WebSocket: {printable(str(exc))};"
+                " check --server-url",
             ) from exc
     except RelayError:
         raise
@@ -1525,12 +1526,13 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
         # By what a server answers the library can be brought to raise nearly anything
         # (IndexError, CookieError, ...); an unattended client must live on.
         raise RelayError(
-            "not_a_relay", f"{where} does not speak HTTP: {printable(repr(exc))}"
+            "not_a_relay",
+            f"{where} does not speak HTTP: {printable(repr(exc))}; check --server-url",
         ) from exc
     if refusal is None and status == 101:
         return
     if status is None:  # A blank line for a status line.
-        raise RelayError("not_a_relay", f"{where} does not speak HTTP")
+        raise RelayError("not_a_relay", f"{where} does not speak HTTP; check --server-url")
     answer, body = (refusal[1], refusal[2]) if refusal else (web_socket.getheaders() or {}, None)
     raise _refusal(endpoint, int(status), answer, body if body is not None else _body(answer, shim))
 
@@ -2132,6 +2134,14 @@ HINTS = {
     "busy": "try again in a moment",
     "server_restart": "try again in a moment",
     "proxy_failed": "check the proxy settings (https_proxy, no_proxy)",
+    "not_found": "check --server-url",
+    "leg_lost": "connect again",
+    "client_lost": "connect again",
+    "client_replaced": "connect again",
+    "client_stopped": "connect again when the client runs again",
+    "target_reset": "the target's own log may say why",
+    "target_lost": "connect again when the target is back",
+    "protocol_error": "upgrade the older one of the relay's programs",
 }
 
 
@@ -2385,7 +2395,8 @@ class Session:
             return pumps.exit_code
         if end.is_finished:
             return EXIT_CLEAN
-        warn(f"{self._settings.target}: {end.ended or 'the tunnel was lost'}")
+        ended = end.ended or RelayError("leg_lost", "the tunnel was lost")
+        complain(RelayError(ended.code, f"{self._settings.target}: {ended}"))
         return EXIT_TUNNEL_LOST
 
     def _read(self, transport: Transport, end: TunnelEnd) -> None:
@@ -2413,7 +2424,7 @@ class Session:
         if close_code == CLOSE_RESTART or self._server_restarts:
             return RelayError("server_restart", f"{where} is being restarted")
         if close_code == 1006:
-            return RelayError("leg_lost", f"the connection to {where} was lost; connect again")
+            return RelayError("leg_lost", f"the connection to {where} was lost")
         return RelayError("leg_lost", f"{where} ended the connection (close code {close_code})")
 
     # The timer's thread: never writes to the leg, never waits for a lock.
@@ -2437,9 +2448,9 @@ class Session:
 
 def _detached(code: str) -> str:
     sentences = {
-        "client_lost": "the client's connection to the relay was lost; connect again",
-        "client_replaced": "the client connected to the relay anew; connect again",
-        "server_restart": "the relay is being restarted; connect again",
+        "client_lost": "the client's connection to the relay was lost",
+        "client_replaced": "the client connected to the relay anew",
+        "server_restart": "the relay is being restarted",
     }
     return sentences.get(code, f"the tunnel was cut ({code})")
 

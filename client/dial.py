@@ -451,7 +451,7 @@ def _start_tls(
     except (OSError, ValueError) as exc:  # ValueError: a name that cannot be in a certificate.
         tls.close()
         reason = getattr(exc, "strerror", None) or exc
-        raise RelayError("tls_failed", f"{what} failed: {reason}") from exc
+        raise RelayError("tls_failed", f"{what} failed: {reason}; check --server-url") from exc
     except BaseException:
         tls.close()
         raise

@@ -203,7 +203,8 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
         if status is None or status == 101:
             raise RelayError(
                 "not_a_relay",
-                f"{where} does not speak the relay's WebSocket: {printable(str(exc))}",
+                f"{where} does not speak the relay's WebSocket: {printable(str(exc))};"
+                " check --server-url",
             ) from exc
     except RelayError:
         raise
@@ -216,12 +217,13 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
         # By what a server answers the library can be brought to raise nearly anything
         # (IndexError, CookieError, ...); an unattended client must live on.
         raise RelayError(
-            "not_a_relay", f"{where} does not speak HTTP: {printable(repr(exc))}"
+            "not_a_relay",
+            f"{where} does not speak HTTP: {printable(repr(exc))}; check --server-url",
         ) from exc
     if refusal is None and status == 101:
         return
     if status is None:  # A blank line for a status line.
-        raise RelayError("not_a_relay", f"{where} does not speak HTTP")
+        raise RelayError("not_a_relay", f"{where} does not speak HTTP; check --server-url")
     answer, body = (refusal[1], refusal[2]) if refusal else (web_socket.getheaders() or {}, None)
     raise _refusal(endpoint, int(status), answer, body if body is not None else _body(answer, shim))
 

@@ -39,6 +39,9 @@ HEAD_TIMEOUT_S = 10.0
 # What nginx allows for a head by default is half of it.
 _MAX_HEAD_BYTES = 16 * 1024
 _HEAD_END = b"\r\n\r\n"
+# What a peer says first who takes a port without TLS for one with it (RFC 8446, 5.1). It waits
+# for an answer of TLS, and learns of its mistake at once instead of after HEAD_TIMEOUT_S.
+_TLS_HANDSHAKE = b"\x16"
 # Heads that may be on their way at once; the oldest gives way to a newcomer.
 MAX_PENDING = 512
 # Connections accepted per round, so that the other events get their turn.
@@ -182,7 +185,8 @@ class RelayWorker(ThreadWorker):
                 if end >= 0:
                     self._serve(head, end + len(_HEAD_END))
                     return
-                if not data or len(head.data) > _MAX_HEAD_BYTES:
+                is_tls_by_mistake = head.data[:1] == _TLS_HANDSHAKE
+                if not data or is_tls_by_mistake or len(head.data) > _MAX_HEAD_BYTES:
                     self._drop(head)
                     return
         except (BlockingIOError, ssl.SSLWantReadError):

@@ -437,6 +437,7 @@ def check_ends(row: Row, world: World, deadline: float) -> None:
     else:
         assert len(proxy.lines) == 1
         assert row.line in proxy.lines[0]
+        assert "; " in proxy.lines[0], "it says what to try"
 
 
 def table_of_ends() -> dict[str, list[str]]:

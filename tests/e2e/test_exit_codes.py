@@ -64,6 +64,8 @@ def check_failed(done: Finished, status: int, *words: str) -> None:
     assert len(done.lines) == 1, done.lines
     line = done.lines[0]
     assert [word for word in words if word not in line] == [], line
+    # What failed; what to try. A wrong setting names itself.
+    assert status == USAGE or "; " in line, line
     for secret in (TOKEN, WRONG_TOKEN, PROXY_PASSWORD):
         assert secret not in line
 
@@ -119,6 +121,11 @@ REFUSED = {
         SERVER,
         ("no-such-relay.invalid", "--server-url"),
         {"args": ["--server_url", "wss://no-such-relay.invalid"]},
+    ),
+    "TLS to a server without": Refused(
+        SERVER,
+        ("TLS with 127.0.0.1:{relay_port} failed", "--server-url"),
+        {"args": ["--server_url", "wss://127.0.0.1:{relay_port}"]},
     ),
     "wrong path": Refused(
         SERVER,
