@@ -484,6 +484,11 @@ class Outbox:
                 self._cancellable[channel] = key
             self._put_fast_locked(key, frame)
 
+    def cancel_first(self, channel: int) -> None:
+        """Take an unsent first message back; nothing if it has gone out."""
+        with self._ready:
+            self._fast.pop(self._cancellable.pop(channel, None), None)
+
     def put_ack(self, channel: int, frame: Frame) -> None:
         """Queue an ack; it replaces one of the same channel that is still here."""
         with self._ready:
@@ -981,14 +986,16 @@ def resolve(
     host: str, port: int, deadline: float, is_cancelled: Callable[[], bool] = lambda: False
 ) -> list[Any]:
     """Return getaddrinfo's answers by turns of family. Raises DialError."""
+    if _address(host.strip("[]")) is not None:
+        # No lookup: an address must not wait behind names that hang.
+        return _by_turns(_look_up(host, port))
     while not _lookup_slots.acquire(timeout=_slice_s(deadline)):
         _go_on(f"the name {host} could not be looked up", deadline, is_cancelled)
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def look_up() -> None:
         try:
-            # An IPv6 literal may come in brackets, as it stands in a URL.
-            answers.put(socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM))
+            answers.put(_look_up(host, port))
         except (OSError, UnicodeError) as exc:
             answers.put(exc)
         finally:
@@ -1011,6 +1018,11 @@ def resolve(
         reason = getattr(answer, "strerror", None) or answer
         raise DialError("unknown", f"the name {host} is not known ({reason})") from answer
     return _by_turns(answer)
+
+
+def _look_up(host: str, port: int) -> list[Any]:
+    # An IPv6 literal may come in brackets, as it stands in a URL.
+    return socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
 
 
 def _slice_s(deadline: float) -> float:
@@ -1614,8 +1626,9 @@ class Transport:
 
     def start(self, name: str) -> None:
         """Start the writer thread; stop() joins it."""
-        self._writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
-        self._writer.start()
+        writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
+        writer.start()  # May fail on a machine out of threads; stop() joins what runs.
+        self._writer = writer
 
     # The reader.
 
@@ -2391,10 +2404,10 @@ class Session:
         # What came before the end may still be handed on, for a second.
         if pumps.exit_code is None:
             pumps.join(FLUSH_S)
-        if pumps.exit_code is not None:
-            return pumps.exit_code
         if end.is_finished:
             return EXIT_CLEAN
+        if pumps.exit_code is not None:
+            return pumps.exit_code
         ended = end.ended or RelayError("leg_lost", "the tunnel was lost")
         complain(RelayError(ended.code, f"{self._settings.target}: {ended}"))
         return EXIT_TUNNEL_LOST
@@ -2462,7 +2475,9 @@ class Pumps:
         # 128+n once the user has gone. Written by the timer or a pump, the first wins.
         self.exit_code: int | None = None
         self._watches_stdout = CAN_POLL
-        self._woken = threading.Event()  # Where there is no poll.
+        # Where there is no poll.
+        self._woken = threading.Event()
+        self._left = threading.Event()
         if CAN_POLL:
             self._wake_r, self._wake_w = os.pipe()
             os.set_blocking(self._wake_r, False)
@@ -2476,6 +2491,8 @@ class Pumps:
         self._down = threading.Thread(target=self._pump_down, name="pump-down", daemon=True)
         self._up.start()
         self._down.start()
+        if not CAN_POLL:  # Pump-up may be inside a read that nothing wakes.
+            threading.Thread(target=self._leave_unpolled, name="pump-leave", daemon=True).start()
 
     def join(self, timeout_s: float) -> None:
         """Join both; a pump that is stuck in stdin or stdout is left to the exit."""
@@ -2488,6 +2505,7 @@ class Pumps:
         if self.exit_code is None:
             self.exit_code = exit_code
         self.wake()
+        self._left.set()
 
     def wake(self) -> None:
         """Let pump-up look: credit came, the user has gone, or the tunnel is over."""
@@ -2496,6 +2514,11 @@ class Pumps:
                 os.write(self._wake_w, b"w")
         else:
             self._woken.set()
+
+    def _leave_unpolled(self) -> None:
+        self._left.wait()
+        if not self._end.is_over:
+            self._say_goodbye()
 
     # stdin -> leg; watches signals and stdout meanwhile, and on after stdin's end.
 

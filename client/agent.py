@@ -104,7 +104,7 @@ class Agent:
             transport = self._connect()
         except RelayError as exc:
             wait_s = self._note_failure(exc)
-            if time.monotonic() < self._restart_until:
+            if exc.is_retryable and time.monotonic() < self._restart_until:
                 return self._rng.uniform(*_RESTART_RETRY_S)
             return wait_s
         leg = Leg(transport, self._config.max_window_bytes)

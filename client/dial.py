@@ -100,14 +100,16 @@ def resolve(
     host: str, port: int, deadline: float, is_cancelled: Callable[[], bool] = lambda: False
 ) -> list[Any]:
     """Return getaddrinfo's answers by turns of family. Raises DialError."""
+    if _address(host.strip("[]")) is not None:
+        # No lookup: an address must not wait behind names that hang.
+        return _by_turns(_look_up(host, port))
     while not _lookup_slots.acquire(timeout=_slice_s(deadline)):
         _go_on(f"the name {host} could not be looked up", deadline, is_cancelled)
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def look_up() -> None:
         try:
-            # An IPv6 literal may come in brackets, as it stands in a URL.
-            answers.put(socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM))
+            answers.put(_look_up(host, port))
         except (OSError, UnicodeError) as exc:
             answers.put(exc)
         finally:
@@ -130,6 +132,11 @@ def resolve(
         reason = getattr(answer, "strerror", None) or answer
         raise DialError("unknown", f"the name {host} is not known ({reason})") from answer
     return _by_turns(answer)
+
+
+def _look_up(host: str, port: int) -> list[Any]:
+    # An IPv6 literal may come in brackets, as it stands in a URL.
+    return socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
 
 
 def _slice_s(deadline: float) -> float:

@@ -305,8 +305,9 @@ class Transport:
 
     def start(self, name: str) -> None:
         """Start the writer thread; stop() joins it."""
-        self._writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
-        self._writer.start()
+        writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
+        writer.start()  # May fail on a machine out of threads; stop() joins what runs.
+        self._writer = writer
 
     # The reader.
 

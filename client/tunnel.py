@@ -77,6 +77,8 @@ class Tunnel:
         except Exception:
             log.exception("tunnel failed %s", self._about)
             self.end.reset(RelayError("internal_error", "the client failed; its log says why"))
+            if self._sock is not None and self._writer.ident is None:
+                self._close(self._sock)  # The writer could not start: nobody else is inside.
         finally:
             self._forget(self)
 

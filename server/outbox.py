@@ -73,6 +73,11 @@ class Outbox:
                 self._cancellable[channel] = key
             self._put_fast_locked(key, frame)
 
+    def cancel_first(self, channel: int) -> None:
+        """Take an unsent first message back; nothing if it has gone out."""
+        with self._ready:
+            self._fast.pop(self._cancellable.pop(channel, None), None)
+
     def put_ack(self, channel: int, frame: Frame) -> None:
         """Queue an ack; it replaces one of the same channel that is still here."""
         with self._ready:

@@ -240,6 +240,8 @@ class Tunnel:
             if self._is_opened:
                 raise TunnelError("refused after opened")
             self._end_locked()
+        # Answered before it was sent: a broken rule, and without this a buffer without bound.
+        self._client_leg.outbox.cancel_first(self.channel)
         self._refuse_user(code, message)
         self._log_end(code)
 

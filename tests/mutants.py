@@ -130,8 +130,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "3: a client that dials reads on",
         "client/leg.py",
-        "        tunnel.thread.start()\n",
-        "        tunnel.thread.start()\n        tunnel.thread.join(3)\n",
+        "            tunnel.thread.start()\n",
+        "            tunnel.thread.start()\n            tunnel.thread.join(3)\n",
         ("tests/integration/client/test_leg.py",),
     ),
     Mutant(

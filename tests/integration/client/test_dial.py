@@ -497,3 +497,16 @@ def test_every_stage_is_cancelled_in_0_3_seconds(stage: str) -> None:
     assert isinstance(error, RelayError)
     assert "cancelled" in str(error)
     assert seconds < 0.7
+
+
+def test_address_is_dialled_while_every_lookup_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of one tunnel that hang keep neither another's address nor the server away."""
+    slots = threading.BoundedSemaphore(1)
+    slots.acquire()
+    monkeypatch.setattr("client.dial._lookup_slots", slots)
+    with EchoTarget() as target:
+        sock = dial_tcp("127.0.0.1", target.port, time.monotonic() + 5.0)
+        sock.close()
+    with pytest.raises(DialError) as error:
+        dial_tcp("localhost", 1, time.monotonic() + 0.1)
+    assert error.value.kind == "timeout"

@@ -466,3 +466,17 @@ def test_reset_during_a_flood_leaves_nothing_of_its_channel_behind_it() -> None:
         outbox.put_end(1, text("reset"))
         thread.join()
         assert sorted(set(names(outbox))) == ["2", "reset"]
+
+
+def test_unsent_first_message_is_taken_back_alone() -> None:
+    """An `open` that was answered before it was sent does not stay."""
+    outbox = Outbox()
+    for channel in (1, 2):
+        outbox.put_first(channel, Frame(1, b"", b"%d" % channel), cancellable=True)
+    outbox.cancel_first(1)
+    outbox.cancel_first(7)
+    frame = outbox.take()
+    assert frame is not None
+    assert frame.payload == b"2"
+    outbox.cancel_first(2)
+    assert outbox.is_empty()
