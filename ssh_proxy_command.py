@@ -2398,8 +2398,9 @@ class Session:
 
     def _serve(self, transport: Transport, end: TunnelEnd, pumps: Pumps) -> int:
         """Read the leg until the tunnel is over; return the exit code."""
-        pumps.start(end)
+        # In this order: a signal from here on lets pump-up say goodbye, and ends nothing hard.
         self._pumps = pumps
+        pumps.start(end)
         self._read(transport, end)
         # What came before the end may still be handed on, for a second.
         if pumps.exit_code is None:
