@@ -18,6 +18,8 @@ USERS_PATH = "/ws_for_ssh_proxy_command"
 RELAY_HEADER = "HTTP-Network-Relay"
 RELAY_HEADER_VALUE = "v1"
 INSTANCE_HEADER = "HTTP-Network-Relay-Instance"
+# On the request of a user leg that comes to resume this tunnel.
+TUNNEL_HEADER = "HTTP-Network-Relay-Tunnel"
 
 OP_TEXT = 0x1
 OP_BINARY = 0x2

@@ -137,6 +137,13 @@ class Outbox:
                 self._put_fast_locked(("end", channel), frame)
             self._ready.notify()
 
+    def drop(self, channel: int) -> None:
+        """Delete what waits of a channel that has ended: nobody would act on it."""
+        with self._ready:
+            self._cancellable.pop(channel, None)
+            self._fast.pop(("first", channel), None)
+            self._drop_locked(channel)
+
     # The leg's end.
 
     def close(self, frame: Frame, *, flush: bool = True) -> None:
@@ -171,28 +178,28 @@ class Outbox:
             while True:
                 if self._is_over:
                     return None
-                frame, wait_s = self._next_locked()
+                frame = self._next_locked()
                 if frame is not None:
                     return frame
                 if self._close is not None:
                     self._is_over = True
                     return self._close
-                self._ready.wait(wait_s)
+                self._ready.wait()
 
-    def _next_locked(self) -> tuple[Frame | None, float | None]:
+    def _next_locked(self) -> Frame | None:
         if self._fast:
             key = next(iter(self._fast))
             frame = self._fast.pop(key)
             if isinstance(key, tuple) and key[0] == "first":
                 self._cancellable.pop(key[1], None)
-            return frame, None
+            return frame
         if not self._turns:
-            return None, None
+            return None
         channel = self._turns.popleft()
         entry = self._channels[channel]
         if entry.overtakes_at is not None and time.monotonic() >= entry.overtakes_at:
             del self._channels[channel]
-            return entry.last[-1], None
+            return entry.last[-1]
         if entry.data:
             data = entry.data.popleft()
             frame = Frame(OP_BINARY, entry.head, data)
@@ -202,7 +209,7 @@ class Outbox:
             self._turns.append(channel)
         else:
             del self._channels[channel]
-        return frame, None
+        return frame
 
     def _put_fast_locked(self, key: Hashable, frame: Frame) -> None:
         if self._close is None and not self._is_over:
