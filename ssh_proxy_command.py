@@ -366,9 +366,49 @@ class DialError(Exception):
         self.kind = kind
 
 
+# backoff
+#
+# How long to wait before the next try: exponential backoff with full jitter.
+
+
+_FIRST_S = 0.2
+# A leg that held less was no leg.
+_SHORTEST_HELD_S = 1.0
+
+
+class Backoff:
+    """The first retry is immediate; then uniform in 0..b, b doubling from 0.2 s to `cap_s`."""
+
+    def __init__(self, cap_s: float, rng: random.Random | None = None) -> None:
+        self._cap_s = cap_s
+        self._rng = rng or random.Random()
+        self._tries = 0
+
+    def held(self, seconds: float) -> None:
+        """Note how long a leg held: after twice the last b the waits start anew."""
+        if seconds >= max(_SHORTEST_HELD_S, 2 * self._bound_s()):
+            self._tries = 0
+
+    def next_s(self) -> float:
+        """Return the seconds to wait before the next try."""
+        self._tries += 1
+        return self._rng.uniform(0.0, self._bound_s())
+
+    def _bound_s(self) -> float:
+        if self._tries <= 1:
+            return 0.0
+        # min() before the power: after a year of tries it would be a huge number.
+        return min(self._cap_s, _FIRST_S * 2.0 ** min(self._tries - 2, 16))
+
+
 # settings
 #
 # Settings that the client and the proxy command read alike: flag > environment > default.
+
+
+# Enough for a laptop that changes its network, and a server that is deployed slowly.
+DEFAULT_GRACE_S = 120
+_LONGEST_GRACE_S = 24 * 3600
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -421,6 +461,18 @@ def max_window(flag: str | None, environ: Mapping[str, str]) -> int:
     return int(text)
 
 
+def resume_timeout(flag: str | None, environ: Mapping[str, str]) -> int:
+    """Return for how many seconds a tunnel is kept without a leg; 0: not at all."""
+    text = flag or environ.get("HTTP_NETWORK_RELAY_RESUME_TIMEOUT") or str(DEFAULT_GRACE_S)
+    if not matches(r"[0-9]{1,6}", text) or int(text) > _LONGEST_GRACE_S:
+        raise RelayError(
+            "usage",
+            "--resume-timeout (HTTP_NETWORK_RELAY_RESUME_TIMEOUT) must be 0 to"
+            f" {_LONGEST_GRACE_S} whole seconds, not {text!r}",
+        )
+    return int(text)
+
+
 # outbox
 #
 # What waits to be written on one leg, in the order of docs/protocol.md, "Order".
@@ -437,13 +489,13 @@ class Frame(NamedTuple):
     payload: Any  # bytes, bytearray or memoryview
 
 
-def append_merged(queue: deque[Any], data: Any) -> None:
-    """Append bytes, merged into a small last piece.
+def append_merged(queue: deque[Any], data: Any, max_bytes: int = MAX_DATA_BYTES) -> None:
+    """Append bytes, merged into a small last piece, of `max_bytes` at most.
 
     Without it a peer that sends single bytes would make us keep a queue entry, some
     hundred bytes, for each byte of its window.
     """
-    if queue and len(queue[-1]) + len(data) <= MAX_DATA_BYTES:
+    if queue and len(queue[-1]) + len(data) <= max_bytes:
         last = queue[-1]
         if not isinstance(last, bytearray):
             last = bytearray(last)
@@ -760,7 +812,7 @@ class Duplex:
 
 # stream
 #
-# The stream state of one end of a tunnel (docs/protocol.md, "Streams and credit").
+# The stream state of one end of a tunnel (docs/protocol.md, "Streams and credit", "Resume").
 #
 # No I/O, no clock, no thread. Both ends use it unchanged, so it does not know which
 # end it is. Offsets are counts of bytes from 0 in each direction.
@@ -772,6 +824,9 @@ _DRAINED_ACK_BYTES = 64 * 1024
 # The ack round trip may grow this much over its minimum before the window shrinks:
 # more means that our own bytes stand in a queue somewhere.
 _QUEUE_S = 0.020
+# Kept pieces are merged up to here. Single bytes would else cost a hundred each; merging
+# large ones would copy them for nothing.
+_MERGED_BYTES = 4 * 1024
 
 
 class Ack(NamedTuple):
@@ -782,31 +837,77 @@ class Ack(NamedTuple):
     eof: bool
 
 
+class Position(NamedTuple):
+    """What `resume` and `resumed` say of the stream that this end receives."""
+
+    received: int
+    delivered: int
+    limit: int
+
+
 class Sender:
-    """The bytes that this end sends. Not thread-safe."""
+    """The bytes that this end sends, and those that it keeps. Not thread-safe.
+
+    `sent`, `limit` and what is said of the eof concern the present channel; a resume
+    begins them anew.
+    """
 
     def __init__(self) -> None:
+        self.taken = 0  # from the source
+        self.is_ended = False  # the source
         self.sent = 0
         self.limit = 0
         self.delivered = 0
         self.eof_sent = False
         self.eof_acked = False
+        # From `_kept_from`, at most `delivered`, to `taken`; and of these what waits for credit.
+        self._kept: deque[Any] = deque()
+        self._kept_from = 0
+        self._unsent: deque[Any] = deque()
 
     @property
     def credit(self) -> int:
-        """How many bytes may be sent now."""
-        return 0 if self.eof_sent else self.limit - self.sent
+        """How many bytes may be taken from the source now."""
+        return 0 if self.is_ended or self._unsent else max(0, self.limit - self.sent)
 
-    def send(self, size: int) -> None:
-        """Record that `size` bytes, at most `credit`, go out."""
-        if size > self.credit:
-            raise ValueError(f"{size} bytes to send, credit for {self.credit}")
-        self.sent += size
+    @property
+    def kept_bytes(self) -> int:
+        """How many bytes are kept."""
+        return self.taken - self._kept_from
 
-    def end(self) -> int:
-        """Record that eof goes out; return its count."""
+    def take(self, data: Any) -> None:
+        """Take bytes from the source; next_piece() gives them out as credit allows.
+
+        More than `credit` is kept as well: the credit may have fallen, by a resume,
+        while the source was read.
+        """
+        append_merged(self._kept, data, _MERGED_BYTES)
+        self._unsent.append(data)
+        self.taken += len(data)
+
+    def end(self) -> None:
+        """Record that the source has ended."""
+        self.is_ended = True
+
+    def next_piece(self) -> Any:
+        """Return bytes that go out now, as one message; None: nothing, or no credit."""
+        size = min(self.limit - self.sent, MAX_DATA_BYTES)
+        if size <= 0 or not self._unsent:
+            return None
+        piece = self._unsent.popleft()
+        if len(piece) > size:
+            view = memoryview(piece)
+            self._unsent.appendleft(view[size:])
+            piece = view[:size]
+        self.sent += len(piece)
+        return piece
+
+    def next_eof(self) -> int | None:
+        """Return the count of an eof that goes out now; None: not yet, or sent already."""
+        if not self.is_ended or self.eof_sent or self._unsent:
+            return None
         self.eof_sent = True
-        return self.sent
+        return self.taken
 
     def on_ack(self, ack: Ack) -> None:
         """Take the peer's ack in; raises TunnelError if it cannot be true."""
@@ -816,8 +917,42 @@ class Sender:
             raise TunnelError(f"limit fell from {self.limit} to {ack.limit}")
         if ack.eof and not (self.eof_sent and ack.delivered == self.sent):
             raise TunnelError("ack of an eof that is not due")
-        self.delivered, self.limit = ack.delivered, ack.limit
+        self.limit = ack.limit
         self.eof_acked = self.eof_acked or ack.eof
+        self._free(ack.delivered)
+
+    def check_resume(self, peer: Position) -> None:
+        """Raise TunnelError if what the peer says it has cannot be true."""
+        if not self.delivered <= peer.delivered <= peer.received <= self.taken:
+            raise TunnelError(
+                f"resume at {peer.delivered}, {peer.received};"
+                f" {self.delivered} were acked, {self.taken} sent"
+            )
+
+    def resume(self, peer: Position) -> None:
+        """Go on, on a new channel, from where the peer stands; check_resume() first."""
+        self._free(peer.delivered)
+        self.sent, self.limit = peer.received, peer.limit
+        self.eof_sent = self.eof_acked = False
+        # Copies: a merged piece may still grow, which it cannot while a view of it exists.
+        self._unsent.clear()
+        at = self._kept_from
+        for piece in self._kept:
+            skipped = max(0, peer.received - at)
+            if skipped < len(piece):
+                self._unsent.append(bytes(memoryview(piece)[skipped:]))
+            at += len(piece)
+
+    def forget(self) -> None:
+        """Free all that is kept: nobody will ask for it."""
+        self._kept.clear()
+        self._unsent.clear()
+        self._kept_from = self.taken
+
+    def _free(self, delivered: int) -> None:
+        self.delivered = delivered
+        while self._kept and self._kept_from + len(self._kept[0]) <= delivered:
+            self._kept_from += len(self._kept.popleft())
 
 
 class Receiver:
@@ -835,7 +970,9 @@ class Receiver:
         self.delivered = 0
         self.eof_at: int | None = None
         self.eof_delivered = False
+        # On the present channel.
         self.eof_acked = False
+        self._eof_came = False
         self._acked = 0
         # The limit before the ack being timed, its time, and `received` then.
         self._probe: tuple[int, float, int] | None = None
@@ -862,11 +999,12 @@ class Receiver:
             self.window = min(self._max_window, self.window * 2)
 
     def on_eof(self, count: int) -> None:
-        """Record the peer's eof; raises TunnelError if its count is not ours."""
+        """Record the peer's eof, once a channel; raises TunnelError if its count is not ours."""
         if count != self.received:
             raise TunnelError(f"eof after {count} bytes, {self.received} came")
-        if self.eof_at is not None:
+        if self._eof_came:
             raise TunnelError("a second eof")
+        self._eof_came = True
         self.eof_at = count
 
     def on_delivered(self, size: int, now: float, *, drained: bool) -> Ack | None:
@@ -881,13 +1019,14 @@ class Receiver:
             return None
         return self._ack(now)
 
-    def on_eof_delivered(self, now: float) -> Ack:
-        """Record that the eof was handed on; its ack is due at once.
+    def on_eof_delivered(self, now: float) -> Ack | None:
+        """Record that the eof was handed on; return its ack, which is due at once.
 
-        Set `eof_acked` when that ack is on its way.
+        None if the eof has not come on this channel: it does, and is acked then. Set
+        `eof_acked` when the ack is on its way.
         """
         self.eof_delivered = True
-        return self._ack(now)
+        return self._ack(now) if self._eof_came else None
 
     def _ack(self, now: float) -> Ack:
         before = self.limit
@@ -895,7 +1034,18 @@ class Receiver:
         self._acked = self.delivered
         if self._probe is None and self.limit > before:
             self._probe = (before, now, self.received)
-        return Ack(self.delivered, self.limit, self.eof_delivered)
+        return Ack(self.delivered, self.limit, self.eof_delivered and self._eof_came)
+
+    def resume(self) -> Position:
+        """Begin anew on another channel; return what the peer must know.
+
+        All earlier channels must be deaf by now.
+        """
+        self.limit = max(self.received, self.delivered + self.window)
+        self._acked = self.delivered
+        self._probe = None
+        self._eof_came = self.eof_acked = False
+        return Position(self.received, self.delivered, self.limit)
 
 
 class Stream:
@@ -907,7 +1057,7 @@ class Stream:
 
     @property
     def is_finished(self) -> bool:
-        """Whether both eofs were handed on and both acks have passed."""
+        """Whether both eofs were handed on and both acks have passed, on one channel."""
         return self.out.eof_acked and self.into.eof_acked
 
 
@@ -1776,36 +1926,88 @@ class Transport:
 # One end of a tunnel, between its leg and its two threads.
 #
 # The leg's reader calls the on_... methods, which never wait. A consumer thread takes
-# chunks and hands them on; a producer thread waits for credit and sends.
+# chunks and hands them on; a producer thread waits for credit and sends. The end outlives
+# its legs: detached, it waits to be resumed on another (docs/protocol.md, "Resume").
 
 
 # These ends take their turn behind the data (docs/protocol.md, "Order").
 _IN_TURN = ("user_gone", "target_reset")
 
 
+class Link:
+    """A channel of one leg, as the end of a tunnel uses it. Its identity is what counts.
+
+    `channel` 0 is a user leg's only tunnel. Any thread; it only puts into the outbox.
+    """
+
+    def __init__(self, outbox: Outbox, channel: int = 0) -> None:
+        self.outbox = outbox
+        self.channel = channel
+        self._head = encode_channel(channel) if channel else b""
+
+    def put_first(self, kind: str, **fields: Any) -> None:
+        """Send the channel's first message."""
+        self.outbox.put_first(self.channel, self._text(kind, **fields))
+
+    def put_data(self, data: Any) -> None:
+        """Send stream bytes."""
+        self.outbox.put_data(self.channel, self._head, data)
+
+    def put_ack(self, ack: Ack) -> None:
+        """Send an ack."""
+        self.outbox.put_ack(self.channel, self._text("ack", **ack._asdict()))
+
+    def put_eof(self, count: int) -> None:
+        """Send an eof, behind the data."""
+        self.outbox.put_eof(self.channel, self._text("eof", count=count))
+
+    def put_reset(self, error: RelayError) -> None:
+        """Send a reset, behind the data where what came before it counts."""
+        frame = self._text("reset", code=error.code, message=str(error))
+        self.outbox.put_end(self.channel, frame, in_turn=error.code in _IN_TURN)
+
+    def drop(self) -> None:
+        """Delete what waits to be sent."""
+        self.outbox.drop(self.channel)
+
+    def _text(self, kind: str, **fields: Any) -> Frame:
+        return Frame(OP_TEXT, b"", encode_control(kind, self.channel, **fields))
+
+
 class TunnelEnd:
-    """The thread-safe state of one end; `channel` 0 is a user leg's only tunnel."""
+    """The thread-safe state of one end.
+
+    A method that takes a `link` does nothing if that is not the newest: what comes late
+    on another leg or channel must not count.
+    """
 
     def __init__(
         self,
-        outbox: Outbox,
-        channel: int,
+        link: Link,
         max_window_bytes: int,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        self._outbox = outbox
-        self._channel = channel
-        self._head = encode_channel(channel) if channel else b""
-        # Called, without the lock, when credit came or the end did.
+        # Called, without the lock, when credit came, the leg was lost, or the end came.
         self._on_change = on_change
-        # Guards all below; woken by whatever a thread of the tunnel waits for.
+        # Guards all below; woken by whatever a thread of the tunnel waits for. Messages
+        # are put into the link's outbox under it, so that they leave in order.
         self._changed = threading.Condition()
         self._stream = Stream(max_window_bytes)
+        # Bytes that wait for the consumer.
         self._inbound: deque[Any] = deque()
+        # None: detached, or being resumed.
+        self._link: Link | None = link
         self._is_open = False
+        self._grace_s = 0.0
+        # Since when and why it is detached, the last time that it was.
+        self._detached_at = 0.0
+        self._lost: RelayError | None = None
         self._ended: RelayError | None = None
         self._deliver_until = float("inf")
         self._consumer_failed = False
+        self._was_reset_here = False
+        # Of the newest `resume` that was accepted.
+        self._attempt = 0
 
     # What is known. Each is one read; none needs the lock.
 
@@ -1825,9 +2027,14 @@ class TunnelEnd:
         return self._ended is not None or self._stream.is_finished
 
     @property
+    def is_open(self) -> bool:
+        """Whether `opened` was said. Stays true."""
+        return self._is_open
+
+    @property
     def counts(self) -> tuple[int, int]:
-        """Bytes sent and bytes handed on, for the log."""
-        return self._stream.out.sent, self._stream.into.delivered
+        """Bytes taken for sending and bytes handed on, for the log."""
+        return self._stream.out.taken, self._stream.into.delivered
 
     @property
     def first_limit(self) -> int:
@@ -1836,11 +2043,37 @@ class TunnelEnd:
 
     @property
     def has_both_eofs(self) -> bool:
-        """Whether our eof was sent and the peer's handed on; acks may be missing."""
-        return self._stream.out.eof_sent and self._stream.into.eof_delivered
+        """Whether our source ended and the peer's eof was handed on; acks may be missing."""
+        return self._stream.out.is_ended and self._stream.into.eof_delivered
+
+    @property
+    def grace_s(self) -> float:
+        """For how long both ends keep the tunnel without a leg."""
+        return self._grace_s
+
+    @property
+    def can_be_asked(self) -> bool:
+        """Whether a resume may still want to know how it ended: by both, or by us alone."""
+        has_answer = self._was_reset_here or self._stream.is_finished
+        return self._is_open and self._grace_s > 0 and has_answer
+
+    def is_at(self, link: Link) -> bool:
+        """Whether `link` carries it now."""
+        return self._link is link and not self.is_over
+
+    def detached_bytes(self) -> tuple[float, int] | None:
+        """Return since when it is detached and how much it keeps; None if it is not."""
+        with self._changed:
+            if self._link is not None or self.is_over:
+                return None
+            into = self._stream.into
+            kept = self._stream.out.kept_bytes + into.received - into.delivered
+            return self._detached_at, kept
 
     def must_stop(self) -> bool:
         """Whether the time for handing on what came before the end has passed."""
+        with self._changed:
+            self._expire_locked()
         return self._ended is not None and time.monotonic() >= self._deliver_until
 
     def deliver_left_s(self) -> float:
@@ -1849,68 +2082,172 @@ class TunnelEnd:
 
     # The leg's reader. Raise TunnelError for what breaks the protocol.
 
-    def on_open(self, limit: int) -> bool:
+    def on_open(self, limit: int, grace_s: float) -> bool:
         """Take the peer's first limit; False if the end came first."""
         with self._changed:
             if self._ended is not None:
                 return False
             self._is_open = True
+            self._grace_s = grace_s
             self._stream.out.limit = limit
             return True
 
-    def on_data(self, data: Any) -> None:
+    def on_data(self, link: Link, data: Any) -> None:
         """Queue stream bytes for the consumer."""
         with self._changed:
-            if self._ended is not None:
+            if self._is_deaf_locked(link, "data"):
                 return
-            self._require_open_locked("data")
             self._stream.into.on_data(len(data), time.monotonic())
             append_merged(self._inbound, data)
             self._changed.notify_all()
 
-    def on_eof(self, count: int) -> None:
+    def on_eof(self, link: Link, count: int) -> None:
         """Note that no byte follows."""
         with self._changed:
-            if self._ended is not None:
+            if self._is_deaf_locked(link, "eof"):
                 return
-            self._require_open_locked("eof")
             self._stream.into.on_eof(count)
+            if self._stream.into.eof_delivered:  # A resume made the peer say it again.
+                self._ack_eof_locked()
             self._changed.notify_all()
+        self._on_change()
 
-    def on_ack(self, ack: Ack) -> None:
+    def on_ack(self, link: Link, ack: Ack) -> None:
         """Take an ack in."""
         with self._changed:
-            if self._ended is not None:
+            if self._is_deaf_locked(link, "ack"):
                 return
-            self._require_open_locked("ack")
             self._stream.out.on_ack(ack)
+            self._flush_locked()
             self._changed.notify_all()
         self._on_change()
 
     def on_end(self, error: RelayError, *, deliver_s: float = FLUSH_S) -> None:
-        """End the tunnel without a word to the peer: it, or the leg, ended it.
+        """End the tunnel without a word to the peer.
 
         What came before is still handed on if the consumer takes it in `deliver_s`.
         """
         with self._changed:
-            if self._ended is not None or self._stream.is_finished:
+            if self.is_over:
                 return
-            self._ended = error
-            self._deliver_until = time.monotonic() + deliver_s
-            self._changed.notify_all()
+            self._end_locked(error, deliver_s)
         self._on_change()
 
-    def _require_open_locked(self, what: str) -> None:
+    def on_reset(self, link: Link, error: RelayError) -> None:
+        """The peer ended the tunnel."""
+        with self._changed:
+            if link is not self._link or self.is_over:
+                return
+            self._end_locked(error, FLUSH_S)
+        self._on_change()
+
+    def _is_deaf_locked(self, link: Link, what: str) -> bool:
+        if link is not self._link or self._ended is not None:
+            return True
         if not self._is_open:
-            raise TunnelError(f"{what} before the tunnel was open", self._channel)
+            raise TunnelError(f"{what} before the tunnel was open", link.channel)
+        return False
+
+    def _end_locked(self, error: RelayError, deliver_s: float) -> None:
+        self._ended = error
+        self._deliver_until = time.monotonic() + deliver_s
+        self._stream.out.forget()
+        self._changed.notify_all()
+
+    # The loss of a leg, and the way back.
+
+    def detach(self, link: Link, error: RelayError) -> bool:
+        """The leg is lost: wait for a resume, or end with `error` if there can be none.
+
+        Return whether it waits.
+        """
+        with self._changed:
+            if link is not self._link or self.is_over:
+                return False
+            waits = self._is_open and self._grace_s > 0
+            if waits:
+                self._link = None
+                self._detached_at = time.monotonic()
+                self._lost = error
+                self._changed.notify_all()
+            else:
+                self._end_locked(error, FLUSH_S)
+        link.drop()
+        self._on_change()
+        return waits
+
+    def begin_resume(self) -> Position:
+        """Return what `resume` says; only while detached, so that all legs are deaf."""
+        with self._changed:
+            return self._stream.into.resume()
+
+    def on_resumed(self, link: Link, peer: Position) -> None:
+        """Go on, on `link`, after the peer's `resumed`. Raises TunnelError."""
+        with self._changed:
+            if self.is_over:
+                return
+            self._stream.out.check_resume(peer)
+            self._attach_locked(link, peer)
+        self._on_change()
+
+    def accept_resume(self, link: Link, peer: Position, attempt: int) -> None:
+        """Go on, on `link`, and answer `resumed`; the link before hears that it is over.
+
+        Raises TunnelError for counts that cannot be true, RelayError for a tunnel that
+        has ended with an error and for an attempt that is not the newest, and then
+        changes nothing.
+        """
+        with self._changed:
+            if self._ended is not None:
+                raise RelayError(self._ended.code, str(self._ended))
+            if attempt <= self._attempt:
+                raise RelayError("superseded", "a newer connection has resumed the tunnel")
+            self._stream.out.check_resume(peer)
+            self._attempt = attempt
+            old, self._link = self._link, None
+            link.put_first("resumed", **self._stream.into.resume()._asdict())
+            self._attach_locked(link, peer)
+        if old is not None:
+            old.put_reset(RelayError("superseded", "the tunnel was resumed on another channel"))
+
+    def _attach_locked(self, link: Link, peer: Position) -> None:
+        self._link = link
+        self._stream.out.resume(peer)
+        self._flush_locked()
+        # What was handed on since the peer was told.
+        drained = not self._inbound
+        ack = self._stream.into.on_delivered(0, time.monotonic(), drained=drained)
+        if ack is not None:
+            link.put_ack(ack)
+        self._changed.notify_all()
+
+    def _expire_locked(self) -> None:
+        """End a tunnel that nobody has resumed in time."""
+        if self._resume_left_locked() == 0.0 and self._lost is not None:
+            self._end_locked(self._lost, 0.0)
+
+    def _resume_left_locked(self) -> float | None:
+        """Return the seconds that a detached tunnel has left; None if it is not detached."""
+        if self._link is not None or self.is_over:
+            return None
+        return max(0.0, self._detached_at + self._grace_s - time.monotonic())
+
+    def _wait_locked(self, is_due: Callable[[], bool], timeout_s: float | None = None) -> None:
+        """Wait for `is_due`, at most `timeout_s`; a detached tunnel may expire meanwhile."""
+        until = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        while not is_due() and (left_s := until - time.monotonic()) > 0:
+            resume_left_s = self._resume_left_locked()
+            waits = [s for s in (left_s, resume_left_s) if s is not None and s < float("inf")]
+            self._changed.wait(min(waits, default=None))
+            self._expire_locked()
 
     # The consumer's thread.
 
     def next_chunk(self) -> Any:
         """Wait for bytes to hand on; b"" is the eof, None the end of the tunnel."""
         with self._changed:
-            self._changed.wait_for(self._has_news_locked)
-            if self.must_stop():
+            self._wait_locked(self._has_news_locked)
+            if self._ended is not None and time.monotonic() >= self._deliver_until:
                 return None
             if self._inbound:
                 return self._inbound.popleft()
@@ -1926,25 +2263,27 @@ class TunnelEnd:
     def delivered(self, size: int) -> None:
         """Say that `size` bytes of a chunk were handed on; sends the ack that is due."""
         with self._changed:
-            drained = not self._inbound
-            ack = self._stream.into.on_delivered(size, time.monotonic(), drained=drained)
-        self._put_ack(ack)
+            into = self._stream.into
+            if self._link is None:
+                into.delivered += size  # The resume, or what follows it, says so.
+                return
+            ack = into.on_delivered(size, time.monotonic(), drained=not self._inbound)
+            if ack is not None and self._ended is None:
+                self._link.put_ack(ack)
 
     def delivered_eof(self) -> None:
-        """Say that the eof was handed on; its ack goes at once."""
+        """Say that the eof was handed on; its ack goes at once, or when it can."""
         with self._changed:
-            ack = self._stream.into.on_eof_delivered(time.monotonic())
-        self._put_ack(ack)
-        # Only now: who sees the tunnel finished may close the leg behind this ack.
-        with self._changed:
-            self._stream.into.eof_acked = True
+            self._ack_eof_locked()
             self._changed.notify_all()
         self._on_change()
 
-    def _put_ack(self, ack: Ack | None) -> None:
-        if ack is not None and self._ended is None:
-            text = encode_control("ack", self._channel, **ack._asdict())
-            self._outbox.put_ack(self._channel, Frame(OP_TEXT, b"", text))
+    def _ack_eof_locked(self) -> None:
+        ack = self._stream.into.on_eof_delivered(time.monotonic())
+        if ack is not None and self._link is not None and self._ended is None:
+            self._link.put_ack(ack)
+            # Only now: who sees the tunnel finished may close the leg behind this ack.
+            self._stream.into.eof_acked = True
 
     def fail_consumer(self, error: RelayError) -> None:
         """Say that nothing can be handed on any more (the target, not the user).
@@ -1953,63 +2292,79 @@ class TunnelEnd:
         """
         with self._changed:
             self._consumer_failed = True
-            is_last = self._stream.out.eof_sent
+            is_last = self._stream.out.is_ended
         if is_last:
             self.reset(error)
 
     # The producer's thread.
 
     def credit(self) -> int:
-        """Return how many bytes one message may have now; 0: none, or the tunnel is over."""
-        if self._ended is not None:
+        """Return how many bytes to take from the source now; 0: none, or there is no leg."""
+        if self._ended is not None or self._link is None:
             return 0
         return min(self._stream.out.credit, MAX_DATA_BYTES)
 
     def wait_credit(self) -> int:
-        """Wait until a message may be sent; return its size, 0 when the tunnel is over."""
+        """Wait until bytes may be taken; return how many, 0 when the tunnel is over."""
         with self._changed:
-            self._changed.wait_for(lambda: self.is_over or self._stream.out.credit > 0)
+            self._wait_locked(lambda: self.is_over or self.credit() > 0)
             return self.credit()
 
     def send(self, data: Any) -> None:
-        """Send 1 to credit() bytes."""
+        """Send bytes, credit() at most. They are kept until the peer has handed them on."""
         with self._changed:
-            if self._ended is not None:
-                return
-            self._stream.out.send(len(data))
-        self._outbox.put_data(self._channel, self._head, data)
+            if self._ended is None:
+                self._stream.out.take(data)
+                self._flush_locked()
 
     def send_eof(self) -> bool:
         """End our direction; False if the consumer failed before, so that a reset is due."""
         with self._changed:
-            if self._ended is not None:
-                return True
-            if self._consumer_failed:
-                return False
-            count = self._stream.out.end()
-        text = encode_control("eof", self._channel, count=count)
-        self._outbox.put_eof(self._channel, Frame(OP_TEXT, b"", text))
-        return True
+            if self._ended is None:
+                if self._consumer_failed:
+                    return False
+                self._stream.out.end()
+                self._flush_locked()
+            return True
+
+    def _flush_locked(self) -> None:
+        """Send what the credit allows, and the eof behind the last byte."""
+        link, out = self._link, self._stream.out
+        if link is None:
+            return
+        while (piece := out.next_piece()) is not None:
+            link.put_data(piece)
+        if (count := out.next_eof()) is not None:
+            link.put_eof(count)
 
     # Any thread.
 
-    def reset(self, error: RelayError, *, deliver_s: float = FLUSH_S) -> None:
-        """End the tunnel with an error and tell the peer; nothing if it is over already."""
+    def reset(
+        self, error: RelayError, link: Link | None = None, *, deliver_s: float = FLUSH_S
+    ) -> None:
+        """End the tunnel with an error and tell the peer; nothing if it is over already.
+
+        `link`: only if that is still the newest.
+        """
         with self._changed:
-            if self._ended is not None or self._stream.is_finished:
+            if self.is_over or (link is not None and link is not self._link):
                 return
-            self._ended = error
-            self._deliver_until = time.monotonic() + deliver_s
-            self._changed.notify_all()
-        text = encode_control("reset", self._channel, code=error.code, message=str(error))
-        in_turn = error.code in _IN_TURN
-        self._outbox.put_end(self._channel, Frame(OP_TEXT, b"", text), in_turn=in_turn)
+            self._was_reset_here = True
+            if self._link is not None:
+                self._link.put_reset(error)
+            self._end_locked(error, deliver_s)
         self._on_change()
+
+    def forget(self) -> None:
+        """Free all bytes: the tunnel is over and its threads have ended."""
+        with self._changed:
+            self._inbound.clear()
+            self._stream.out.forget()
 
     def wait_over(self, timeout_s: float | None = None) -> None:
         """Wait until the tunnel is finished or ended."""
         with self._changed:
-            self._changed.wait_for(lambda: self.is_over, timeout_s)
+            self._wait_locked(lambda: self.is_over, timeout_s)
 
 
 # timer
@@ -2102,8 +2457,11 @@ class Timer:
 # --- end of the shared block ---
 
 DEFAULT_SERVER_URL = "ws://127.0.0.1:8000" + USERS_PATH
-# Longer than the client's own dial (10 s), so that the user reads the client's reason.
-OPEN_TIMEOUT_S = 15.0
+# Longer than the client's own dial (10 s), so that the user reads the client's reason; and
+# than the server holds a resume whose client is not back yet (10 s).
+ANSWER_TIMEOUT_S = 15.0
+# The longest wait between two tries to resume.
+RESUME_CAP_S = 5.0
 # A server that restarts is tried again so often, so long.
 RESTART_RETRY_S = (0.1, 0.3)
 RESTART_S = 3.0
@@ -2191,6 +2549,7 @@ class Settings(NamedTuple):
     context: ssl.SSLContext | None
     ping_interval_s: float
     max_window_bytes: int
+    grace_s: int
 
     @property
     def target(self) -> str:
@@ -2236,6 +2595,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="BYTES",
         help="[HTTP_NETWORK_RELAY_MAX_WINDOW] per direction, default 4194304",
     )
+    parser.add_argument(
+        "--resume-timeout",
+        metavar="SECONDS",
+        help="[HTTP_NETWORK_RELAY_RESUME_TIMEOUT] try so long to come back when the connection is"
+        " lost, default 120, 0: not at all",
+    )
     return parser
 
 
@@ -2275,142 +2640,192 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         context=make_context(args.ca_file) if endpoint.is_tls else None,
         ping_interval_s=ping_interval(args.ping_interval, environ),
         max_window_bytes=max_window(args.max_window, environ),
+        grace_s=resume_timeout(args.resume_timeout, environ),
     )
 
 
+class NextLeg:
+    """Dials the next leg while the present one still works; for a server that goes away."""
+
+    def __init__(self, end: TunnelEnd, dial: Callable[[], Transport], spread_s: float) -> None:
+        self._end = end
+        self._dial = dial
+        self._spread_s = spread_s
+        self._transport: Transport | None = None
+        self._thread = threading.Thread(target=self._run, name="next-leg")
+
+    def start(self, on_up: Callable[[], None]) -> None:
+        """Begin; `on_up` is called in the thread when the leg is there. take() joins it."""
+        self._on_up = on_up
+        self._thread.start()
+
+    def _run(self) -> None:
+        wait_s = random.uniform(0.0, self._spread_s)
+        until = time.monotonic() + self._spread_s + RESTART_S
+        while True:
+            self._end.wait_over(wait_s)
+            if self._end.is_over:
+                return
+            try:
+                self._transport = self._dial()
+            except RelayError as exc:
+                if not exc.is_retryable or time.monotonic() >= until:
+                    return
+                wait_s = random.uniform(*RESTART_RETRY_S)
+            else:
+                self._on_up()
+                return
+
+    def take(self) -> Transport | None:
+        """Wait for the leg, which the caller then owns; None if there is none."""
+        self._thread.join()
+        transport, self._transport = self._transport, None
+        return transport
+
+
 class Session:
-    """One run: dial, open, pump, and the right exit code. Main's thread but where said."""
+    """One run: dial, open, pump, resume, and the right exit code. Main's thread but where said."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._timer = Timer(self._tick, self._on_signal)
+        self._pumps = Pumps()
         # What the timer looks at; written by main.
         self._transport: Transport | None = None
-        self._pumps: Pumps | None = None
-        self._open_by = float("inf")
-        self._is_open = False
+        self._is_pumping = False
+        self._answer_by = float("inf")
+        # One tunnel: the end, its link on the present leg, and what `resume` repeats.
+        self._link = Link(Outbox())
+        self._end = TunnelEnd(self._link, settings.max_window_bytes)
+        self._opening: dict[str, Any] = {}
+        self._attempt = 0
+        self._next_leg: NextLeg | None = None
         self._server_restarts = False
+        # Why the last try to resume failed.
+        self._failure: RelayError | None = None
 
     def run(self) -> int:
         """Return the exit code; raises RelayError for what failed before the tunnel opened."""
         names = [name for name in GONE_SIGNALS if hasattr(signal, name)]
         self._timer.start(getattr(signal, name) for name in names)
-        restart_until = 0.0
         try:
-            while True:
-                try:
-                    return self._run_once(restart_until)
-                except RelayError as exc:
-                    if exc.code == "server_restart" and not restart_until:
-                        # Once more, with a new tunnel, when the server is back.
-                        restart_until = time.monotonic() + RESTART_S
-                    elif exc.code != "client_offline" or time.monotonic() >= restart_until:
-                        raise
-                # The client may come back to the new server a moment later than we do.
-                time.sleep(random.uniform(*RESTART_RETRY_S))
+            self._open_patiently()
+            return self._carry()
         finally:
+            unused = self._next_leg.take() if self._next_leg is not None else None
+            if unused is not None:
+                unused.stop()
+            if self._transport is not None:
+                self._leave(self._transport)
             self._timer.stop()
 
-    def _run_once(self, restart_until: float) -> int:
-        self._server_restarts = False
-        transport = self._connect(restart_until)
-        transport.start("user")
-        self._transport = transport
-        self._timer.wake()
-        try:
-            pumps = Pumps()
-            end = self._open(transport, pumps)
-            return self._serve(transport, end, pumps)
-        finally:
-            self._transport = None
-            transport.stop()
+    # Before the tunnel is open.
 
-    def _connect(self, restart_until: float) -> Transport:
-        settings = self._settings
+    def _open_patiently(self) -> None:
+        """Open; try again only while the server restarts, with a new tunnel."""
+        restart_until = 0.0
         while True:
             try:
-                return connect(
-                    settings.endpoint,
-                    [f"Authorization: Bearer {settings.token}"],
-                    context=settings.context,
-                    environ=os.environ,
-                    ping_interval_s=settings.ping_interval_s,
-                )
+                self._open(self._connect())
+                return
             except RelayError as exc:
-                if time.monotonic() >= restart_until or not exc.is_retryable:
+                if self._transport is not None:
+                    self._leave(self._transport)
+                is_restarting = time.monotonic() < restart_until
+                if exc.code == "server_restart" and not restart_until:
+                    restart_until = time.monotonic() + RESTART_S
+                # The client may come back to the new server a moment later than we do.
+                elif not (is_restarting and exc.is_retryable):
                     raise
             time.sleep(random.uniform(*RESTART_RETRY_S))
 
-    def _open(self, transport: Transport, pumps: Pumps) -> TunnelEnd:
+    def _open(self, transport: Transport) -> None:
         """Ask for the tunnel and wait for the answer."""
         settings = self._settings
+        self._link = Link(transport.outbox)
+        self._end = TunnelEnd(self._link, settings.max_window_bytes, self._on_change)
+        self._opening = {
+            "client": settings.client,
+            "host": settings.host,
+            "port": settings.port,
+            "protocol": "tcp",
+            "tunnel_id": os.urandom(16).hex(),
+            "resume_token": os.urandom(32).hex(),
+            "limit": self._end.first_limit,
+            "grace_s": settings.grace_s,
+        }
+        control = self._ask(transport, "open", "opened", self._opening)
+        if not self._end.on_open(control["limit"], min(settings.grace_s, control["grace_s"])):
+            raise self._end.ended or RelayError("leg_lost", "the tunnel was lost")
 
-        def on_change() -> None:
-            pumps.wake()
-            if end.is_over:
-                transport.close(CLOSE_NORMAL)
-                self._timer.wake()
-
-        end = TunnelEnd(transport.outbox, 0, settings.max_window_bytes, on_change)
-        text = encode_control(
-            "open",
-            client=settings.client,
-            host=settings.host,
-            port=settings.port,
-            protocol="tcp",
-            tunnel_id=os.urandom(16).hex(),
-            resume_token=os.urandom(32).hex(),
-            limit=end.first_limit,
-            grace_s=0,
+    def _connect(self) -> Transport:
+        """Dial one leg; also in the thread of NextLeg."""
+        settings = self._settings
+        headers = [f"Authorization: Bearer {settings.token}"]
+        if self._end.is_open:
+            headers.append(f"{TUNNEL_HEADER}: {self._opening['tunnel_id']}")
+        return connect(
+            settings.endpoint,
+            headers,
+            context=settings.context,
+            environ=os.environ,
+            ping_interval_s=settings.ping_interval_s,
+            is_cancelled=lambda: self._end.is_over,
         )
-        transport.outbox.put_first(0, Frame(OP_TEXT, b"", text))
-        self._open_by = time.monotonic() + OPEN_TIMEOUT_S
+
+    def _ask(
+        self, transport: Transport, kind: str, answer: str, fields: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Send a new leg's first message; return the answer. Raises RelayError."""
+        self._server_restarts = False
+        self._transport = transport
+        transport.start("user")
+        Link(transport.outbox).put_first(kind, **fields)
+        self._answer_by = time.monotonic() + ANSWER_TIMEOUT_S
         self._timer.wake()
         try:
-            while not self._is_open:
+            while True:
                 opcode, payload = transport.receive()
                 if opcode == OP_CLOSE:
                     raise self._lost(transport, payload)
                 if opcode == OP_BINARY:
-                    raise TunnelError("data came before the tunnel was open")
-                self._on_control(end, payload)
-                if end.ended is not None:
-                    raise end.ended
+                    raise TunnelError(f"data came before {answer}")
+                control = parse_control(decode_text(payload), TO_USER, has_channel=False)
+                if control["type"] == answer:
+                    return control
+                if control["type"] == "refused":
+                    # A resume that is refused is reported with the whole target.
+                    who = f"{self._settings.client}: " if kind == "open" else ""
+                    raise RelayError(control["code"], who + control["message"])
+                if control["type"] == "reset":
+                    raise RelayError(control["code"], control["message"])
+                if control["type"] == "detached":
+                    raise RelayError(control["code"], _detached(control["code"]))
+                if control["type"] != "going_away":
+                    raise TunnelError(f"{control['type']} came before {answer}")
+                self._server_restarts = True
         except (LegError, TunnelError) as exc:
             raise RelayError("protocol_error", f"the server broke the protocol: {exc}") from exc
         finally:
-            self._open_by = float("inf")
-        return end
+            self._answer_by = float("inf")
 
-    def _on_control(self, end: TunnelEnd, payload: bytes) -> None:
-        """Hand one control to the tunnel."""
-        control = parse_control(decode_text(payload), TO_USER, has_channel=False)
-        kind = control["type"]
-        if kind == "ack":
-            end.on_ack(Ack(control["delivered"], control["limit"], control["eof"]))
-        elif kind == "eof":
-            end.on_eof(control["count"])
-        elif kind == "reset":
-            end.on_end(RelayError(control["code"], control["message"]))
-        elif kind == "detached":
-            end.on_end(RelayError(control["code"], _detached(control["code"])))
-        elif kind == "going_away":
-            self._server_restarts = True
-        elif self._is_open:
-            raise TunnelError(f"{kind} after the tunnel was open")
-        elif kind == "opened":
-            self._is_open = end.on_open(control["limit"])
-        elif kind == "refused":
-            raise RelayError(control["code"], f"{self._settings.client}: {control['message']}")
-        else:
-            raise TunnelError(f"{kind} was not asked for")
+    # While it is open.
 
-    def _serve(self, transport: Transport, end: TunnelEnd, pumps: Pumps) -> int:
-        """Read the leg until the tunnel is over; return the exit code."""
+    def _carry(self) -> int:
+        """Carry the tunnel, from leg to leg, until it is over; return the exit code."""
+        end, pumps = self._end, self._pumps
         # In this order: a signal from here on lets pump-up say goodbye, and ends nothing hard.
-        self._pumps = pumps
+        self._is_pumping = True
         pumps.start(end)
-        self._read(transport, end)
+        backoff = Backoff(RESUME_CAP_S)
+        while (transport := self._transport) is not None:
+            begun = time.monotonic()
+            self._read(transport)
+            self._leave(transport)
+            if not end.is_over:
+                backoff.held(time.monotonic() - begun)
+                self._come_back(backoff)
+        pumps.wake()  # A tunnel that expires tells nobody.
         # What came before the end may still be handed on, for a second.
         if pumps.exit_code is None:
             pumps.join(FLUSH_S)
@@ -2419,26 +2834,109 @@ class Session:
         if pumps.exit_code is not None:
             return pumps.exit_code
         ended = end.ended or RelayError("leg_lost", "the tunnel was lost")
-        complain(RelayError(ended.code, f"{self._settings.target}: {ended}"))
+        sentence = f"{self._settings.target}: {ended}"
+        if self._failure is not None and self._failure.code != ended.code:
+            sentence += f"; not resumed within {end.grace_s:.0f} s: {self._failure}"
+        complain(RelayError(ended.code, sentence))
         return EXIT_TUNNEL_LOST
 
-    def _read(self, transport: Transport, end: TunnelEnd) -> None:
+    def _read(self, transport: Transport) -> None:
+        """Read a leg until the tunnel has ended or the leg is lost."""
+        end, link = self._end, self._link
         while True:
             try:
                 opcode, payload = transport.receive()
                 if opcode == OP_CLOSE:
-                    end.on_end(self._lost(transport, payload))
+                    end.detach(link, self._lost(transport, payload))
                     return
                 if opcode == OP_BINARY:
-                    end.on_data(payload)
-                else:
-                    self._on_control(end, payload)
+                    end.on_data(link, payload)
+                elif self._on_control(payload):
+                    return
             except TunnelError as exc:
                 end.reset(RelayError("protocol_error", f"the server broke the protocol: {exc}"))
             except LegError as exc:
-                end.on_end(RelayError("protocol_error", f"the server broke the protocol: {exc}"))
                 transport.close(exc.close_code, str(exc), flush=False)
+                error = RelayError("protocol_error", f"the server broke the protocol: {exc}")
+                end.detach(link, error)
                 return
+
+    def _on_control(self, payload: bytes) -> bool:
+        """Hand one control to the tunnel; whether the leg has no more to say."""
+        control = parse_control(decode_text(payload), TO_USER, has_channel=False)
+        kind, end, link = control["type"], self._end, self._link
+        if kind == "ack":
+            end.on_ack(link, Ack(control["delivered"], control["limit"], control["eof"]))
+        elif kind == "eof":
+            end.on_eof(link, control["count"])
+        elif kind == "reset":
+            end.on_reset(link, RelayError(control["code"], control["message"]))
+        elif kind == "detached":
+            end.detach(link, RelayError(control["code"], _detached(control["code"])))
+            return not end.is_over
+        elif kind == "going_away":
+            self._on_going_away(control["spread_ms"] / 1000)
+        else:
+            raise TunnelError(f"{kind} after the tunnel was open")
+        return False
+
+    def _on_going_away(self, spread_s: float) -> None:
+        self._server_restarts = True
+        transport = self._transport
+        if self._next_leg is None and self._end.grace_s and transport is not None:
+            self._next_leg = NextLeg(self._end, self._connect, spread_s)
+            # The loss of the old leg is what main waits for.
+            self._next_leg.start(on_up=transport.abort)
+
+    def _come_back(self, backoff: Backoff) -> None:
+        """Resume on another leg, until it works or the tunnel is over."""
+        end = self._end
+        next_leg, self._next_leg = self._next_leg, None
+        transport = next_leg.take() if next_leg is not None else None
+        wait_s = 0.0 if transport is not None else backoff.next_s()
+        while True:
+            end.wait_over(wait_s)
+            if end.is_over:
+                if transport is not None:
+                    transport.stop()
+                return
+            try:
+                self._resume(transport or self._connect())
+                self._failure = None
+                return
+            except RelayError as exc:
+                if self._transport is not None:
+                    self._leave(self._transport)
+                if not end.is_over:
+                    self._failure = exc
+                if not exc.is_retryable:
+                    end.on_end(RelayError(exc.code, str(exc)))
+                wait_s = max(backoff.next_s(), exc.retry_after_s or 0.0)
+                transport = None
+
+    def _resume(self, transport: Transport) -> None:
+        self._attempt += 1
+        position = self._end.begin_resume()
+        fields = {**self._opening, "attempt": self._attempt, **position._asdict()}
+        control = self._ask(transport, "resume", "resumed", fields)
+        self._link = Link(transport.outbox)
+        peer = Position(control["received"], control["delivered"], control["limit"])
+        try:
+            self._end.on_resumed(self._link, peer)
+        except TunnelError as exc:
+            raise RelayError("protocol_error", f"the client broke the protocol: {exc}") from exc
+
+    def _leave(self, transport: Transport) -> None:
+        self._transport = None
+        transport.stop()
+
+    def _on_change(self) -> None:
+        """Any thread: credit came, the leg was lost, or the tunnel is over."""
+        self._pumps.wake()
+        transport = self._transport
+        if self._end.is_over and transport is not None:
+            transport.close(CLOSE_NORMAL)
+            self._timer.wake()
 
     def _lost(self, transport: Transport, close_code: int) -> RelayError:
         if transport.gave_up is not None:
@@ -2456,14 +2954,14 @@ class Session:
         transport = self._transport
         if transport is None:
             return now + 60.0
-        if now >= self._open_by:
-            self._open_by = float("inf")
-            sentence = f"no answer from the client in {OPEN_TIMEOUT_S:.0f} s"
+        if now >= self._answer_by:
+            self._answer_by = float("inf")
+            sentence = f"no answer from the client in {ANSWER_TIMEOUT_S:.0f} s"
             transport.give_up(RelayError("open_timeout", f"{self._settings.target}: {sentence}"))
-        return min(transport.tick(now, slept=slept), self._open_by)
+        return min(transport.tick(now, slept=slept), self._answer_by)
 
     def _on_signal(self, number: int) -> None:
-        if self._pumps is None:
+        if not self._is_pumping:
             # Nothing is open and nothing to keep; main may be inside a name lookup.
             os._exit(EXIT_SIGNAL_BASE + number)
         self._pumps.leave(EXIT_SIGNAL_BASE + number)

@@ -21,6 +21,7 @@ SERVER_COPIES = ("wire", "outbox", "duplex")
 BLOCK_PARTS = (
     "wire",
     "errors",
+    "backoff",
     "settings",
     "outbox",
     "duplex",

@@ -10,19 +10,23 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from client.backoff import CAP_S, STABLE_S, Backoff
+from client.backoff import Backoff
 from client.config import ClientConfig
 from client.errors import RelayError
 from client.leg import Leg
 from client.timer import Timer
 from client.transport import Transport, connect
+from client.tunnels import Tunnels
 from client.wire import (
+    CLOSE_INTERNAL_ERROR,
     CLOSE_REPLACED_BY_OTHER,
     CLOSE_REPLACED_BY_SELF,
     FLUSH_S,
     INSTANCE_HEADER,
 )
 
+# The longest wait between two tries; also after what a new try does not mend.
+CAP_S = 30.0
 # After `going_away` the server is back within seconds: so often, so long (wire, "Resume").
 _RESTART_RETRY_S = (0.1, 0.3)
 _RESTART_S = 3.0
@@ -32,8 +36,19 @@ _IDLE_TICK_S = 60.0
 log = logging.getLogger("http_network_relay.client")
 
 
+class _Run:
+    """A leg that is up, and the thread that reads it."""
+
+    def __init__(self, transport: Transport, leg: Leg, serve: Callable[[_Run], None]) -> None:
+        self.transport = transport
+        self.leg = leg
+        self.begun = time.monotonic()
+        self.code = CLOSE_INTERNAL_ERROR
+        self.thread = threading.Thread(target=serve, args=(self,), name="leg-reader")
+
+
 class Agent:
-    """Runs until stop(). run() is the leg reader's thread."""
+    """Runs until stop(). One thread connects; each leg has its reader."""
 
     def __init__(
         self,
@@ -43,21 +58,23 @@ class Agent:
     ) -> None:
         self._config = config
         self._rng = rng or random.Random()
-        self._backoff = Backoff(self._rng)
+        self._backoff = Backoff(CAP_S, self._rng)
+        self._tunnels = Tunnels(config.max_window_bytes, config.grace_s)
         # Random for each process: tells our own return from another machine with our name.
         self._instance = os.urandom(16).hex()
         self._stopping = threading.Event()
-        # Guards _current, so that stop() never misses a leg that is just coming up.
+        # Guards the replacement of _runs, so that stop() never misses a leg that is just
+        # coming up. Two are up while the server restarts: the old one and the next.
         self._lock = threading.Lock()
-        self._current: tuple[Transport, Leg] | None = None
+        self._runs: tuple[_Run, ...] = ()
         self._timer = Timer(self._tick, on_signal)
-        self._thread = threading.Thread(target=self._run, name="leg-reader")
-        # The reader's own.
-        self._old_legs: list[Leg] = []
+        self._thread = threading.Thread(target=self._run, name="connect")
+        # The connecting thread's own; it joins the readers of the legs.
+        self._readers: list[threading.Thread] = []
         self._restart_until = 0.0
 
     def start(self, signals: Iterable[int] = ()) -> None:
-        """Start the timer and the reader; stop() and join() end them. Main thread."""
+        """Start the timer and connect; stop() and join() end all. Main thread."""
         self._timer.start(signals)
         self._thread.start()
 
@@ -65,22 +82,26 @@ class Agent:
         """End all tunnels with a reason and the leg with a close frame."""
         self._stopping.set()
         with self._lock:
-            current = self._current
-        if current is not None:
-            transport, leg = current
-            leg.reset_all(RelayError("client_stopped", "the client on the device was stopped"))
-            transport.close(1001, "client stopped")
-            self._timer.wake()
+            runs = self._runs
+        self._tunnels.reset_all(
+            RelayError("client_stopped", "the client on the device was stopped")
+        )
+        for run in runs:
+            run.transport.close(1001, "client stopped")
+            run.leg.is_leaving.set()
+        self._timer.wake()
 
     def join(self, deadline: float) -> bool:
-        """Join the reader and the timer until the deadline; whether both have ended."""
+        """Join all threads until the deadline; whether all have ended."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
         self._timer.stop()
         return not self._thread.is_alive()
 
     def _tick(self, now: float, slept: bool) -> float:
-        current = self._current
-        return current[0].tick(now, slept=slept) if current is not None else now + _IDLE_TICK_S
+        due = [run.transport.tick(now, slept=slept) for run in self._runs]
+        return min(due, default=now + _IDLE_TICK_S)
+
+    # The connecting thread.
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -91,45 +112,50 @@ class Agent:
                 log.exception("client failed, next try in %d s", CAP_S)
                 wait_s = CAP_S
             self._wait(wait_s)
-        deadline = time.monotonic() + FLUSH_S
-        for leg in self._old_legs:
-            leg.join(deadline)
+        for reader in self._readers:  # The timer ends a leg that does not close.
+            reader.join()
+        self._tunnels.join(time.monotonic() + FLUSH_S)
 
     def _wait(self, seconds: float) -> None:
         self._stopping.wait(seconds)
 
     def _serve_once(self) -> float:
-        """One leg from dial to end; return the seconds to wait before the next."""
+        """Bring one leg up; return, when it is time for the next, the seconds to wait."""
         try:
             transport = self._connect()
         except RelayError as exc:
-            wait_s = self._note_failure(exc)
-            if exc.is_retryable and time.monotonic() < self._restart_until:
-                return self._rng.uniform(*_RESTART_RETRY_S)
-            return wait_s
-        leg = Leg(transport, self._config.max_window_bytes)
-        # Its tunnels need a second for their ends, which the next leg does not wait for.
-        self._old_legs = [*(old for old in self._old_legs if not old.is_over()), leg]
-        begun = time.monotonic()
+            return self._note_failure(exc)
+        run = self._start(transport)
+        leg = run.leg
+        leg.is_leaving.wait()
+        if leg.spread_s is not None and not self._stopping.is_set():
+            # The next leg comes up while this one still works.
+            self._restart_until = time.monotonic() + leg.spread_s + _RESTART_S
+            return self._rng.uniform(0.0, leg.spread_s)
+        run.thread.join()
+        return self._wait_after(run)
+
+    def _start(self, transport: Transport) -> _Run:
+        run = _Run(transport, Leg(transport, self._tunnels), self._serve)
+        self._change_runs(add=run)
         try:
             transport.start("client")
-            with self._lock:
-                self._current = (transport, leg)
-            self._timer.wake()
-            if self._stopping.is_set():
-                self.stop()
-            config = self._config
-            log.info("registered client=%s server=%s", config.name, config.endpoint.url)
-            code = leg.serve()
-        finally:
-            with self._lock:
-                self._current = None
+            log.info("registered client=%s server=%s", self._config.name, self._config.endpoint.url)
+            run.thread.start()
+            self._readers = [*filter(threading.Thread.is_alive, self._readers), run.thread]
+        except BaseException:
+            self._change_runs(drop=run)
             transport.stop()
-        wait_s = self._note_end(transport, code, time.monotonic() - begun)
-        if leg.spread_s is None:
-            return wait_s
-        self._restart_until = time.monotonic() + leg.spread_s + _RESTART_S
-        return self._rng.uniform(0.0, leg.spread_s)
+            raise
+        self._timer.wake()
+        if self._stopping.is_set():
+            self.stop()
+        return run
+
+    def _change_runs(self, *, add: _Run | None = None, drop: _Run | None = None) -> None:
+        with self._lock:
+            runs = [run for run in self._runs if run is not drop]
+            self._runs = (*runs, add) if add is not None else tuple(runs)
 
     def _connect(self) -> Transport:
         config = self._config
@@ -148,26 +174,41 @@ class Agent:
             return 0.0
         if exc.is_retryable:
             log.warning("connect failed reason=%s: %s", exc.code, exc)
+            if time.monotonic() < self._restart_until:
+                return self._rng.uniform(*_RESTART_RETRY_S)
             return max(self._backoff.next_s(), exc.retry_after_s or 0.0)
         # Nobody is there to restart us, and the operator may mend it.
         log.error("connect refused reason=%s, next try in %d s: %s", exc.code, CAP_S, exc)
         return CAP_S
 
-    def _note_end(self, transport: Transport, code: int, lasted_s: float) -> float:
-        if lasted_s >= STABLE_S:
-            self._backoff.reset()
+    def _wait_after(self, run: _Run) -> float:
+        self._backoff.held(time.monotonic() - run.begun)
+        return CAP_S if run.code == CLOSE_REPLACED_BY_OTHER else self._backoff.next_s()
+
+    # A leg's reader.
+
+    def _serve(self, run: _Run) -> None:
+        try:
+            run.code = run.leg.serve()
+        except Exception:
+            log.exception("leg failed")
+        finally:
+            self._change_runs(drop=run)
+            run.transport.stop()
+        self._log_end(run, time.monotonic() - run.begun)
+
+    def _log_end(self, run: _Run, secs: float) -> None:
         if self._stopping.is_set():
-            log.info("leg closed reason=client_stopped secs=%.1f", lasted_s)
-            return 0.0
-        if code == CLOSE_REPLACED_BY_OTHER:
+            log.info("leg closed reason=client_stopped secs=%.1f", secs)
+        elif run.code == CLOSE_REPLACED_BY_OTHER:
             log.error(
                 "leg closed: another machine registered as %s; give each its own name,"
                 " next try in %d s",
                 self._config.name,
                 CAP_S,
             )
-            return CAP_S
-        why = transport.gave_up or f"close code {code}"
-        level = logging.INFO if code == CLOSE_REPLACED_BY_SELF else logging.WARNING
-        log.log(level, "leg lost secs=%.1f: %s", lasted_s, why)
-        return self._backoff.next_s()
+        else:
+            why = run.transport.gave_up or f"close code {run.code}"
+            is_expected = run.code == CLOSE_REPLACED_BY_SELF or run.leg.spread_s is not None
+            level = logging.INFO if is_expected else logging.WARNING
+            log.log(level, "leg lost secs=%.1f: %s", secs, why)

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import random
 
-FIRST_S = 0.2
-CAP_S = 30.0
-# A leg that held this long starts the backoff anew.
-STABLE_S = 60.0
+_FIRST_S = 0.2
+# A leg that held less was no leg.
+_SHORTEST_HELD_S = 1.0
 
 
 class Backoff:
-    """The first retry is immediate; then uniform in 0..b, b doubling from 0.2 s to 30 s."""
+    """The first retry is immediate; then uniform in 0..b, b doubling from 0.2 s to `cap_s`."""
 
-    def __init__(self, rng: random.Random | None = None) -> None:
+    def __init__(self, cap_s: float, rng: random.Random | None = None) -> None:
+        self._cap_s = cap_s
         self._rng = rng or random.Random()
         self._tries = 0
 
-    def reset(self) -> None:
-        """Start anew, after a stable minute."""
-        self._tries = 0
+    def held(self, seconds: float) -> None:
+        """Note how long a leg held: after twice the last b the waits start anew."""
+        if seconds >= max(_SHORTEST_HELD_S, 2 * self._bound_s()):
+            self._tries = 0
 
     def next_s(self) -> float:
         """Return the seconds to wait before the next try."""
-        tries, self._tries = self._tries, self._tries + 1
-        if tries == 0:
+        self._tries += 1
+        return self._rng.uniform(0.0, self._bound_s())
+
+    def _bound_s(self) -> float:
+        if self._tries <= 1:
             return 0.0
         # min() before the power: after a year of tries it would be a huge number.
-        return self._rng.uniform(0.0, min(CAP_S, FIRST_S * 2 ** min(tries - 1, 16)))
+        return min(self._cap_s, _FIRST_S * 2.0 ** min(self._tries - 2, 16))

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 
 from client.dial import Endpoint, make_context, parse_server_url
 from client.errors import RelayError
-from client.settings import OneLineParser, max_window, ping_interval, read_secret_file
+from client.settings import (
+    DEFAULT_GRACE_S,
+    OneLineParser,
+    max_window,
+    ping_interval,
+    read_secret_file,
+    resume_timeout,
+)
 from client.wire import (
     CLIENTS_PATH,
     DEFAULT_MAX_WINDOW_BYTES,
@@ -32,6 +39,7 @@ class ClientConfig:
     context: ssl.SSLContext | None = None
     ping_interval_s: float = DEFAULT_PING_INTERVAL_S
     max_window_bytes: int = DEFAULT_MAX_WINDOW_BYTES
+    grace_s: int = DEFAULT_GRACE_S
     is_verbose: bool = False
 
 
@@ -68,6 +76,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="BYTES",
         help="[HTTP_NETWORK_RELAY_MAX_WINDOW] per tunnel and direction, default 4194304",
     )
+    parser.add_argument(
+        "--resume-timeout",
+        metavar="SECONDS",
+        help="[HTTP_NETWORK_RELAY_RESUME_TIMEOUT] keep a tunnel so long when its connection is"
+        " lost, default 120, 0: not at all",
+    )
     parser.add_argument("--verbose", action="store_true", help="log debugging details")
     return parser
 
@@ -91,6 +105,7 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str]) -> ClientConfig
         context=make_context(args.ca_file) if endpoint.is_tls else None,
         ping_interval_s=ping_interval(args.ping_interval, environ),
         max_window_bytes=max_window(args.max_window, environ),
+        grace_s=resume_timeout(args.resume_timeout, environ),
         is_verbose=args.verbose,
     )
 

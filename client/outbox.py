@@ -23,13 +23,13 @@ class Frame(NamedTuple):
     payload: Any  # bytes, bytearray or memoryview
 
 
-def append_merged(queue: deque[Any], data: Any) -> None:
-    """Append bytes, merged into a small last piece.
+def append_merged(queue: deque[Any], data: Any, max_bytes: int = MAX_DATA_BYTES) -> None:
+    """Append bytes, merged into a small last piece, of `max_bytes` at most.
 
     Without it a peer that sends single bytes would make us keep a queue entry, some
     hundred bytes, for each byte of its window.
     """
-    if queue and len(queue[-1]) + len(data) <= MAX_DATA_BYTES:
+    if queue and len(queue[-1]) + len(data) <= max_bytes:
         last = queue[-1]
         if not isinstance(last, bytearray):
             last = bytearray(last)

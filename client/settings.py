@@ -12,7 +12,12 @@ from client.wire import (
     DEFAULT_PING_INTERVAL_S,
     MAX_WINDOW_BYTES,
     MIN_WINDOW_BYTES,
+    matches,
 )
+
+# Enough for a laptop that changes its network, and a server that is deployed slowly.
+DEFAULT_GRACE_S = 120
+_LONGEST_GRACE_S = 24 * 3600
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -61,5 +66,17 @@ def max_window(flag: str | None, environ: Mapping[str, str]) -> int:
             "usage",
             f"--max-window (HTTP_NETWORK_RELAY_MAX_WINDOW) must be {MIN_WINDOW_BYTES} to"
             f" {MAX_WINDOW_BYTES} bytes, not {text!r}",
+        )
+    return int(text)
+
+
+def resume_timeout(flag: str | None, environ: Mapping[str, str]) -> int:
+    """Return for how many seconds a tunnel is kept without a leg; 0: not at all."""
+    text = flag or environ.get("HTTP_NETWORK_RELAY_RESUME_TIMEOUT") or str(DEFAULT_GRACE_S)
+    if not matches(r"[0-9]{1,6}", text) or int(text) > _LONGEST_GRACE_S:
+        raise RelayError(
+            "usage",
+            "--resume-timeout (HTTP_NETWORK_RELAY_RESUME_TIMEOUT) must be 0 to"
+            f" {_LONGEST_GRACE_S} whole seconds, not {text!r}",
         )
     return int(text)

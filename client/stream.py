@@ -1,4 +1,4 @@
-"""The stream state of one end of a tunnel (docs/protocol.md, "Streams and credit").
+"""The stream state of one end of a tunnel (docs/protocol.md, "Streams and credit", "Resume").
 
 No I/O, no clock, no thread. Both ends use it unchanged, so it does not know which
 end it is. Offsets are counts of bytes from 0 in each direction.
@@ -6,9 +6,17 @@ end it is. Offsets are counts of bytes from 0 in each direction.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import deque
+from typing import Any, NamedTuple
 
-from client.wire import DEFAULT_MAX_WINDOW_BYTES, MAX_COUNT, MIN_WINDOW_BYTES, TunnelError
+from client.outbox import append_merged
+from client.wire import (
+    DEFAULT_MAX_WINDOW_BYTES,
+    MAX_COUNT,
+    MAX_DATA_BYTES,
+    MIN_WINDOW_BYTES,
+    TunnelError,
+)
 
 # An ack is due at the latest when the receive queue is empty and this much was not
 # acked: the receiver cannot know how far the server lowered its limit.
@@ -16,6 +24,9 @@ _DRAINED_ACK_BYTES = 64 * 1024
 # The ack round trip may grow this much over its minimum before the window shrinks:
 # more means that our own bytes stand in a queue somewhere.
 _QUEUE_S = 0.020
+# Kept pieces are merged up to here. Single bytes would else cost a hundred each; merging
+# large ones would copy them for nothing.
+_MERGED_BYTES = 4 * 1024
 
 
 class Ack(NamedTuple):
@@ -26,31 +37,77 @@ class Ack(NamedTuple):
     eof: bool
 
 
+class Position(NamedTuple):
+    """What `resume` and `resumed` say of the stream that this end receives."""
+
+    received: int
+    delivered: int
+    limit: int
+
+
 class Sender:
-    """The bytes that this end sends. Not thread-safe."""
+    """The bytes that this end sends, and those that it keeps. Not thread-safe.
+
+    `sent`, `limit` and what is said of the eof concern the present channel; a resume
+    begins them anew.
+    """
 
     def __init__(self) -> None:
+        self.taken = 0  # from the source
+        self.is_ended = False  # the source
         self.sent = 0
         self.limit = 0
         self.delivered = 0
         self.eof_sent = False
         self.eof_acked = False
+        # From `_kept_from`, at most `delivered`, to `taken`; and of these what waits for credit.
+        self._kept: deque[Any] = deque()
+        self._kept_from = 0
+        self._unsent: deque[Any] = deque()
 
     @property
     def credit(self) -> int:
-        """How many bytes may be sent now."""
-        return 0 if self.eof_sent else self.limit - self.sent
+        """How many bytes may be taken from the source now."""
+        return 0 if self.is_ended or self._unsent else max(0, self.limit - self.sent)
 
-    def send(self, size: int) -> None:
-        """Record that `size` bytes, at most `credit`, go out."""
-        if size > self.credit:
-            raise ValueError(f"{size} bytes to send, credit for {self.credit}")
-        self.sent += size
+    @property
+    def kept_bytes(self) -> int:
+        """How many bytes are kept."""
+        return self.taken - self._kept_from
 
-    def end(self) -> int:
-        """Record that eof goes out; return its count."""
+    def take(self, data: Any) -> None:
+        """Take bytes from the source; next_piece() gives them out as credit allows.
+
+        More than `credit` is kept as well: the credit may have fallen, by a resume,
+        while the source was read.
+        """
+        append_merged(self._kept, data, _MERGED_BYTES)
+        self._unsent.append(data)
+        self.taken += len(data)
+
+    def end(self) -> None:
+        """Record that the source has ended."""
+        self.is_ended = True
+
+    def next_piece(self) -> Any:
+        """Return bytes that go out now, as one message; None: nothing, or no credit."""
+        size = min(self.limit - self.sent, MAX_DATA_BYTES)
+        if size <= 0 or not self._unsent:
+            return None
+        piece = self._unsent.popleft()
+        if len(piece) > size:
+            view = memoryview(piece)
+            self._unsent.appendleft(view[size:])
+            piece = view[:size]
+        self.sent += len(piece)
+        return piece
+
+    def next_eof(self) -> int | None:
+        """Return the count of an eof that goes out now; None: not yet, or sent already."""
+        if not self.is_ended or self.eof_sent or self._unsent:
+            return None
         self.eof_sent = True
-        return self.sent
+        return self.taken
 
     def on_ack(self, ack: Ack) -> None:
         """Take the peer's ack in; raises TunnelError if it cannot be true."""
@@ -60,8 +117,42 @@ class Sender:
             raise TunnelError(f"limit fell from {self.limit} to {ack.limit}")
         if ack.eof and not (self.eof_sent and ack.delivered == self.sent):
             raise TunnelError("ack of an eof that is not due")
-        self.delivered, self.limit = ack.delivered, ack.limit
+        self.limit = ack.limit
         self.eof_acked = self.eof_acked or ack.eof
+        self._free(ack.delivered)
+
+    def check_resume(self, peer: Position) -> None:
+        """Raise TunnelError if what the peer says it has cannot be true."""
+        if not self.delivered <= peer.delivered <= peer.received <= self.taken:
+            raise TunnelError(
+                f"resume at {peer.delivered}, {peer.received};"
+                f" {self.delivered} were acked, {self.taken} sent"
+            )
+
+    def resume(self, peer: Position) -> None:
+        """Go on, on a new channel, from where the peer stands; check_resume() first."""
+        self._free(peer.delivered)
+        self.sent, self.limit = peer.received, peer.limit
+        self.eof_sent = self.eof_acked = False
+        # Copies: a merged piece may still grow, which it cannot while a view of it exists.
+        self._unsent.clear()
+        at = self._kept_from
+        for piece in self._kept:
+            skipped = max(0, peer.received - at)
+            if skipped < len(piece):
+                self._unsent.append(bytes(memoryview(piece)[skipped:]))
+            at += len(piece)
+
+    def forget(self) -> None:
+        """Free all that is kept: nobody will ask for it."""
+        self._kept.clear()
+        self._unsent.clear()
+        self._kept_from = self.taken
+
+    def _free(self, delivered: int) -> None:
+        self.delivered = delivered
+        while self._kept and self._kept_from + len(self._kept[0]) <= delivered:
+            self._kept_from += len(self._kept.popleft())
 
 
 class Receiver:
@@ -79,7 +170,9 @@ class Receiver:
         self.delivered = 0
         self.eof_at: int | None = None
         self.eof_delivered = False
+        # On the present channel.
         self.eof_acked = False
+        self._eof_came = False
         self._acked = 0
         # The limit before the ack being timed, its time, and `received` then.
         self._probe: tuple[int, float, int] | None = None
@@ -106,11 +199,12 @@ class Receiver:
             self.window = min(self._max_window, self.window * 2)
 
     def on_eof(self, count: int) -> None:
-        """Record the peer's eof; raises TunnelError if its count is not ours."""
+        """Record the peer's eof, once a channel; raises TunnelError if its count is not ours."""
         if count != self.received:
             raise TunnelError(f"eof after {count} bytes, {self.received} came")
-        if self.eof_at is not None:
+        if self._eof_came:
             raise TunnelError("a second eof")
+        self._eof_came = True
         self.eof_at = count
 
     def on_delivered(self, size: int, now: float, *, drained: bool) -> Ack | None:
@@ -125,13 +219,14 @@ class Receiver:
             return None
         return self._ack(now)
 
-    def on_eof_delivered(self, now: float) -> Ack:
-        """Record that the eof was handed on; its ack is due at once.
+    def on_eof_delivered(self, now: float) -> Ack | None:
+        """Record that the eof was handed on; return its ack, which is due at once.
 
-        Set `eof_acked` when that ack is on its way.
+        None if the eof has not come on this channel: it does, and is acked then. Set
+        `eof_acked` when the ack is on its way.
         """
         self.eof_delivered = True
-        return self._ack(now)
+        return self._ack(now) if self._eof_came else None
 
     def _ack(self, now: float) -> Ack:
         before = self.limit
@@ -139,7 +234,18 @@ class Receiver:
         self._acked = self.delivered
         if self._probe is None and self.limit > before:
             self._probe = (before, now, self.received)
-        return Ack(self.delivered, self.limit, self.eof_delivered)
+        return Ack(self.delivered, self.limit, self.eof_delivered and self._eof_came)
+
+    def resume(self) -> Position:
+        """Begin anew on another channel; return what the peer must know.
+
+        All earlier channels must be deaf by now.
+        """
+        self.limit = max(self.received, self.delivered + self.window)
+        self._acked = self.delivered
+        self._probe = None
+        self._eof_came = self.eof_acked = False
+        return Position(self.received, self.delivered, self.limit)
 
 
 class Stream:
@@ -151,5 +257,5 @@ class Stream:
 
     @property
     def is_finished(self) -> bool:
-        """Whether both eofs were handed on and both acks have passed."""
+        """Whether both eofs were handed on and both acks have passed, on one channel."""
         return self.out.eof_acked and self.into.eof_acked

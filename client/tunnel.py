@@ -1,11 +1,13 @@
 """One tunnel of the client: dials the target, then one thread reads it, one writes it.
 
 The reader thread owns the target's socket: it starts the writer, joins it and closes.
+Both live on while the tunnel has no leg; the writer notices when the grace is over.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hmac
 import logging
 import os
 import socket
@@ -18,9 +20,7 @@ from typing import Any
 from client.dial import dial_tcp
 from client.duplex import wait_ready
 from client.errors import DialError, RelayError
-from client.outbox import Frame, Outbox
-from client.tunnel_end import TunnelEnd
-from client.wire import OP_TEXT, encode_control
+from client.tunnel_end import Link, TunnelEnd
 
 # The dial of a target in all, name lookup included. Shorter than the proxy command's
 # 15 s, so that the proxy user reads our reason.
@@ -47,23 +47,33 @@ class Tunnel:
     def __init__(
         self,
         opening: dict[str, Any],
-        outbox: Outbox,
+        link: Link,
         max_window_bytes: int,
-        forget: Callable[[Tunnel], None],
+        grace_s: int,
+        on_closed: Callable[[Tunnel], None],
     ) -> None:
-        self.channel: int = opening["channel"]
         self.key = (opening["user"], opening["tunnel_id"])
-        self.end = TunnelEnd(outbox, self.channel, max_window_bytes)
+        self.end = TunnelEnd(link, max_window_bytes)
         self._opening = opening
-        self._outbox = outbox
-        self._forget = forget
+        # Where `opened` goes; nothing else, since the tunnel may change its link.
+        self._first_link = link
+        self._grace_s = grace_s
+        self._on_closed = on_closed
         self._sock: socket.socket | None = None
         self._target_is_read = threading.Event()
         self._begun = time.monotonic()
         short_id = opening["tunnel_id"][:8]
-        self._about = f"tunnel={short_id} user={opening['user']}"
+        self.about = f"tunnel={short_id} user={opening['user']}"
         self.thread = threading.Thread(target=self._run, name=f"tunnel-reader:{short_id}")
         self._writer = threading.Thread(target=self._write, name=f"tunnel-writer:{short_id}")
+
+    def is_opened_by(self, control: dict[str, Any]) -> bool:
+        """Whether a `resume` has the token and the target of our `open`. In constant time."""
+        opening = self._opening
+        names = ("host", "port", "protocol")
+        has_target = [control[name] for name in names] == [opening[name] for name in names]
+        has_token = hmac.compare_digest(control["resume_token"], opening["resume_token"])
+        return has_token and has_target
 
     def _run(self) -> None:
         try:
@@ -75,12 +85,13 @@ class Tunnel:
                 self._writer.join()
                 self._close(self._sock)
         except Exception:
-            log.exception("tunnel failed %s", self._about)
+            log.exception("tunnel failed %s", self.about)
             self.end.reset(RelayError("internal_error", "the client failed; its log says why"))
             if self._sock is not None and self._writer.ident is None:
                 self._close(self._sock)  # The writer could not start: nobody else is inside.
         finally:
-            self._forget(self)
+            self.end.forget()
+            self._on_closed(self)
 
     def _dial(self) -> socket.socket | None:
         host, port = self._opening["host"], self._opening["port"]
@@ -89,20 +100,21 @@ class Tunnel:
             sock = dial_tcp(host, port, deadline, lambda: self.end.is_over)
         except DialError as exc:
             if exc.kind in _REFUSED_CODES:
-                log.info("tunnel refused %s reason=%s: %s", self._about, exc.kind, exc)
+                log.info("tunnel refused %s reason=%s: %s", self.about, exc.kind, exc)
                 self._refuse(RelayError(_REFUSED_CODES[exc.kind], str(exc)))
             return None
-        if not self.end.on_open(self._opening["limit"]):
+        if not self.end.on_open(
+            self._opening["limit"], min(self._grace_s, self._opening["grace_s"])
+        ):
             sock.close()  # The user went away during the dial.
             return None
-        text = encode_control("opened", self.channel, limit=self.end.first_limit, grace_s=0)
-        self._outbox.put_first(self.channel, Frame(OP_TEXT, b"", text))
-        log.info("tunnel opened %s target=%s:%d", self._about, host, port)
+        self._first_link.put_first("opened", limit=self.end.first_limit, grace_s=self._grace_s)
+        log.info("tunnel opened %s target=%s:%d", self.about, host, port)
         return sock
 
     def _refuse(self, error: RelayError) -> None:
         self.end.on_end(error)
-        refuse(self._outbox, self.channel, error)
+        refuse(self._first_link, error)
 
     # Target to leg.
 
@@ -154,7 +166,7 @@ class Tunnel:
             # The reader reads what the target still said, then tells the user.
             end.fail_consumer(_target_error(exc))
         except Exception:
-            log.exception("tunnel failed %s", self._about)
+            log.exception("tunnel failed %s", self.about)
             end.reset(RelayError("internal_error", "the client failed; its log says why"))
         end.wait_over()
         if end.ended is not None:
@@ -193,7 +205,7 @@ class Tunnel:
         reason = ended.code if ended is not None else "eof"
         log.info(
             "tunnel closed %s reason=%s up=%d down=%d secs=%.1f",
-            self._about,
+            self.about,
             reason,
             up,
             down,
@@ -201,10 +213,9 @@ class Tunnel:
         )
 
 
-def refuse(outbox: Outbox, channel: int, error: RelayError) -> None:
+def refuse(link: Link, error: RelayError) -> None:
     """Answer an `open` or `resume` with `refused`."""
-    text = encode_control("refused", channel, code=error.code, message=str(error))
-    outbox.put_first(channel, Frame(OP_TEXT, b"", text))
+    link.put_first("refused", code=error.code, message=str(error))
 
 
 def _target_error(exc: OSError) -> RelayError:

@@ -1,7 +1,8 @@
 """One end of a tunnel, between its leg and its two threads.
 
 The leg's reader calls the on_... methods, which never wait. A consumer thread takes
-chunks and hands them on; a producer thread waits for credit and sends.
+chunks and hands them on; a producer thread waits for credit and sends. The end outlives
+its legs: detached, it waits to be resumed on another (docs/protocol.md, "Resume").
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from client.errors import RelayError
 from client.outbox import Frame, Outbox, append_merged
-from client.stream import Ack, Stream
+from client.stream import Ack, Position, Stream
 from client.wire import (
     FLUSH_S,
     MAX_DATA_BYTES,
@@ -28,29 +29,80 @@ from client.wire import (
 _IN_TURN = ("user_gone", "target_reset")
 
 
+class Link:
+    """A channel of one leg, as the end of a tunnel uses it. Its identity is what counts.
+
+    `channel` 0 is a user leg's only tunnel. Any thread; it only puts into the outbox.
+    """
+
+    def __init__(self, outbox: Outbox, channel: int = 0) -> None:
+        self.outbox = outbox
+        self.channel = channel
+        self._head = encode_channel(channel) if channel else b""
+
+    def put_first(self, kind: str, **fields: Any) -> None:
+        """Send the channel's first message."""
+        self.outbox.put_first(self.channel, self._text(kind, **fields))
+
+    def put_data(self, data: Any) -> None:
+        """Send stream bytes."""
+        self.outbox.put_data(self.channel, self._head, data)
+
+    def put_ack(self, ack: Ack) -> None:
+        """Send an ack."""
+        self.outbox.put_ack(self.channel, self._text("ack", **ack._asdict()))
+
+    def put_eof(self, count: int) -> None:
+        """Send an eof, behind the data."""
+        self.outbox.put_eof(self.channel, self._text("eof", count=count))
+
+    def put_reset(self, error: RelayError) -> None:
+        """Send a reset, behind the data where what came before it counts."""
+        frame = self._text("reset", code=error.code, message=str(error))
+        self.outbox.put_end(self.channel, frame, in_turn=error.code in _IN_TURN)
+
+    def drop(self) -> None:
+        """Delete what waits to be sent."""
+        self.outbox.drop(self.channel)
+
+    def _text(self, kind: str, **fields: Any) -> Frame:
+        return Frame(OP_TEXT, b"", encode_control(kind, self.channel, **fields))
+
+
 class TunnelEnd:
-    """The thread-safe state of one end; `channel` 0 is a user leg's only tunnel."""
+    """The thread-safe state of one end.
+
+    A method that takes a `link` does nothing if that is not the newest: what comes late
+    on another leg or channel must not count.
+    """
 
     def __init__(
         self,
-        outbox: Outbox,
-        channel: int,
+        link: Link,
         max_window_bytes: int,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        self._outbox = outbox
-        self._channel = channel
-        self._head = encode_channel(channel) if channel else b""
-        # Called, without the lock, when credit came or the end did.
+        # Called, without the lock, when credit came, the leg was lost, or the end came.
         self._on_change = on_change
-        # Guards all below; woken by whatever a thread of the tunnel waits for.
+        # Guards all below; woken by whatever a thread of the tunnel waits for. Messages
+        # are put into the link's outbox under it, so that they leave in order.
         self._changed = threading.Condition()
         self._stream = Stream(max_window_bytes)
+        # Bytes that wait for the consumer.
         self._inbound: deque[Any] = deque()
+        # None: detached, or being resumed.
+        self._link: Link | None = link
         self._is_open = False
+        self._grace_s = 0.0
+        # Since when and why it is detached, the last time that it was.
+        self._detached_at = 0.0
+        self._lost: RelayError | None = None
         self._ended: RelayError | None = None
         self._deliver_until = float("inf")
         self._consumer_failed = False
+        self._was_reset_here = False
+        # Of the newest `resume` that was accepted.
+        self._attempt = 0
 
     # What is known. Each is one read; none needs the lock.
 
@@ -70,9 +122,14 @@ class TunnelEnd:
         return self._ended is not None or self._stream.is_finished
 
     @property
+    def is_open(self) -> bool:
+        """Whether `opened` was said. Stays true."""
+        return self._is_open
+
+    @property
     def counts(self) -> tuple[int, int]:
-        """Bytes sent and bytes handed on, for the log."""
-        return self._stream.out.sent, self._stream.into.delivered
+        """Bytes taken for sending and bytes handed on, for the log."""
+        return self._stream.out.taken, self._stream.into.delivered
 
     @property
     def first_limit(self) -> int:
@@ -81,11 +138,37 @@ class TunnelEnd:
 
     @property
     def has_both_eofs(self) -> bool:
-        """Whether our eof was sent and the peer's handed on; acks may be missing."""
-        return self._stream.out.eof_sent and self._stream.into.eof_delivered
+        """Whether our source ended and the peer's eof was handed on; acks may be missing."""
+        return self._stream.out.is_ended and self._stream.into.eof_delivered
+
+    @property
+    def grace_s(self) -> float:
+        """For how long both ends keep the tunnel without a leg."""
+        return self._grace_s
+
+    @property
+    def can_be_asked(self) -> bool:
+        """Whether a resume may still want to know how it ended: by both, or by us alone."""
+        has_answer = self._was_reset_here or self._stream.is_finished
+        return self._is_open and self._grace_s > 0 and has_answer
+
+    def is_at(self, link: Link) -> bool:
+        """Whether `link` carries it now."""
+        return self._link is link and not self.is_over
+
+    def detached_bytes(self) -> tuple[float, int] | None:
+        """Return since when it is detached and how much it keeps; None if it is not."""
+        with self._changed:
+            if self._link is not None or self.is_over:
+                return None
+            into = self._stream.into
+            kept = self._stream.out.kept_bytes + into.received - into.delivered
+            return self._detached_at, kept
 
     def must_stop(self) -> bool:
         """Whether the time for handing on what came before the end has passed."""
+        with self._changed:
+            self._expire_locked()
         return self._ended is not None and time.monotonic() >= self._deliver_until
 
     def deliver_left_s(self) -> float:
@@ -94,68 +177,172 @@ class TunnelEnd:
 
     # The leg's reader. Raise TunnelError for what breaks the protocol.
 
-    def on_open(self, limit: int) -> bool:
+    def on_open(self, limit: int, grace_s: float) -> bool:
         """Take the peer's first limit; False if the end came first."""
         with self._changed:
             if self._ended is not None:
                 return False
             self._is_open = True
+            self._grace_s = grace_s
             self._stream.out.limit = limit
             return True
 
-    def on_data(self, data: Any) -> None:
+    def on_data(self, link: Link, data: Any) -> None:
         """Queue stream bytes for the consumer."""
         with self._changed:
-            if self._ended is not None:
+            if self._is_deaf_locked(link, "data"):
                 return
-            self._require_open_locked("data")
             self._stream.into.on_data(len(data), time.monotonic())
             append_merged(self._inbound, data)
             self._changed.notify_all()
 
-    def on_eof(self, count: int) -> None:
+    def on_eof(self, link: Link, count: int) -> None:
         """Note that no byte follows."""
         with self._changed:
-            if self._ended is not None:
+            if self._is_deaf_locked(link, "eof"):
                 return
-            self._require_open_locked("eof")
             self._stream.into.on_eof(count)
+            if self._stream.into.eof_delivered:  # A resume made the peer say it again.
+                self._ack_eof_locked()
             self._changed.notify_all()
+        self._on_change()
 
-    def on_ack(self, ack: Ack) -> None:
+    def on_ack(self, link: Link, ack: Ack) -> None:
         """Take an ack in."""
         with self._changed:
-            if self._ended is not None:
+            if self._is_deaf_locked(link, "ack"):
                 return
-            self._require_open_locked("ack")
             self._stream.out.on_ack(ack)
+            self._flush_locked()
             self._changed.notify_all()
         self._on_change()
 
     def on_end(self, error: RelayError, *, deliver_s: float = FLUSH_S) -> None:
-        """End the tunnel without a word to the peer: it, or the leg, ended it.
+        """End the tunnel without a word to the peer.
 
         What came before is still handed on if the consumer takes it in `deliver_s`.
         """
         with self._changed:
-            if self._ended is not None or self._stream.is_finished:
+            if self.is_over:
                 return
-            self._ended = error
-            self._deliver_until = time.monotonic() + deliver_s
-            self._changed.notify_all()
+            self._end_locked(error, deliver_s)
         self._on_change()
 
-    def _require_open_locked(self, what: str) -> None:
+    def on_reset(self, link: Link, error: RelayError) -> None:
+        """The peer ended the tunnel."""
+        with self._changed:
+            if link is not self._link or self.is_over:
+                return
+            self._end_locked(error, FLUSH_S)
+        self._on_change()
+
+    def _is_deaf_locked(self, link: Link, what: str) -> bool:
+        if link is not self._link or self._ended is not None:
+            return True
         if not self._is_open:
-            raise TunnelError(f"{what} before the tunnel was open", self._channel)
+            raise TunnelError(f"{what} before the tunnel was open", link.channel)
+        return False
+
+    def _end_locked(self, error: RelayError, deliver_s: float) -> None:
+        self._ended = error
+        self._deliver_until = time.monotonic() + deliver_s
+        self._stream.out.forget()
+        self._changed.notify_all()
+
+    # The loss of a leg, and the way back.
+
+    def detach(self, link: Link, error: RelayError) -> bool:
+        """The leg is lost: wait for a resume, or end with `error` if there can be none.
+
+        Return whether it waits.
+        """
+        with self._changed:
+            if link is not self._link or self.is_over:
+                return False
+            waits = self._is_open and self._grace_s > 0
+            if waits:
+                self._link = None
+                self._detached_at = time.monotonic()
+                self._lost = error
+                self._changed.notify_all()
+            else:
+                self._end_locked(error, FLUSH_S)
+        link.drop()
+        self._on_change()
+        return waits
+
+    def begin_resume(self) -> Position:
+        """Return what `resume` says; only while detached, so that all legs are deaf."""
+        with self._changed:
+            return self._stream.into.resume()
+
+    def on_resumed(self, link: Link, peer: Position) -> None:
+        """Go on, on `link`, after the peer's `resumed`. Raises TunnelError."""
+        with self._changed:
+            if self.is_over:
+                return
+            self._stream.out.check_resume(peer)
+            self._attach_locked(link, peer)
+        self._on_change()
+
+    def accept_resume(self, link: Link, peer: Position, attempt: int) -> None:
+        """Go on, on `link`, and answer `resumed`; the link before hears that it is over.
+
+        Raises TunnelError for counts that cannot be true, RelayError for a tunnel that
+        has ended with an error and for an attempt that is not the newest, and then
+        changes nothing.
+        """
+        with self._changed:
+            if self._ended is not None:
+                raise RelayError(self._ended.code, str(self._ended))
+            if attempt <= self._attempt:
+                raise RelayError("superseded", "a newer connection has resumed the tunnel")
+            self._stream.out.check_resume(peer)
+            self._attempt = attempt
+            old, self._link = self._link, None
+            link.put_first("resumed", **self._stream.into.resume()._asdict())
+            self._attach_locked(link, peer)
+        if old is not None:
+            old.put_reset(RelayError("superseded", "the tunnel was resumed on another channel"))
+
+    def _attach_locked(self, link: Link, peer: Position) -> None:
+        self._link = link
+        self._stream.out.resume(peer)
+        self._flush_locked()
+        # What was handed on since the peer was told.
+        drained = not self._inbound
+        ack = self._stream.into.on_delivered(0, time.monotonic(), drained=drained)
+        if ack is not None:
+            link.put_ack(ack)
+        self._changed.notify_all()
+
+    def _expire_locked(self) -> None:
+        """End a tunnel that nobody has resumed in time."""
+        if self._resume_left_locked() == 0.0 and self._lost is not None:
+            self._end_locked(self._lost, 0.0)
+
+    def _resume_left_locked(self) -> float | None:
+        """Return the seconds that a detached tunnel has left; None if it is not detached."""
+        if self._link is not None or self.is_over:
+            return None
+        return max(0.0, self._detached_at + self._grace_s - time.monotonic())
+
+    def _wait_locked(self, is_due: Callable[[], bool], timeout_s: float | None = None) -> None:
+        """Wait for `is_due`, at most `timeout_s`; a detached tunnel may expire meanwhile."""
+        until = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        while not is_due() and (left_s := until - time.monotonic()) > 0:
+            resume_left_s = self._resume_left_locked()
+            waits = [s for s in (left_s, resume_left_s) if s is not None and s < float("inf")]
+            self._changed.wait(min(waits, default=None))
+            self._expire_locked()
 
     # The consumer's thread.
 
     def next_chunk(self) -> Any:
         """Wait for bytes to hand on; b"" is the eof, None the end of the tunnel."""
         with self._changed:
-            self._changed.wait_for(self._has_news_locked)
-            if self.must_stop():
+            self._wait_locked(self._has_news_locked)
+            if self._ended is not None and time.monotonic() >= self._deliver_until:
                 return None
             if self._inbound:
                 return self._inbound.popleft()
@@ -171,25 +358,27 @@ class TunnelEnd:
     def delivered(self, size: int) -> None:
         """Say that `size` bytes of a chunk were handed on; sends the ack that is due."""
         with self._changed:
-            drained = not self._inbound
-            ack = self._stream.into.on_delivered(size, time.monotonic(), drained=drained)
-        self._put_ack(ack)
+            into = self._stream.into
+            if self._link is None:
+                into.delivered += size  # The resume, or what follows it, says so.
+                return
+            ack = into.on_delivered(size, time.monotonic(), drained=not self._inbound)
+            if ack is not None and self._ended is None:
+                self._link.put_ack(ack)
 
     def delivered_eof(self) -> None:
-        """Say that the eof was handed on; its ack goes at once."""
+        """Say that the eof was handed on; its ack goes at once, or when it can."""
         with self._changed:
-            ack = self._stream.into.on_eof_delivered(time.monotonic())
-        self._put_ack(ack)
-        # Only now: who sees the tunnel finished may close the leg behind this ack.
-        with self._changed:
-            self._stream.into.eof_acked = True
+            self._ack_eof_locked()
             self._changed.notify_all()
         self._on_change()
 
-    def _put_ack(self, ack: Ack | None) -> None:
-        if ack is not None and self._ended is None:
-            text = encode_control("ack", self._channel, **ack._asdict())
-            self._outbox.put_ack(self._channel, Frame(OP_TEXT, b"", text))
+    def _ack_eof_locked(self) -> None:
+        ack = self._stream.into.on_eof_delivered(time.monotonic())
+        if ack is not None and self._link is not None and self._ended is None:
+            self._link.put_ack(ack)
+            # Only now: who sees the tunnel finished may close the leg behind this ack.
+            self._stream.into.eof_acked = True
 
     def fail_consumer(self, error: RelayError) -> None:
         """Say that nothing can be handed on any more (the target, not the user).
@@ -198,60 +387,76 @@ class TunnelEnd:
         """
         with self._changed:
             self._consumer_failed = True
-            is_last = self._stream.out.eof_sent
+            is_last = self._stream.out.is_ended
         if is_last:
             self.reset(error)
 
     # The producer's thread.
 
     def credit(self) -> int:
-        """Return how many bytes one message may have now; 0: none, or the tunnel is over."""
-        if self._ended is not None:
+        """Return how many bytes to take from the source now; 0: none, or there is no leg."""
+        if self._ended is not None or self._link is None:
             return 0
         return min(self._stream.out.credit, MAX_DATA_BYTES)
 
     def wait_credit(self) -> int:
-        """Wait until a message may be sent; return its size, 0 when the tunnel is over."""
+        """Wait until bytes may be taken; return how many, 0 when the tunnel is over."""
         with self._changed:
-            self._changed.wait_for(lambda: self.is_over or self._stream.out.credit > 0)
+            self._wait_locked(lambda: self.is_over or self.credit() > 0)
             return self.credit()
 
     def send(self, data: Any) -> None:
-        """Send 1 to credit() bytes."""
+        """Send bytes, credit() at most. They are kept until the peer has handed them on."""
         with self._changed:
-            if self._ended is not None:
-                return
-            self._stream.out.send(len(data))
-        self._outbox.put_data(self._channel, self._head, data)
+            if self._ended is None:
+                self._stream.out.take(data)
+                self._flush_locked()
 
     def send_eof(self) -> bool:
         """End our direction; False if the consumer failed before, so that a reset is due."""
         with self._changed:
-            if self._ended is not None:
-                return True
-            if self._consumer_failed:
-                return False
-            count = self._stream.out.end()
-        text = encode_control("eof", self._channel, count=count)
-        self._outbox.put_eof(self._channel, Frame(OP_TEXT, b"", text))
-        return True
+            if self._ended is None:
+                if self._consumer_failed:
+                    return False
+                self._stream.out.end()
+                self._flush_locked()
+            return True
+
+    def _flush_locked(self) -> None:
+        """Send what the credit allows, and the eof behind the last byte."""
+        link, out = self._link, self._stream.out
+        if link is None:
+            return
+        while (piece := out.next_piece()) is not None:
+            link.put_data(piece)
+        if (count := out.next_eof()) is not None:
+            link.put_eof(count)
 
     # Any thread.
 
-    def reset(self, error: RelayError, *, deliver_s: float = FLUSH_S) -> None:
-        """End the tunnel with an error and tell the peer; nothing if it is over already."""
+    def reset(
+        self, error: RelayError, link: Link | None = None, *, deliver_s: float = FLUSH_S
+    ) -> None:
+        """End the tunnel with an error and tell the peer; nothing if it is over already.
+
+        `link`: only if that is still the newest.
+        """
         with self._changed:
-            if self._ended is not None or self._stream.is_finished:
+            if self.is_over or (link is not None and link is not self._link):
                 return
-            self._ended = error
-            self._deliver_until = time.monotonic() + deliver_s
-            self._changed.notify_all()
-        text = encode_control("reset", self._channel, code=error.code, message=str(error))
-        in_turn = error.code in _IN_TURN
-        self._outbox.put_end(self._channel, Frame(OP_TEXT, b"", text), in_turn=in_turn)
+            self._was_reset_here = True
+            if self._link is not None:
+                self._link.put_reset(error)
+            self._end_locked(error, deliver_s)
         self._on_change()
+
+    def forget(self) -> None:
+        """Free all bytes: the tunnel is over and its threads have ended."""
+        with self._changed:
+            self._inbound.clear()
+            self._stream.out.forget()
 
     def wait_over(self, timeout_s: float | None = None) -> None:
         """Wait until the tunnel is finished or ended."""
         with self._changed:
-            self._changed.wait_for(lambda: self.is_over, timeout_s)
+            self._wait_locked(lambda: self.is_over, timeout_s)

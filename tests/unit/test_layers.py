@@ -14,7 +14,7 @@ SERVER = sorted((ROOT / "server").glob("*.py"))
 CLIENT = sorted((ROOT / "client").glob("*.py"))
 SHIPPED = [*SERVER, *CLIENT, SCRIPT, ROOT / "wsgi.py", ROOT / "gunicorn.conf.py"]
 # What the script's block is made of, and so has to run where the script does.
-BLOCK = ["wire", "errors", "settings", "outbox", "duplex", "stream", "dial", "transport"]
+BLOCK = ["wire", "errors", "backoff", "settings", "outbox", "duplex", "stream", "dial", "transport"]
 BLOCK += ["tunnel_end", "timer"]
 SCRIPT_PYTHON = (3, 9)
 # May be imported by these files alone.
@@ -27,10 +27,11 @@ FENCED = {
 # client/: who may import whom, from the bottom up; an import goes down only.
 CLIENT_LEVELS = [
     {"wire", "errors", "backoff", "duplex"},
-    {"outbox", "stream", "settings"},
-    {"dial"},
+    {"outbox", "settings"},
+    {"dial", "stream"},
     {"transport", "tunnel_end", "timer"},
     {"tunnel", "config"},
+    {"tunnels"},
     {"leg"},
     {"agent"},
     {"__main__"},
