@@ -372,7 +372,7 @@ class DialError(Exception):
 
 
 _FIRST_S = 0.2
-# A leg that held less was no leg.
+# A leg that held less, and carried nothing, was no leg.
 _SHORTEST_HELD_S = 1.0
 
 
@@ -384,9 +384,12 @@ class Backoff:
         self._rng = rng or random.Random()
         self._tries = 0
 
-    def held(self, seconds: float) -> None:
-        """Note how long a leg held: after twice the last b the waits start anew."""
-        if seconds >= max(_SHORTEST_HELD_S, 2 * self._bound_s()):
+    def held(self, seconds: float, *, was_used: bool = False) -> None:
+        """Note how long a leg held, and whether it carried anything for a tunnel.
+
+        The waits start anew after one that was of use, or held for twice the last b.
+        """
+        if was_used or seconds >= max(_SHORTEST_HELD_S, 2 * self._bound_s()):
             self._tries = 0
 
     def next_s(self) -> float:
@@ -2032,6 +2035,11 @@ class TunnelEnd:
         return self._is_open
 
     @property
+    def is_detached(self) -> bool:
+        """Whether it has no leg, and may be resumed."""
+        return self._link is None and not self.is_over
+
+    @property
     def counts(self) -> tuple[int, int]:
         """Bytes taken for sending and bytes handed on, for the log."""
         return self._stream.out.taken, self._stream.into.delivered
@@ -2069,6 +2077,12 @@ class TunnelEnd:
             into = self._stream.into
             kept = self._stream.out.kept_bytes + into.received - into.delivered
             return self._detached_at, kept
+
+    def resume_left_s(self) -> float:
+        """Return for how long a resume may still come; ends the tunnel when that is over."""
+        with self._changed:
+            self._expire_locked()
+            return self._resume_left_locked() or 0.0
 
     def must_stop(self) -> bool:
         """Whether the time for handing on what came before the end has passed."""
@@ -2754,7 +2768,7 @@ class Session:
             "limit": self._end.first_limit,
             "grace_s": settings.grace_s,
         }
-        control = self._ask(transport, "open", "opened", self._opening)
+        control = self._ask(transport, "open", self._opening, ANSWER_TIMEOUT_S)
         if not self._end.on_open(control["limit"], min(settings.grace_s, control["grace_s"])):
             raise self._end.ended or RelayError("leg_lost", "the tunnel was lost")
 
@@ -2770,18 +2784,23 @@ class Session:
             context=settings.context,
             environ=os.environ,
             ping_interval_s=settings.ping_interval_s,
-            is_cancelled=lambda: self._end.is_over,
+            is_cancelled=self._is_too_late,
         )
 
+    def _is_too_late(self) -> bool:
+        """Whether a leg that is being dialled is of no use any more."""
+        return self._end.is_over or (self._end.is_detached and not self._end.resume_left_s())
+
     def _ask(
-        self, transport: Transport, kind: str, answer: str, fields: dict[str, Any]
+        self, transport: Transport, kind: str, fields: dict[str, Any], timeout_s: float
     ) -> dict[str, Any]:
         """Send a new leg's first message; return the answer. Raises RelayError."""
+        answer = {"open": "opened", "resume": "resumed"}[kind]
         self._server_restarts = False
         self._transport = transport
         transport.start("user")
         Link(transport.outbox).put_first(kind, **fields)
-        self._answer_by = time.monotonic() + ANSWER_TIMEOUT_S
+        self._answer_by = time.monotonic() + timeout_s
         self._timer.wake()
         try:
             while True:
@@ -2819,11 +2838,11 @@ class Session:
         pumps.start(end)
         backoff = Backoff(RESUME_CAP_S)
         while (transport := self._transport) is not None:
-            begun = time.monotonic()
+            begun, counts = time.monotonic(), end.counts
             self._read(transport)
             self._leave(transport)
             if not end.is_over:
-                backoff.held(time.monotonic() - begun)
+                backoff.held(time.monotonic() - begun, was_used=end.counts != counts)
                 self._come_back(backoff)
         pumps.wake()  # A tunnel that expires tells nobody.
         # What came before the end may still be handed on, for a second.
@@ -2918,7 +2937,8 @@ class Session:
         self._attempt += 1
         position = self._end.begin_resume()
         fields = {**self._opening, "attempt": self._attempt, **position._asdict()}
-        control = self._ask(transport, "resume", "resumed", fields)
+        timeout_s = min(ANSWER_TIMEOUT_S, self._end.resume_left_s())
+        control = self._ask(transport, "resume", fields, timeout_s)
         self._link = Link(transport.outbox)
         peer = Position(control["received"], control["delivered"], control["limit"])
         try:
@@ -2956,8 +2976,8 @@ class Session:
             return now + 60.0
         if now >= self._answer_by:
             self._answer_by = float("inf")
-            sentence = f"no answer from the client in {ANSWER_TIMEOUT_S:.0f} s"
-            transport.give_up(RelayError("open_timeout", f"{self._settings.target}: {sentence}"))
+            sentence = f"{self._settings.target}: no answer from the client in time"
+            transport.give_up(RelayError("open_timeout", sentence))
         return min(transport.tick(now, slept=slept), self._answer_by)
 
     def _on_signal(self, number: int) -> None:

@@ -182,7 +182,7 @@ class Agent:
         return CAP_S
 
     def _wait_after(self, run: _Run) -> float:
-        self._backoff.held(time.monotonic() - run.begun)
+        self._backoff.held(time.monotonic() - run.begun, was_used=run.leg.was_used)
         return CAP_S if run.code == CLOSE_REPLACED_BY_OTHER else self._backoff.next_s()
 
     # A leg's reader.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 _FIRST_S = 0.2
-# A leg that held less was no leg.
+# A leg that held less, and carried nothing, was no leg.
 _SHORTEST_HELD_S = 1.0
 
 
@@ -17,9 +17,12 @@ class Backoff:
         self._rng = rng or random.Random()
         self._tries = 0
 
-    def held(self, seconds: float) -> None:
-        """Note how long a leg held: after twice the last b the waits start anew."""
-        if seconds >= max(_SHORTEST_HELD_S, 2 * self._bound_s()):
+    def held(self, seconds: float, *, was_used: bool = False) -> None:
+        """Note how long a leg held, and whether it carried anything for a tunnel.
+
+        The waits start anew after one that was of use, or held for twice the last b.
+        """
+        if was_used or seconds >= max(_SHORTEST_HELD_S, 2 * self._bound_s()):
             self._tries = 0
 
     def next_s(self) -> float:

@@ -41,6 +41,8 @@ class Leg:
         self.is_leaving = threading.Event()
         # From the server's `going_away`: spread the return over so many seconds.
         self.spread_s: float | None = None
+        # Whether a tunnel came by it.
+        self.was_used = False
 
     def serve(self) -> int:
         """Read until the leg ends; return the close code. Detaches all its tunnels."""
@@ -123,6 +125,7 @@ class Leg:
         begin = self._tunnels.open if control["type"] == "open" else self._tunnels.resume
         try:
             self._channels[channel] = (begin(control, link), link)
+            self.was_used = True
         except RelayError as exc:
             refuse(link, exc)
 

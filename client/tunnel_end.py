@@ -127,6 +127,11 @@ class TunnelEnd:
         return self._is_open
 
     @property
+    def is_detached(self) -> bool:
+        """Whether it has no leg, and may be resumed."""
+        return self._link is None and not self.is_over
+
+    @property
     def counts(self) -> tuple[int, int]:
         """Bytes taken for sending and bytes handed on, for the log."""
         return self._stream.out.taken, self._stream.into.delivered
@@ -164,6 +169,12 @@ class TunnelEnd:
             into = self._stream.into
             kept = self._stream.out.kept_bytes + into.received - into.delivered
             return self._detached_at, kept
+
+    def resume_left_s(self) -> float:
+        """Return for how long a resume may still come; ends the tunnel when that is over."""
+        with self._changed:
+            self._expire_locked()
+            return self._resume_left_locked() or 0.0
 
     def must_stop(self) -> bool:
         """Whether the time for handing on what came before the end has passed."""

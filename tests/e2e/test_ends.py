@@ -21,6 +21,7 @@ from tests.e2e.flows import AT_ONCE_S, becomes, count, lines_since, reasons, sid
 from tests.support.link import Link
 from tests.support.processes import (
     CLIENT_SECRET,
+    NO_RESUME,
     ROOT,
     TOKEN,
     Pipes,
@@ -322,6 +323,7 @@ def begin(row: Row, server: Server, stack: ExitStack) -> World:
         name=name,
         secret=CLIENT_SECRET + name,
         ping_interval_s=INTERVAL_S,
+        env=NO_RESUME,
     )
     stack.enter_context(client)
     target = stack.enter_context(RecordingTarget(close_on_eof=not row.target_stays))
@@ -330,6 +332,7 @@ def begin(row: Row, server: Server, stack: ExitStack) -> World:
         name=name,
         port=target.port,
         ping_interval_s=INTERVAL_S,
+        env=NO_RESUME,
     )
     stack.enter_context(proxy)
     conversation = target.conversation()

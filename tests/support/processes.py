@@ -41,6 +41,9 @@ CLIENT_SECRET = "cs-hT7wq0ZkV3yB9uXn5rLmD2fGs8jPaEoKc"
 TOKEN = "pu-Qe4vR1xWm7bN0zYt6sHk9dCg3fJlUiAo"
 CREDENTIALS: dict[str, Any] = {"clients": {CLIENT_NAME: CLIENT_SECRET}, "proxy_users": [TOKEN]}
 
+# For the client and the proxy command: the loss of a leg ends the tunnel at once.
+NO_RESUME = {"HTTP_NETWORK_RELAY_RESUME_TIMEOUT": "0"}
+
 # Starting Python, Flask and gunicorn takes 0.5 s on an idle machine; this one may be busy.
 _START_TIMEOUT_S = 20.0
 _LINES_KEPT = 10_000
