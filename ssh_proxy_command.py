@@ -1411,6 +1411,21 @@ def make_context(ca_file: str | None) -> ssl.SSLContext:
     return context
 
 
+def source_address(peer: Any) -> str | None:
+    """Return the address from which this machine reaches `peer` now; None: not at all.
+
+    `peer` is as of getpeername(). No packet is sent and nothing waits: the kernel looks
+    into its routes.
+    """
+    family = socket.AF_INET if len(peer) == 2 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(peer)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
 def wait_until(
     sock: socket.socket,
     deadline: float,
@@ -1529,8 +1544,11 @@ _READ_BYTES = 256 * 1024
 _MAX_MESSAGE_BYTES = CHANNEL_BYTES + MAX_DATA_BYTES
 # Of an answer to the handshake: a head, and the body of a refusal.
 _MAX_ANSWER_BYTES = 64 * 1024
-# A machine that slept pings at once and waits this long.
+# A machine that slept, or came into another network, pings at once and waits this long.
 _AFTER_SLEEP_S = 3.0
+# How often to look whether the way to the server goes out by another address.
+_LOOK_S = 2.0
+_INTERNET = (socket.AF_INET, socket.AF_INET6)
 _OP_CONTINUATION = 0x0
 # RFC 6455, 5.5; the library does not look.
 _MAX_PING_BYTES = 125
@@ -1761,6 +1779,15 @@ def _number(text: str) -> float | None:
     return float(text) if text.isascii() and text.isdecimal() else None
 
 
+def _far_peer(sock: Any) -> Any:
+    """Return the address of a peer on another machine, None for one that is here."""
+    try:
+        peer = sock.getpeername() if sock.family in _INTERNET else None
+    except OSError:
+        return None
+    return None if peer is None or ipaddress.ip_address(peer[0]).is_loopback else peer
+
+
 class Transport:
     """A leg that is up. `outbox` is what it sends."""
 
@@ -1781,6 +1808,10 @@ class Transport:
         # The timer's own.
         self._ping_at = time.monotonic() + ping_interval_s
         self._woke_at = 0.0
+        # How the server was reached last. On this machine it always is.
+        self._peer = _far_peer(sock)
+        self._look_at = float("inf") if self._peer is None else 0.0
+        self._source: str | None = None
         # Set by any thread, read by the timer: abort then. Plain assignments.
         self._abort_at = float("inf")
         # Why the leg was given up from here, if it was.
@@ -1872,7 +1903,7 @@ class Transport:
 
         Called by the timer thread: never writes, never waits for a lock.
         """
-        if slept:
+        if slept or self._has_moved(now):
             self._woke_at = self._ping_at = now
         heard_at = self._duplex.heard_at
         if heard_at < self._woke_at:
@@ -1888,7 +1919,21 @@ class Transport:
         if now >= self._ping_at:
             is_put = self.outbox.try_put_leg("ping", Frame(OP_PING, b"", b""))
             self._ping_at = now + (self._ping_interval_s if is_put else 0.01)
-        return min(self._ping_at, silent_at if now < silent_at else now + 1, self._abort_at)
+        silent_at = silent_at if now < silent_at else now + 1
+        return min(self._ping_at, silent_at, self._abort_at, self._look_at)
+
+    def _has_moved(self, now: float) -> bool:
+        """Whether the server is reached from another address than before.
+
+        A laptop that changes its Wi-Fi: the old connection is dead, and nothing says so.
+        """
+        if now < self._look_at:
+            return False
+        self._look_at = now + _LOOK_S
+        before, after = self._source, source_address(self._peer)
+        if after is not None:  # No network: what was before may come back as it was.
+            self._source = after
+        return None not in (before, after) and before != after
 
     def give_up(self, error: RelayError) -> None:
         """End the leg for a reason that only this end knows."""
@@ -2061,8 +2106,8 @@ class TunnelEnd:
 
     @property
     def can_be_asked(self) -> bool:
-        """Whether a resume may still want to know how it ended: by both, or by us alone."""
-        has_answer = self._was_reset_here or self._stream.is_finished
+        """Whether a resume has an answer: the tunnel lives, has finished, or was ended by us."""
+        has_answer = self._ended is None or self._was_reset_here
         return self._is_open and self._grace_s > 0 and has_answer
 
     def is_at(self, link: Link) -> bool:
@@ -2189,6 +2234,15 @@ class TunnelEnd:
         link.drop()
         self._on_change()
         return waits
+
+    def give_up(self, error: RelayError) -> bool:
+        """End a tunnel that waits for a resume; False if it does not wait (any more)."""
+        with self._changed:
+            if self._link is not None or self.is_over:
+                return False
+            self._end_locked(error, FLUSH_S)
+        self._on_change()
+        return True
 
     def begin_resume(self) -> Position:
         """Return what `resume` says; only while detached, so that all legs are deaf."""
@@ -2803,6 +2857,9 @@ class Session:
         self._answer_by = time.monotonic() + timeout_s
         self._timer.wake()
         try:
+            # Who ends the tunnel closes the leg that it sees. From here on it sees this one.
+            if self._end.is_over:
+                raise RelayError("leg_lost", "the tunnel ended meanwhile")
             while True:
                 opcode, payload = transport.receive()
                 if opcode == OP_CLOSE:
@@ -2945,6 +3002,8 @@ class Session:
             self._end.on_resumed(self._link, peer)
         except TunnelError as exc:
             raise RelayError("protocol_error", f"the client broke the protocol: {exc}") from exc
+        if self._end.is_over:  # It expired while we asked.
+            raise RelayError("leg_lost", "the tunnel ended meanwhile")
 
     def _leave(self, transport: Transport) -> None:
         self._transport = None

@@ -363,6 +363,21 @@ def make_context(ca_file: str | None) -> ssl.SSLContext:
     return context
 
 
+def source_address(peer: Any) -> str | None:
+    """Return the address from which this machine reaches `peer` now; None: not at all.
+
+    `peer` is as of getpeername(). No packet is sent and nothing waits: the kernel looks
+    into its routes.
+    """
+    family = socket.AF_INET if len(peer) == 2 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(peer)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
 def wait_until(
     sock: socket.socket,
     deadline: float,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import ipaddress
 import json
 import os
 import socket
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from client.dial import Endpoint, dial_server, printable, wait_until
+from client.dial import Endpoint, dial_server, printable, source_address, wait_until
 from client.duplex import Duplex
 from client.errors import ERRORS, RelayError
 from client.outbox import Frame, Outbox
@@ -46,8 +47,11 @@ _READ_BYTES = 256 * 1024
 _MAX_MESSAGE_BYTES = CHANNEL_BYTES + MAX_DATA_BYTES
 # Of an answer to the handshake: a head, and the body of a refusal.
 _MAX_ANSWER_BYTES = 64 * 1024
-# A machine that slept pings at once and waits this long.
+# A machine that slept, or came into another network, pings at once and waits this long.
 _AFTER_SLEEP_S = 3.0
+# How often to look whether the way to the server goes out by another address.
+_LOOK_S = 2.0
+_INTERNET = (socket.AF_INET, socket.AF_INET6)
 _OP_CONTINUATION = 0x0
 # RFC 6455, 5.5; the library does not look.
 _MAX_PING_BYTES = 125
@@ -278,6 +282,15 @@ def _number(text: str) -> float | None:
     return float(text) if text.isascii() and text.isdecimal() else None
 
 
+def _far_peer(sock: Any) -> Any:
+    """Return the address of a peer on another machine, None for one that is here."""
+    try:
+        peer = sock.getpeername() if sock.family in _INTERNET else None
+    except OSError:
+        return None
+    return None if peer is None or ipaddress.ip_address(peer[0]).is_loopback else peer
+
+
 class Transport:
     """A leg that is up. `outbox` is what it sends."""
 
@@ -298,6 +311,10 @@ class Transport:
         # The timer's own.
         self._ping_at = time.monotonic() + ping_interval_s
         self._woke_at = 0.0
+        # How the server was reached last. On this machine it always is.
+        self._peer = _far_peer(sock)
+        self._look_at = float("inf") if self._peer is None else 0.0
+        self._source: str | None = None
         # Set by any thread, read by the timer: abort then. Plain assignments.
         self._abort_at = float("inf")
         # Why the leg was given up from here, if it was.
@@ -389,7 +406,7 @@ class Transport:
 
         Called by the timer thread: never writes, never waits for a lock.
         """
-        if slept:
+        if slept or self._has_moved(now):
             self._woke_at = self._ping_at = now
         heard_at = self._duplex.heard_at
         if heard_at < self._woke_at:
@@ -405,7 +422,21 @@ class Transport:
         if now >= self._ping_at:
             is_put = self.outbox.try_put_leg("ping", Frame(OP_PING, b"", b""))
             self._ping_at = now + (self._ping_interval_s if is_put else 0.01)
-        return min(self._ping_at, silent_at if now < silent_at else now + 1, self._abort_at)
+        silent_at = silent_at if now < silent_at else now + 1
+        return min(self._ping_at, silent_at, self._abort_at, self._look_at)
+
+    def _has_moved(self, now: float) -> bool:
+        """Whether the server is reached from another address than before.
+
+        A laptop that changes its Wi-Fi: the old connection is dead, and nothing says so.
+        """
+        if now < self._look_at:
+            return False
+        self._look_at = now + _LOOK_S
+        before, after = self._source, source_address(self._peer)
+        if after is not None:  # No network: what was before may come back as it was.
+            self._source = after
+        return None not in (before, after) and before != after
 
     def give_up(self, error: RelayError) -> None:
         """End the leg for a reason that only this end knows."""

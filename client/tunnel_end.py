@@ -153,8 +153,8 @@ class TunnelEnd:
 
     @property
     def can_be_asked(self) -> bool:
-        """Whether a resume may still want to know how it ended: by both, or by us alone."""
-        has_answer = self._was_reset_here or self._stream.is_finished
+        """Whether a resume has an answer: the tunnel lives, has finished, or was ended by us."""
+        has_answer = self._ended is None or self._was_reset_here
         return self._is_open and self._grace_s > 0 and has_answer
 
     def is_at(self, link: Link) -> bool:
@@ -281,6 +281,15 @@ class TunnelEnd:
         link.drop()
         self._on_change()
         return waits
+
+    def give_up(self, error: RelayError) -> bool:
+        """End a tunnel that waits for a resume; False if it does not wait (any more)."""
+        with self._changed:
+            if self._link is not None or self.is_over:
+                return False
+            self._end_locked(error, FLUSH_S)
+        self._on_change()
+        return True
 
     def begin_resume(self) -> Position:
         """Return what `resume` says; only while detached, so that all legs are deaf."""

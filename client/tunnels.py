@@ -71,7 +71,7 @@ class Tunnels:
             self._forget_late_locked()
             tunnel = self._alive.get(key) or self._over.get(key, (None, 0.0))[0]
         # The same words for whatever does not fit: they must not tell which tunnels are there.
-        if tunnel is None or not tunnel.is_opened_by(control) or not tunnel.end.is_open:
+        if tunnel is None or not tunnel.is_opened_by(control) or not tunnel.end.can_be_asked:
             raise RelayError(
                 "unknown_tunnel",
                 "the client does not have this tunnel any more: it was started anew, or the"
@@ -103,8 +103,9 @@ class Tunnels:
         while len(waits) > MAX_DETACHED or kept > MAX_DETACHED_BYTES:
             _, size, tunnel = waits.pop(0)
             kept -= size
-            log.warning("tunnel given up %s: too many wait for their users", tunnel.about)
-            tunnel.end.on_end(RelayError("user_lost", "too many tunnels waited to be resumed"))
+            # It may have been resumed meanwhile, by the reader of another leg.
+            if tunnel.end.give_up(RelayError("user_lost", "too many tunnels wait for a resume")):
+                log.warning("tunnel given up %s: too many wait for their users", tunnel.about)
 
     def alive(self) -> list[Tunnel]:
         """Return all that are not closed."""
