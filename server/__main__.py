@@ -1,9 +1,13 @@
-"""The command `server`: sets the environment from its flags, and runs gunicorn."""
+"""The command `server`: sets the environment from its flags, and runs gunicorn.
+
+`server credentials ...` is a command of its own, which edits the credentials file.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import Any
 
 from gunicorn.app.wsgiapp import WSGIApplication
@@ -14,6 +18,7 @@ from server.config import (
     MAX_WINDOW_VARIABLE,
     PING_INTERVAL_VARIABLE,
 )
+from server.credentials_command import main as credentials_main
 from server.wire import DEFAULT_MAX_WINDOW_BYTES, DEFAULT_PING_INTERVAL_S
 
 
@@ -34,7 +39,9 @@ class _Gunicorn(WSGIApplication):  # type: ignore[misc]
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="server", description="Run the relay that clients and proxy users connect to."
+        prog="server",
+        description="Run the relay that clients and proxy users connect to.",
+        epilog="`server credentials` is a command of its own: it says who may connect.",
     )
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -62,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run until a signal ends it."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["credentials"]:
+        raise SystemExit(credentials_main(argv[1:]))
     args = _parser().parse_args(argv)
     if not 0 <= args.port <= 65535:
         _parser().error("--port must be from 0 to 65535")

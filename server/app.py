@@ -15,7 +15,7 @@ from flask_sock import Sock
 from werkzeug.exceptions import HTTPException
 
 from server.config import Config
-from server.credentials import load_credentials
+from server.credentials_file import load_credentials
 from server.errors import ConfigError, HttpRefusal
 from server.logs import ROOT_NAME, set_up_logging
 from server.relay import Relay

@@ -12,7 +12,7 @@ from typing import Any
 from gunicorn.workers.gthread import ThreadWorker
 
 from server.config import Config as _Config
-from server.credentials import load_credentials as _load_credentials
+from server.credentials_file import load_credentials as _load_credentials
 from server.errors import ConfigError as _ConfigError
 
 _EXIT_CONFIG = 2

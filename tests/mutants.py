@@ -38,8 +38,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "1: nobody gets in without a secret",
         "server/credentials.py",
-        "return hmac.compare_digest(_digest(secret), expected)",
-        "return True",
+        "return digest if any(same) and not presented.startswith(HASH_PREFIX) else None",
+        "return digest",
         (
             "tests/unit/server/test_credentials.py",
             "tests/integration/server/test_doors.py::test_refusal_is_the_same_when_name_or_secret_is_wrong",
@@ -327,6 +327,66 @@ MUTANTS: tuple[Mutant, ...] = (
         "redirect_limit=0",
         "redirect_limit=3",
         ("tests/integration/client/test_transport.py::test_redirect_is_named_and_never_followed",),
+    ),
+    Mutant(
+        "access: a hash is never a password",
+        "server/credentials.py",
+        " and not presented.startswith(HASH_PREFIX)",
+        "",
+        ("tests/unit/server/test_credentials.py::test_hash_is_never_a_password",),
+    ),
+    Mutant(
+        "access: an unknown name costs as many comparisons",
+        "server/credentials.py",
+        "candidates = (*known, *[_NO_DIGEST] * (self._most - len(known)))",
+        "candidates = known",
+        (
+            "tests/unit/server/test_credentials.py::test_comparisons_are_as_many_when_the_name_is_unknown",
+        ),
+    ),
+    Mutant(
+        "access: what only looks like an address is refused",
+        "client/rules.py",
+        "    if matches(_NUMBER, labels[-1]):",
+        "    if labels[-1].isdecimal():",
+        ("tests/unit/client/test_rules.py",),
+    ),
+    Mutant(
+        "access: IPv4 comes out of its mapped form",
+        "client/rules.py",
+        "return address.ipv4_mapped or IPv6Address(int(address))",
+        "return IPv6Address(int(address))",
+        ("tests/unit/client/test_rules.py",),
+    ),
+    Mutant(
+        "access: a star stays within its label",
+        "client/rules.py",
+        "return len(labels) == len(patterns) and all(map(_is_glob_match, patterns, labels))",
+        "return _is_glob_match(self.what, host)",
+        ("tests/unit/client/test_rules.py",),
+    ),
+    Mutant(
+        "access: a rule that names no client is an error",
+        "server/credentials_form.py",
+        "if not any(map(rule.matches_client, self._client_names)):",
+        "if False:",
+        ("tests/unit/server/test_credentials_form.py",),
+    ),
+    Mutant(
+        "access: edits wait for each other",
+        "server/credentials_write.py",
+        "while not _try_lock(descriptor):",
+        "while False:",
+        (
+            "tests/unit/server/test_credentials_command.py::test_no_edit_is_lost_when_many_run_at_once",
+        ),
+    ),
+    Mutant(
+        "access: a version is read twice",
+        "server/watch.py",
+        "if is_same and not self._is_fresh:",
+        "if is_same:",
+        ("tests/unit/server/test_watch.py",),
     ),
 )
 

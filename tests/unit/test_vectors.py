@@ -127,7 +127,7 @@ def test_constant_is_the_one_of_the_vectors(wire: Any, name: str) -> None:
 def app() -> Iterator[Flask]:
     """The server's application with one client and one proxy user, outside of gunicorn."""
     client, user = VECTORS["handshake"]["client"], VECTORS["handshake"]["user"]
-    relay = Relay(Config(), Credentials({client["name"]: client["secret"]}, [user["token"]]))
+    relay = Relay(Config(), Credentials.plain({client["name"]: client["secret"]}, [user["token"]]))
     interval_s = sys.getswitchinterval()
     relay.start(slots=4)
     yield build_app(relay)
@@ -201,7 +201,7 @@ def test_proxy_command_asks_as_the_vector_says(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("vector", VECTORS["user_names"], ids=lambda v: v["user"])
 def test_user_without_a_name_is_called_by_the_tokens_hash(vector: dict[str, str]) -> None:
     """A log names proxy users without telling their tokens."""
-    assert Credentials({}, [vector["token"]]).check_user(vector["token"]) == vector["user"]
+    assert Credentials.plain({}, [vector["token"]]).check_user(vector["token"]) == vector["user"]
 
 
 # Controls.

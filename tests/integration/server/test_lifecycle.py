@@ -124,7 +124,7 @@ def test_old_worker_goes_on_when_sighup_finds_bad_credentials(tmp_path: Path) ->
         worker = server.worker_pid
         write_credentials(tmp_path, "{")
         server.signal(signal.SIGHUP)
-        server.wait_for_line("ERROR.* not reloaded, .*credentials.json: not JSON")
+        server.wait_for_line("ERROR.* not reloaded, .*credentials.json: line 1: not JSON")
         with RawUser(server.url) as user:
             open_tunnel(client, user)
         assert server.worker_pid == worker

@@ -1,14 +1,20 @@
 """The credentials file: what is accepted, and the line for what is not."""
 
+import hashlib
+import hmac
 import json
 import logging
 import re
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from server.credentials import Credentials, load_credentials
+from server.credentials import Credentials, Entry, digest_in_file
+from server.credentials_file import load_credentials
 from server.errors import ConfigError
+from server.rules import AccessRule
 
 GOOD = {"clients": {"gateway": "client-secret", "lab": "other-secret"}, "proxy_users": ["tok", "x"]}
 
@@ -48,7 +54,10 @@ def test_user_name_hides_the_token_when_it_is_right(tmp_path: Path) -> None:
 
 def test_repr_has_no_secret_and_no_digest() -> None:
     """What a log line could show of the credentials is their number."""
-    assert repr(Credentials({"a": "s3cret"}, ["t0ken"])) == "<Credentials clients=1 proxy_users=1>"
+    assert (
+        repr(Credentials.plain({"a": "s3cret"}, ["t0ken"]))
+        == "<Credentials clients=1 proxy_users=1>"
+    )
 
 
 BAD = {
@@ -57,7 +66,7 @@ BAD = {
     "key missing": ({"clients": {}}, "exactly"),
     "key unknown": ({"clients": {}, "proxy_users": [], "users": []}, "exactly"),
     "clients a list": ({"clients": [], "proxy_users": []}, '"clients"'),
-    "users an object": ({"clients": {}, "proxy_users": {}}, '"proxy_users"'),
+    "users a string": ({"clients": {}, "proxy_users": "hush"}, '"proxy_users"'),
     "secret empty": ({"clients": {"gw": ""}, "proxy_users": []}, "client gw"),
     "secret a number": ({"clients": {"gw": 5}, "proxy_users": []}, "client gw"),
     "secret with a space": ({"clients": {"gw": "hush hush"}, "proxy_users": []}, "client gw"),
@@ -66,7 +75,10 @@ BAD = {
     "secret too long": ({"clients": {"gw": "h" * 4097}, "proxy_users": []}, "client gw"),
     "token empty": ({"clients": {}, "proxy_users": ["good", ""]}, "number 2"),
     "token null": ({"clients": {}, "proxy_users": [None]}, "number 1"),
-    "tokens equal": ({"clients": {}, "proxy_users": ["hush", "b", "hush"]}, "number 1 and 3"),
+    "tokens equal": (
+        {"clients": {}, "proxy_users": ["hush", "b", "hush"]},
+        "number 1 and proxy user token number 3",
+    ),
     "name with a colon": ({"clients": {"a:b": "hush"}, "proxy_users": []}, "'a:b'"),
     "name empty": ({"clients": {"": "hush"}, "proxy_users": []}, "client name ''"),
     "name twice": ('{"clients": {"gw": "hush", "gw": "hush"}, "proxy_users": []}', "'gw'"),
@@ -133,3 +145,155 @@ def test_load_warns_when_others_may_read_the_file(
         load_credentials(str(path))
 
     assert "readable by others" in caplog.text
+
+
+# Logins.
+
+TODAY = date(2026, 11, 22)
+
+
+def hashed(secret: str) -> str:
+    return "sha256:" + hashlib.sha256(secret.encode()).hexdigest()
+
+
+def entry(name: str, *secrets: str, **rest: Any) -> Entry:
+    return Entry(name, tuple(map(digest_in_file, secrets)), **rest)
+
+
+def make(*users: Entry, clients: tuple[Entry, ...] = (), today: date = TODAY) -> Credentials:
+    return Credentials(clients, users, lambda: today)
+
+
+def test_login_names_the_secret_by_its_hash_only() -> None:
+    """The id is what `credentials revoke` takes, and all that a log may show."""
+    login = make(entry("ops", "t1", hashed("t2"))).login_user("t2")
+
+    assert login is not None
+    assert (login.kind, login.name) == ("user", "ops")
+    assert login.secret_id == hashed("t2")[7:15]
+    assert hashed("t2")[15:] not in repr(login)
+    assert str(login.digest) not in repr(login)
+
+
+def test_hash_is_never_a_password() -> None:
+    """Who reads the file knows no secret of it, even of somebody who chose a hash as one."""
+    leaked = hashed("secret")
+    credentials = make(entry("ops", leaked), clients=(entry("gw", leaked),))
+
+    assert credentials.check_user("secret") == "ops"
+    assert credentials.check_user(leaked) is None
+    assert credentials.check_user(leaked[7:]) is None
+    assert not credentials.check_client("gw", leaked)
+    # The digest of the text "sha256:...", as if the file were wrong.
+    twice = Entry("ops", (hashlib.sha256(leaked.encode()).digest(),))
+    assert make(twice).check_user(leaked) is None
+
+
+@pytest.mark.parametrize("secret", ["", " ", "a b", "a\n", "\udcff", "ä", "x" * 5000])
+def test_what_is_no_secret_is_refused_even_where_its_hash_stands_in_the_file(secret: str) -> None:
+    """The hash of nothing would let everybody in."""
+    digest = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+    both = Entry("a", (digest,))
+    assert make(both).login_user(secret) is None
+    assert make(clients=(both,)).login_client("a", secret) is None
+
+
+def test_comparisons_are_as_many_when_the_name_is_unknown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Time tells neither whether a name exists, nor how many secrets it has."""
+    compared: list[int] = []
+    compare = hmac.compare_digest
+
+    def counting(one: bytes, other: bytes) -> bool:
+        compared[-1] += 1
+        return compare(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", counting)
+    clients = (entry("a", "1", "2", "3"), entry("b", "4"))
+    credentials = make(entry("u", "5", "6"), entry("v", "7"), clients=clients)
+    for name, secret in (("a", "1"), ("a", "3"), ("a", "no"), ("b", "4"), ("b", "1"), ("no", "1")):
+        compared.append(0)
+        credentials.login_client(name, secret)
+    assert compared == [3] * 6
+    for token in ("5", "6", "7", "no", hashed("5")):
+        compared.append(0)
+        credentials.login_user(token)
+    assert compared[6:] == [3] * 5
+
+
+def test_expired_login_is_refused_and_only_the_log_says_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Valid to the end of the day (UTC); then as a wrong secret, with a line for the operator."""
+    both = entry("a", "hush", expires=TODAY)
+    last_day = make(both, clients=(both,))
+    assert last_day.check_user("hush") == "a"
+    assert last_day.check_client("a", "hush")
+    assert last_day.may_open("a", "c", "lan", 22) == "*"
+    logins = [last_day.login_user("hush"), last_day.login_client("a", "hush")]
+    assert all(login is not None and last_day.is_valid(login) for login in logins)
+
+    with caplog.at_level(logging.WARNING):
+        over = make(both, clients=(both,), today=date(2026, 11, 23))
+        assert over.check_user("wrong") is None
+        assert not caplog.records
+        assert over.check_user("hush") is None
+        assert not over.check_client("a", "hush")
+    assert [record.getMessage().split(" mend")[0] for record in caplog.records] == [
+        f"login refused reason=expired {kind}=a secret={hashed('hush')[7:15]} expired=2026-11-22"
+        for kind in ("user", "client")
+    ]
+    assert not any(login is None or over.is_valid(login) for login in logins)
+    assert over.may_open("a", "c", "lan", 22) is None
+
+
+def test_login_stays_valid_until_its_secret_is_gone() -> None:
+    """Rotation keeps it; revocation of the secret or of the name ends it."""
+    login = make(entry("ops", "old")).login_user("old")
+    assert login is not None
+
+    assert make(entry("ops", "old", "new")).is_valid(login)
+    assert make(entry("ops", hashed("old"))).is_valid(login)
+    assert not make(entry("ops", "new")).is_valid(login)
+    assert not make(entry("other", "old")).is_valid(login)
+    assert not make().is_valid(login)
+    assert not make(clients=(entry("ops", "old"),)).is_valid(login)
+
+
+def test_login_of_the_seed_form_stays_valid_in_the_new_form() -> None:
+    """A token that got a name in the file, the one that logs had, is the same login."""
+    login = Credentials.plain({}, ["tok"]).login_user("tok")
+    assert login is not None
+    rules = (AccessRule.parse("*:*:*"),)
+    assert make(entry(login.name, "tok", allow=rules)).is_valid(login)
+
+
+def test_user_of_the_seed_form_may_open_everything_that_is_a_target() -> None:
+    """No rule limits it, but what only looks like an address is refused everywhere."""
+    credentials = Credentials.plain({"gw": "c"}, ["tok"])
+    name = credentials.check_user("tok")
+    assert name is not None
+
+    assert credentials.may_open(name, "gw", "db.lan", 5432) == "*"
+    assert credentials.may_open(name, "gw", "::1", 22) == "*"
+    for host in ("127.1", "0x7f000001", "2130706433", "1.2.3.4.", "a b", ""):
+        assert credentials.may_open(name, "gw", host, 22) is None, host
+
+
+def test_first_rule_that_matches_is_named_as_it_is_written() -> None:
+    """The text for the audit log."""
+    texts = ("gw:[::ffff:10.0.0.1]:22", "*:10.0.0.0/8:*")
+    rules = tuple(map(AccessRule.parse, texts))
+    credentials = make(entry("ops", "t", allow=rules))
+
+    assert credentials.may_open("ops", "gw", "10.0.0.1", 22) == texts[0]
+    assert credentials.may_open("ops", "lab", "10.0.0.1", 22) == texts[1]
+    assert credentials.may_open("ops", "lab", "11.0.0.1", 22) is None
+
+
+def test_tokens_of_one_id_are_one_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight digits may collide; then both tokens are in force."""
+    monkeypatch.setattr("server.credentials.id_of", lambda _digest: "00000000")
+    credentials = Credentials.plain({}, ["a", "b"])
+    assert credentials.check_user("a") == credentials.check_user("b") == "token-00000000"
