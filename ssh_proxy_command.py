@@ -2085,6 +2085,11 @@ class TunnelEnd:
         return self._link is None and not self.is_over
 
     @property
+    def has_expired(self) -> bool:
+        """Whether it has ended because nobody resumed it in time."""
+        return self._ended is not None and self._ended is self._lost
+
+    @property
     def counts(self) -> tuple[int, int]:
         """Bytes taken for sending and bytes handed on, for the log."""
         return self._stream.out.taken, self._stream.into.delivered
@@ -2911,8 +2916,9 @@ class Session:
             return pumps.exit_code
         ended = end.ended or RelayError("leg_lost", "the tunnel was lost")
         sentence = f"{self._settings.target}: {ended}"
-        if self._failure is not None and self._failure.code != ended.code:
-            sentence += f"; not resumed within {end.grace_s:.0f} s: {self._failure}"
+        if end.has_expired:
+            sentence += f"; not resumed within {end.grace_s:.0f} s"
+            sentence += f": {self._failure}" if self._failure is not None else ""
         complain(RelayError(ended.code, sentence))
         return EXIT_TUNNEL_LOST
 
@@ -2983,7 +2989,8 @@ class Session:
             except RelayError as exc:
                 if self._transport is not None:
                     self._leave(self._transport)
-                if not end.is_over:
+                # At the very end it is the haste that failed.
+                if self._failure is None or not end.is_over:
                     self._failure = exc
                 if not exc.is_retryable:
                     end.on_end(RelayError(exc.code, str(exc)))

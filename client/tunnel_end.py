@@ -132,6 +132,11 @@ class TunnelEnd:
         return self._link is None and not self.is_over
 
     @property
+    def has_expired(self) -> bool:
+        """Whether it has ended because nobody resumed it in time."""
+        return self._ended is not None and self._ended is self._lost
+
+    @property
     def counts(self) -> tuple[int, int]:
         """Bytes taken for sending and bytes handed on, for the log."""
         return self._stream.out.taken, self._stream.into.delivered
