@@ -146,8 +146,8 @@ def test_tunnel_lives_on_when_a_thief_resumes_and_resets_at_once(server: Server)
         counts = {"received": world.sent, "delivered": world.sent}
         thief.send_resume(**{**world.opening, **counts, "resume_token": "c" * 64})
         thief.send_control({"type": "reset", "code": "protocol_error", "message": ""})
-        thief.close()
-        thief.recv_close()
+        # A `reset` would be in the client's outbox by now, before the echo's bytes.
+        world.server.wait_for_line("tunnel closed reason=protocol_error .*tunnel=22222222")
         world.echo(b"still there")
 
 
