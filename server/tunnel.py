@@ -299,7 +299,9 @@ class Tunnel:
         with self._channels.lock:
             if not self._end_locked():
                 return
-        self._reset_client(code, message, in_turn=code in ENDS_IN_TURN)
+        # Behind a `resume` too: a client that refuses that drops this, and one that accepts it
+        # has checked the token.
+        self._put_client_reset(code, message, in_turn=code in ENDS_IN_TURN)
         self._user_leg.expect_close()
         self._log_end(code)
 
@@ -336,10 +338,13 @@ class Tunnel:
         self.down.release()
         return True
 
-    def _reset_client(self, code: str, message: str, *, in_turn: bool = False) -> None:
+    def _reset_client(self, code: str, message: str) -> None:
         if self._is_unproven:
             self._detach_client()
-            return
+        else:
+            self._put_client_reset(code, message)
+
+    def _put_client_reset(self, code: str, message: str, *, in_turn: bool = False) -> None:
         frame = _text("reset", self.channel, code=code, message=message)
         self._client_leg.outbox.put_end(self.channel, frame, in_turn=in_turn)
 

@@ -166,7 +166,7 @@ def test_nobody_learns_of_it_when_half_open(seed: int) -> None:
         eventually(lambda: link.half_open == 0)
 
 
-@pytest.mark.parametrize("kind", ["stall", "short_reads"])
+@pytest.mark.parametrize("kind", ["stall", "late", "short_reads"])
 def test_no_byte_is_lost_when_it_stalls_or_dribbles(kind: str) -> None:
     """The connection goes on, again and again, with every byte in order."""
     size, tally = 1_500_000, Tally()

@@ -332,8 +332,10 @@ def test_open_with_the_id_of_a_tunnel_that_is_there_or_remembered_is_refused(
     server.control("opened", 4)
 
 
-def test_resume_of_a_tunnel_that_was_reset_here_says_why(server: ServerSide) -> None:
-    """The reset was lost with the leg: the user reads its code and sentence."""
+def test_target_that_reset_while_nobody_was_there_is_told_after_the_resume(
+    server: ServerSide,
+) -> None:
+    """The eof again, then the reset; who comes once more reads its code and sentence."""
     with RecordingTarget() as target:
         conversation = opened(server, target)
         server.send(1, b"x")
@@ -343,10 +345,14 @@ def test_resume_of_a_tunnel_that_was_reset_here_says_why(server: ServerSide) -> 
         server.control("eof", 1)
         detach(server, 1)
         conversation.reset()
-        eventually(lambda: tunnel.end.is_over, 2.0)
-        server.wait_forgotten(1)
+        eventually(lambda: tunnel.end._due_reset, 2.0)
         server.resume(2, target.port, of=1)
-        refused = server.control("refused", 2)
+        server.control("resumed", 2)
+        server.control("eof", 2)
+        assert server.control("reset", 2)["code"] == "target_reset"
+        server.wait_forgotten(1)
+        server.resume(3, target.port, of=1, attempt=2)
+        refused = server.control("refused", 3)
     assert refused["code"] == "target_reset"
     assert "reset" in refused["message"]
 

@@ -195,9 +195,6 @@ def test_user_is_refused_when_the_client_answers_a_resume_wrongly(
 
 GARBAGE: dict[str, Callable[[RawUser], None]] = {
     "data": lambda user: user.send_binary(b"x"),
-    "a reset": lambda user: user.send_control(
-        {"type": "reset", "code": "user_gone", "message": ""}
-    ),
     "a bad field": lambda user: user.send_control({"type": "eof", "count": -1}),
     "a second resume": lambda user: user.send_resume(tunnel_id=ID),
     "no JSON": lambda user: user.send_text("{"),
@@ -224,6 +221,19 @@ def test_tunnel_lives_on_when_somebody_resumes_it_and_breaks_a_rule(
         client.send_control_on(foreign, "refused", code="unknown_tunnel", message="")
         owner.send_binary(b"alive")
         assert client.recv_on() == (channel, b"alive")
+
+
+def test_reset_follows_its_resume_when_the_user_goes_before_the_answer(
+    server: Server, client: RawClient
+) -> None:
+    """On the channel of the resume: the client has looked at its token by then."""
+    with RawUser(server.url) as owner, RawUser(server.url, resumes=ID) as again:
+        channel = open_tunnel(client, owner)
+        again.send_resume(tunnel_id=ID)
+        assert client.recv_control("detached")["channel"] == channel
+        resumed_on = client.recv_control("resume")["channel"]
+        again.send_control({"type": "reset", "code": "user_gone", "message": ""})
+        assert client.recv_control("reset")["channel"] == resumed_on
 
 
 # Superseded, and two at once.

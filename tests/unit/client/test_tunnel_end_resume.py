@@ -490,15 +490,23 @@ def test_only_an_end_with_an_answer_can_be_asked(
     assert end.can_be_asked == can
 
 
-def test_reset_while_detached_is_told_by_nobody_and_answered_later(
+def test_target_that_resets_while_detached_is_told_behind_what_it_had_said(
     end: TunnelEnd, first: Link
 ) -> None:
-    """The target ended the connection: whoever comes back reads why."""
+    """The bytes that were kept go out after the resume, then the reset; a limit holds them up."""
+    end.send(b"said before")
     end.detach(first, LOST)
     end.reset(RelayError("target_reset", "the target reset the connection"))
-    assert sent(first) == []
+    assert not end.is_over
+    second = new_link(2)
+    end.accept_resume(second, Position(0, 0, 4), 1)
+    assert kinds(second) == ["resumed", "data"]
+    end.on_ack(second, Ack(4, 100, False))
+    assert kinds(second) == ["data", "reset"]
+    assert end.ended is not None
+    assert end.ended.code == "target_reset"
     with pytest.raises(RelayError) as caught:
-        end.accept_resume(new_link(2), NOTHING, 1)
+        end.accept_resume(new_link(3), NOTHING, 2)
     assert caught.value.code == "target_reset"
 
 

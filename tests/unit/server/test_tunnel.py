@@ -397,14 +397,6 @@ def test_answer_is_an_error_when_it_answers_the_other_request(
 # What ends a `resume` before its answer -> what the user reads, and the reason in the log.
 EARLY: dict[str, tuple[End, list[Any], str]] = {
     "user lost": (lambda pair: pair.tunnel.user_lost(), NOTHING, "user_lost"),
-    "user gone": (
-        lambda pair: pair.tunnel.on_user_control(reset("user_gone")),
-        *(NOTHING, "user_gone"),
-    ),
-    "a reset of the user": (
-        lambda pair: pair.tunnel.on_user_control(reset("internal_error")),
-        *(NOTHING, "internal_error"),
-    ),
     "a broken rule": (
         lambda pair: pair.tunnel.fail(TunnelError("why")),
         [{"type": "refused", "code": "protocol_error", "message": "why"}],
@@ -426,6 +418,15 @@ def test_tunnel_is_detached_at_the_client_when_a_resume_ends_before_its_answer(
     assert pair.to_user == to_user
     assert pair.is_gone()
     assert [r.getMessage().split()[2] for r in caplog.records] == [f"reason={reason}"]
+
+
+def test_users_reset_is_passed_on_when_its_resume_has_no_answer_yet() -> None:
+    """A client that refuses the resume drops it; one that accepts it has checked the token."""
+    pair = Pair(is_opened=False, first=RESUME)
+    pair.tunnel.on_user_control(reset("user_gone"))
+    assert pair.to_client == [{**reset("user_gone"), "channel": 1}]
+    assert pair.to_user == NOTHING
+    assert pair.is_gone()
 
 
 @pytest.mark.parametrize("case", EARLY)
