@@ -16,7 +16,7 @@ DEBIAN_PACKAGES := openssh-server openssh-client nginx rsync git tinyproxy opens
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-debian run test check sync soak mutants clean
+.PHONY: help setup setup-debian run test check sync survival soak mutants bench clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -43,8 +43,11 @@ setup-debian: ## install the Debian packages that the end-to-end tests use
 run: $(STAMP) ## start a server and a client named demo here, and print an ssh line (PORT=8000 SSH_PORT=22)
 	@exec $(BIN)/python deploy/demo.py --port $(PORT) --ssh-port $(SSH_PORT)
 
-test: $(STAMP) ## run every test but the soak tests (3 minutes at most)
+test: $(STAMP) ## run every test but those of survival and soak (3 minutes at most)
 	$(BIN)/python -m pytest $(ARGS)
+
+survival: $(STAMP) ## the flaky-link oracle and restarts under real ssh (RELAY_ORACLE_HITS=300 RELAY_ORACLE_SEED=1)
+	$(BIN)/python -m pytest tests/survival $(ARGS)
 
 check: $(STAMP) ## format, lint, types, and the generated block of the proxy command
 	$(BIN)/ruff format --check
@@ -60,6 +63,9 @@ soak: $(STAMP) ## the long tests, with the full figures
 
 mutants: $(STAMP) ## break each rule of the design once, and see its test fail
 	$(BIN)/python tests/mutants.py
+
+bench: $(STAMP) ## measure speed, CPU and memory beside plain TCP: benchmarks/README.md (half an hour)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove .venv, caches and build artefacts (never credentials.json)
 	rm -rf .venv .run .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

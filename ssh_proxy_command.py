@@ -874,6 +874,11 @@ class Sender:
         return 0 if self.is_ended or self._unsent else max(0, self.limit - self.sent)
 
     @property
+    def waits_for_credit(self) -> bool:
+        """Whether bytes that were taken have not gone out on this channel."""
+        return bool(self._unsent)
+
+    @property
     def kept_bytes(self) -> int:
         """How many bytes are kept."""
         return self.taken - self._kept_from
@@ -2054,6 +2059,8 @@ class TunnelEnd:
         self._deliver_until = float("inf")
         self._consumer_failed = False
         self._was_reset_here = False
+        # A reset that waits until what came before it has gone out.
+        self._due_reset: RelayError | None = None
         # Of the newest `resume` that was accepted.
         self._attempt = 0
 
@@ -2083,6 +2090,11 @@ class TunnelEnd:
     def is_detached(self) -> bool:
         """Whether it has no leg, and may be resumed."""
         return self._link is None and not self.is_over
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether it has ended because nobody resumed it in time."""
+        return self._ended is not None and self._ended is self._lost
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -2404,6 +2416,8 @@ class TunnelEnd:
             link.put_data(piece)
         if (count := out.next_eof()) is not None:
             link.put_eof(count)
+        if self._due_reset is not None and not out.waits_for_credit:
+            self._reset_locked(self._due_reset, FLUSH_S)
 
     # Any thread.
 
@@ -2412,16 +2426,24 @@ class TunnelEnd:
     ) -> None:
         """End the tunnel with an error and tell the peer; nothing if it is over already.
 
+        What the target had said before it reset goes out first, after a resume if need be.
         `link`: only if that is still the newest.
         """
         with self._changed:
             if self.is_over or (link is not None and link is not self._link):
                 return
-            self._was_reset_here = True
-            if self._link is not None:
-                self._link.put_reset(error)
-            self._end_locked(error, deliver_s)
+            is_blocked = self._link is None or self._stream.out.waits_for_credit
+            if error.code == "target_reset" and is_blocked:
+                self._due_reset = error
+                return
+            self._reset_locked(error, deliver_s)
         self._on_change()
+
+    def _reset_locked(self, error: RelayError, deliver_s: float) -> None:
+        self._was_reset_here = True
+        if self._link is not None:
+            self._link.put_reset(error)
+        self._end_locked(error, deliver_s)
 
     def forget(self) -> None:
         """Free all bytes: the tunnel is over and its threads have ended."""
@@ -2762,6 +2784,7 @@ class Session:
         self._transport: Transport | None = None
         self._is_pumping = False
         self._answer_by = float("inf")
+        self._no_answer = RelayError("open_timeout", "")
         # One tunnel: the end, its link on the present leg, and what `resume` repeats.
         self._link = Link(Outbox())
         self._end = TunnelEnd(self._link, settings.max_window_bytes)
@@ -2854,6 +2877,8 @@ class Session:
         self._transport = transport
         transport.start("user")
         Link(transport.outbox).put_first(kind, **fields)
+        who = f"{self._settings.target}: " if kind == "open" else ""
+        self._no_answer = RelayError("open_timeout", f"{who}no answer from the client in time")
         self._answer_by = time.monotonic() + timeout_s
         self._timer.wake()
         try:
@@ -2911,8 +2936,9 @@ class Session:
             return pumps.exit_code
         ended = end.ended or RelayError("leg_lost", "the tunnel was lost")
         sentence = f"{self._settings.target}: {ended}"
-        if self._failure is not None and self._failure.code != ended.code:
-            sentence += f"; not resumed within {end.grace_s:.0f} s: {self._failure}"
+        if end.has_expired:
+            sentence += f"; not resumed within {end.grace_s:.0f} s"
+            sentence += f": {self._failure}" if self._failure is not None else ""
         complain(RelayError(ended.code, sentence))
         return EXIT_TUNNEL_LOST
 
@@ -2983,7 +3009,8 @@ class Session:
             except RelayError as exc:
                 if self._transport is not None:
                     self._leave(self._transport)
-                if not end.is_over:
+                # At the very end it is the haste that failed.
+                if self._failure is None or not end.is_over:
                     self._failure = exc
                 if not exc.is_retryable:
                     end.on_end(RelayError(exc.code, str(exc)))
@@ -3014,6 +3041,10 @@ class Session:
         self._pumps.wake()
         transport = self._transport
         if self._end.is_over and transport is not None:
+            ended = self._end.ended
+            if ended is not None and ended.code == "user_gone":
+                # Again, for a leg that is just resuming: behind the `resume` it counts.
+                Link(transport.outbox).put_reset(ended)
             transport.close(CLOSE_NORMAL)
             self._timer.wake()
 
@@ -3035,8 +3066,7 @@ class Session:
             return now + 60.0
         if now >= self._answer_by:
             self._answer_by = float("inf")
-            sentence = f"{self._settings.target}: no answer from the client in time"
-            transport.give_up(RelayError("open_timeout", sentence))
+            transport.give_up(self._no_answer)
         return min(transport.tick(now, slept=slept), self._answer_by)
 
     def _on_signal(self, number: int) -> None:

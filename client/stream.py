@@ -71,6 +71,11 @@ class Sender:
         return 0 if self.is_ended or self._unsent else max(0, self.limit - self.sent)
 
     @property
+    def waits_for_credit(self) -> bool:
+        """Whether bytes that were taken have not gone out on this channel."""
+        return bool(self._unsent)
+
+    @property
     def kept_bytes(self) -> int:
         """How many bytes are kept."""
         return self.taken - self._kept_from

@@ -101,6 +101,8 @@ class TunnelEnd:
         self._deliver_until = float("inf")
         self._consumer_failed = False
         self._was_reset_here = False
+        # A reset that waits until what came before it has gone out.
+        self._due_reset: RelayError | None = None
         # Of the newest `resume` that was accepted.
         self._attempt = 0
 
@@ -130,6 +132,11 @@ class TunnelEnd:
     def is_detached(self) -> bool:
         """Whether it has no leg, and may be resumed."""
         return self._link is None and not self.is_over
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether it has ended because nobody resumed it in time."""
+        return self._ended is not None and self._ended is self._lost
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -451,6 +458,8 @@ class TunnelEnd:
             link.put_data(piece)
         if (count := out.next_eof()) is not None:
             link.put_eof(count)
+        if self._due_reset is not None and not out.waits_for_credit:
+            self._reset_locked(self._due_reset, FLUSH_S)
 
     # Any thread.
 
@@ -459,16 +468,24 @@ class TunnelEnd:
     ) -> None:
         """End the tunnel with an error and tell the peer; nothing if it is over already.
 
+        What the target had said before it reset goes out first, after a resume if need be.
         `link`: only if that is still the newest.
         """
         with self._changed:
             if self.is_over or (link is not None and link is not self._link):
                 return
-            self._was_reset_here = True
-            if self._link is not None:
-                self._link.put_reset(error)
-            self._end_locked(error, deliver_s)
+            is_blocked = self._link is None or self._stream.out.waits_for_credit
+            if error.code == "target_reset" and is_blocked:
+                self._due_reset = error
+                return
+            self._reset_locked(error, deliver_s)
         self._on_change()
+
+    def _reset_locked(self, error: RelayError, deliver_s: float) -> None:
+        self._was_reset_here = True
+        if self._link is not None:
+            self._link.put_reset(error)
+        self._end_locked(error, deliver_s)
 
     def forget(self) -> None:
         """Free all bytes: the tunnel is over and its threads have ended."""

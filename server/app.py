@@ -26,6 +26,7 @@ from server.wire import (
     RELAY_HEADER,
     RELAY_HEADER_VALUE,
     SUBPROTOCOL,
+    TUNNEL_HEADER,
     USERS_PATH,
 )
 
@@ -42,7 +43,8 @@ _HTTP_ERRORS = {
     500: ("internal_error", "the relay failed; its log says why"),
 }
 
-_INSTANCE = re.compile(r"[0-9a-f]{32}")
+# An instance of a client, and a tunnel.
+_ID = re.compile(r"[0-9a-f]{32}")
 _WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")
 _NEWER_SUBPROTOCOL = re.compile(r"http-network-relay\.v([2-9]|[1-9][0-9]{1,3})")
 
@@ -73,13 +75,13 @@ def build_app(relay: Relay) -> Flask:
         if request.path == CLIENTS_PATH:
             _check_upgrade(relay, "client")
             name = _authenticate_client(relay)
-            instance = request.headers.get(INSTANCE_HEADER, "")
-            if not _INSTANCE.fullmatch(instance):
-                raise HttpRefusal("bad_request", f"{INSTANCE_HEADER} must be 32 hex digits")
+            instance = _id_header(INSTANCE_HEADER)
             g.slot = relay.admit_client(name, instance, _address())
         elif request.path == USERS_PATH:
             _check_upgrade(relay, "proxy command")
-            g.slot = relay.admit_user(_authenticate_user(relay), _address())
+            name = _authenticate_user(relay)
+            tunnel_id = _id_header(TUNNEL_HEADER) if TUNNEL_HEADER in request.headers else ""
+            g.slot = relay.admit_user(name, _address(), tunnel_id)
         else:
             return
         relay.attach(g.slot, Transport(prepare_upgrade(request.environ)))
@@ -159,6 +161,13 @@ def _authenticate_user(relay: Relay) -> str:
     if user is None:
         raise HttpRefusal("unauthorized", "the proxy user's token is wrong")
     return user
+
+
+def _id_header(header: str) -> str:
+    value = request.headers.get(header, "")
+    if not _ID.fullmatch(value):
+        raise HttpRefusal("bad_request", f"{header} must be 32 lower-case hex digits")
+    return value
 
 
 def _address() -> str:

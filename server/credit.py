@@ -31,7 +31,10 @@ class Direction:
     Every method raises TunnelError for what the peer may not do, and then changes nothing.
     """
 
-    def __init__(self, budget: Budget, cap_bytes: int) -> None:
+    def __init__(
+        self, budget: Budget, cap_bytes: int, received: int = 0, delivered: int = 0
+    ) -> None:
+        self.start_at(received, delivered)
         self._budget = budget
         self._cap = cap_bytes
         # The part of the budget that is ours: the window granted, at least the smallest.
@@ -39,10 +42,15 @@ class Direction:
         budget.free -= MIN_WINDOW_BYTES
         self._asked = 0
         self.limit = 0
-        self.forwarded = 0
-        self.delivered = 0
         self.eof_count: int | None = None
         self.eof_acked = False
+
+    def start_at(self, received: int, delivered: int) -> None:
+        """Count from where the receiving end stands, which is not 0 after a resume."""
+        if delivered > received:
+            raise TunnelError(f"{delivered} bytes delivered, but {received} received")
+        self.forwarded = received
+        self.delivered = delivered
 
     def on_data(self, size: int) -> None:
         """Count `size` bytes before they are queued onward."""

@@ -30,7 +30,7 @@ threads = 64
 worker_connections = 2048
 # Of the accept thread's heartbeat, which never waits long; legs have limits of their own.
 timeout = 30
-# The drain takes a second, and its backstop 1.4 s; then the master kills.
+# The drain takes 1.3 s at most, and its backstop 1.4 s; then the master kills.
 graceful_timeout = 2
 # One request per connection: no thread ever waits for the next one.
 keepalive = 0

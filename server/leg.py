@@ -1,4 +1,4 @@
-"""A WebSocket into the server: ClientLeg carries many tunnels, UserLeg one.
+"""A WebSocket into the server: what all legs share, and ClientLeg, which carries many tunnels.
 
 The handler's thread runs run() and is the leg's reader; a writer thread drains the
 outbox; the timer ticks. Any thread may call end(). The reader never waits for anything
@@ -13,18 +13,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from server.errors import TunnelRefused
 from server.logs import ROOT_NAME
 from server.outbox import Frame, Outbox
 from server.transport import ReadEnd, Transport, close_frame
-from server.tunnel import USER_CHANNEL, Channels, Tunnel
+from server.tunnel import Channels, Tunnel
 from server.wire import (
     CHANNEL_BYTES,
     CLOSE_INTERNAL_ERROR,
-    CLOSE_NORMAL,
     FLUSH_S,
     FROM_CLIENT,
-    FROM_USER,
     OP_PING,
     OP_TEXT,
     SILENCE_INTERVALS,
@@ -37,14 +34,10 @@ from server.wire import (
 
 _log = logging.getLogger(f"{ROOT_NAME}.leg")
 
-# From the upgrade to a user leg's `open` or `resume`; a client leg has nothing to say first.
-FIRST_MESSAGE_S = 10.0
-# A user's end whose tunnel is over closes by itself, at once; this catches one that does not.
-_LATE_CLOSE_S = 10.0
 # A leg that was replaced holds a thread beyond its slot while its close frame goes out.
 _REPLACED_FLUSH_S = 0.2
-# The timer's next try when the outbox's lock was taken.
-_PING_RETRY_S = 0.01
+# The timer's next try when a lock was taken.
+RETRY_S = 0.01
 _PING = Frame(OP_PING, b"", b"")
 
 
@@ -121,11 +114,11 @@ class Leg:
             if self.outbox.try_put_leg("ping", _PING):
                 self._ping_at = now + self._ping_interval_s
             else:
-                self._ping_at = now + _PING_RETRY_S
+                self._ping_at = now + RETRY_S
         return min(abort_at, self._ping_at)
 
     def going_away(self, spread_ms: int) -> None:
-        """The server drains: say so."""
+        """The server stops soon: say so."""
         text = encode_control("going_away", spread_ms=spread_ms)
         self.outbox.put_leg("going_away", Frame(OP_TEXT, b"", text))
 
@@ -200,14 +193,9 @@ class ClientLeg(Leg):
     def replace(self, close_code: int) -> None:
         """A newer leg of the same client is there: end this one at once."""
         self._note("replaced")
-        self._end_tunnels("client_replaced")
+        self.end_tunnels("client_replaced")
         self.outbox.close(close_frame(close_code), flush=False)
         self._abort_by(time.monotonic() + _REPLACED_FLUSH_S)
-
-    def going_away(self, spread_ms: int) -> None:
-        """The server drains: say so, and give up the tunnels."""
-        super().going_away(spread_ms)
-        self._end_tunnels("server_restart")
 
     def _on_message(self, message: bytes | str) -> None:
         if isinstance(message, str):
@@ -247,77 +235,12 @@ class ClientLeg(Leg):
 
     def lost(self) -> None:
         """Tell the users of all its tunnels."""
-        self._end_tunnels("client_lost")
+        self.end_tunnels("client_lost")
 
-    def _end_tunnels(self, code: str) -> None:
+    def end_tunnels(self, code: str) -> None:
+        """Take no tunnel any more, and tell the users of those that are there."""
         with self.channels.lock:
             self.channels.is_closed = True
             tunnels = list(self.channels.tunnels.values())
         for tunnel in tunnels:
             tunnel.client_lost(code)
-
-
-class UserLeg(Leg):
-    """The leg of one proxy user: one tunnel, named by its first message."""
-
-    def __init__(
-        self,
-        transport: Transport,
-        label: str,
-        ping_interval_s: float,
-        wake_timer: Callable[[], None],
-        open_tunnel: Callable[[UserLeg, dict[str, Any]], Tunnel],
-    ) -> None:
-        super().__init__(transport, label, ping_interval_s, wake_timer)
-        self._open_tunnel = open_tunnel
-        # Set once by the reader's thread.
-        self.tunnel: Tunnel | None = None
-        self._is_refused = False
-        self._first_by = time.monotonic() + FIRST_MESSAGE_S
-
-    def expect_close(self) -> None:
-        """The user's end closes now by itself; see that it does."""
-        self._abort_by(time.monotonic() + _LATE_CLOSE_S)
-
-    def refuse(self, code: str, message: str) -> None:
-        """Answer the first message with `refused`, and close."""
-        self._is_refused = True
-        text = encode_control("refused", code=code, message=message)
-        self.outbox.put_first(USER_CHANNEL, Frame(OP_TEXT, b"", text))
-        self.end(CLOSE_NORMAL, code)
-
-    def _on_message(self, message: bytes | str) -> None:
-        if self._is_refused:
-            return
-        try:
-            if isinstance(message, bytes):
-                if self.tunnel is None:
-                    raise TunnelError("data before open")
-                self.tunnel.on_user_data(message)
-                return
-            control = parse_control(message, FROM_USER, has_channel=False)
-            if self.tunnel is not None:
-                self.tunnel.on_user_control(control)
-            else:
-                self._on_first(control)
-        except TunnelRefused as exc:
-            self.refuse(exc.code, exc.message)
-        except TunnelError as exc:
-            if self.tunnel is None:
-                self.refuse(exc.code, str(exc))
-            else:
-                self.tunnel.fail(exc)
-
-    def _on_first(self, control: dict[str, Any]) -> None:
-        kind = control["type"]
-        if kind == "resume":
-            raise TunnelRefused("unknown_tunnel", "the relay does not resume tunnels")
-        if kind != "open":
-            raise TunnelError(f"{kind} before open")
-        self._first_by = float("inf")
-        self.tunnel = self._open_tunnel(self, control)
-
-    def lost(self) -> None:
-        """Tell the client of its tunnel."""
-        if self.tunnel is not None:
-            self.tunnel.user_lost()

@@ -22,13 +22,15 @@ LegT = TypeVar("LegT")
 class Slot(Generic[LegT]):
     """The right to one thread for one leg. Its identity is what counts.
 
-    `leg` and `close_code` are guarded by the registry's lock.
+    `tunnel_id`, `leg` and `close_code` are guarded by the registry's lock.
     """
 
     kind: str  # "client" or "user"
     name: str
     address: str
     instance: str = ""
+    # The tunnel of a user's leg, as soon as it is known.
+    tunnel_id: str = ""
     leg: LegT | None = field(default=None, repr=False)
     # Set when a newer leg of the same client has taken the slot over.
     close_code: int = 0
@@ -78,14 +80,29 @@ class Registry(Generic[LegT]):
             self._clients[name] = new
         return new, old
 
-    def admit_user(self, name: str, address: str) -> Slot[LegT]:
-        """Return a slot. Raises HttpRefusal."""
-        new: Slot[LegT] = Slot("user", name, address)
+    def admit_user(
+        self, name: str, address: str, tunnel_id: str = ""
+    ) -> tuple[Slot[LegT], list[Slot[LegT]]]:
+        """Return a slot, and the older ones of this user and tunnel that it takes the place of.
+
+        The caller ends the older slots' legs. Raises HttpRefusal.
+        """
+        new: Slot[LegT] = Slot("user", name, address, tunnel_id=tunnel_id)
         with self._lock:
             self._check_draining_locked()
-            self._check_room_locked()
+            # A walk, and no index by tunnel that would have to be kept true: there are as many
+            # slots as threads. One at most, but for ends that did not name their tunnel.
+            olds = [slot for slot in self._slots if tunnel_id and _is_same_tunnel(slot, new)]
+            if not olds:
+                self._check_room_locked()
+            self._slots.difference_update(olds)
             self._slots.add(new)
-        return new
+        return new, olds
+
+    def bind(self, slot: Slot[LegT], tunnel_id: str) -> None:
+        """Note which tunnel a user's leg serves."""
+        with self._lock:
+            slot.tunnel_id = tunnel_id
 
     def attach(self, slot: Slot[LegT], leg: LegT) -> bool:
         """Make `leg` the slot's; False if the slot was taken over or drained meanwhile."""
@@ -131,3 +148,8 @@ class Registry(Generic[LegT]):
     def _check_room_locked(self) -> None:
         if len(self._slots) >= self._capacity:
             raise HttpRefusal("busy", "the relay has no free slot; try again later")
+
+
+def _is_same_tunnel(old: Slot[LegT], new: Slot[LegT]) -> bool:
+    mine = (new.kind, new.name, new.tunnel_id)
+    return (old.kind, old.name, old.tunnel_id) == mine

@@ -15,12 +15,14 @@ from typing import Any
 from server.config import LEG_BUDGET_BYTES, Config
 from server.credentials import Credentials
 from server.errors import HttpRefusal, TunnelRefused
-from server.leg import ClientLeg, Leg, UserLeg
+from server.held import HeldResumes
+from server.leg import ClientLeg, Leg
 from server.logs import ROOT_NAME
 from server.registry import Registry, Slot
 from server.timer import Timer
 from server.transport import Transport
 from server.tunnel import Tunnel
+from server.user_leg import UserLeg
 from server.wire import CLOSE_REPLACED_BY_OTHER, CLOSE_RESTART
 
 _log = logging.getLogger(f"{ROOT_NAME}.relay")
@@ -38,6 +40,7 @@ class Relay:
         self.credentials = credentials
         self._config = config
         self._registry: Registry[Leg] = Registry()
+        self._held: HeldResumes[UserLeg] = HeldResumes()
         self._timer = Timer(lambda: self._legs)
         self._is_started = False
         # One line is enough: peers retry for ever.
@@ -93,9 +96,13 @@ class Relay:
                 old.leg.replace(old.close_code)
         return slot
 
-    def admit_user(self, name: str, address: str) -> Slot[Leg]:
-        """Return a slot. Raises HttpRefusal."""
-        return self._registry.admit_user(name, address)
+    def admit_user(self, name: str, address: str, tunnel_id: str) -> Slot[Leg]:
+        """Return a slot; an older leg of that user's tunnel ends here. Raises HttpRefusal."""
+        slot, olds = self._registry.admit_user(name, address, tunnel_id)
+        for old in olds:
+            if isinstance(old.leg, UserLeg):
+                old.leg.replace()
+        return slot
 
     def attach(self, slot: Slot[Leg], transport: Transport) -> None:
         """Make the slot's leg, before the peer is told that it is connected.
@@ -106,13 +113,14 @@ class Relay:
         interval_s, wake = self._config.ping_interval_s, self._timer.wake
 
         def open_tunnel(leg: UserLeg, control: dict[str, Any]) -> Tunnel:
+            self._registry.bind(slot, control["tunnel_id"])
             return self._open_tunnel(leg, control, slot.name)
 
         leg: Leg
         if slot.kind == "client":
             leg = ClientLeg(transport, slot.name, interval_s, wake, LEG_BUDGET_BYTES)
         else:
-            leg = UserLeg(transport, slot.name, interval_s, wake, open_tunnel)
+            leg = UserLeg(transport, slot.name, interval_s, wake, open_tunnel, self._held)
         if not self._registry.attach(slot, leg):
             raise HttpRefusal("server_restart", "a newer connection came; try again")
 
@@ -133,6 +141,8 @@ class Relay:
             fields += f" instance={slot.instance[:8]}"
         _log.info("leg up %s", fields)
         try:
+            if slot.kind == "client":
+                self._held.open_for(slot.name)
             leg.run(websocket)
         finally:
             self._change_legs(drop=leg)
@@ -155,7 +165,10 @@ class Relay:
         self._timer.wake()
 
     def _open_tunnel(self, leg: UserLeg, control: dict[str, Any], user: str) -> Tunnel:
-        """Pair a user's leg with a channel of the client that it names. Raises TunnelRefused."""
+        """Pair a user's leg with a channel of the client that it names.
+
+        For `open` and `resume` alike. Raises TunnelRefused, TunnelError.
+        """
         name = control["client"]
         if self._registry.is_draining:
             raise TunnelRefused("server_restart", "the relay restarts; try again")
@@ -166,20 +179,26 @@ class Relay:
             raise TunnelRefused("client_offline", f"the client {name} is not connected")
         tunnel = Tunnel(client_leg, leg, control, user)
         client_leg.open(tunnel, self._config.max_window_bytes)
-        tunnel.log_start()
         return tunnel
 
     # The end.
 
     def drain(self) -> None:
-        """Refuse newcomers, tell all legs, and let each flush and close. Does not wait."""
+        """Refuse newcomers, and tell all legs; their tunnels go on. Does not wait."""
         self._registry.drain()
+        self._held.open_all()
         legs = self._legs
-        spread_ms = _SPREAD_MS_PER_LEG * len(legs)
         _log.info("relay draining legs=%d", len(legs))
-        # Users first: their clients' legs end the tunnels.
-        for leg in sorted(legs, key=lambda leg: isinstance(leg, ClientLeg)):
-            leg.going_away(spread_ms)
+        for leg in legs:
+            leg.going_away(_SPREAD_MS_PER_LEG * len(legs))
+
+    def end(self) -> None:
+        """Give all tunnels up, and let each leg flush and close. Does not wait."""
+        legs = self._legs
+        # Clients first: they end the tunnels, and say so to the users.
+        for leg in legs:
+            if isinstance(leg, ClientLeg):
+                leg.end_tunnels("server_restart")
         for leg in legs:
             leg.end(CLOSE_RESTART, "server_restart")
 

@@ -34,6 +34,11 @@ _log = logging.getLogger(f"{ROOT_NAME}.tunnel")
 USER_CHANNEL = 0
 # These ends take their turn behind the channel's data (docs/protocol.md, "Order").
 ENDS_IN_TURN = frozenset({"user_gone", "target_reset"})
+# The first message to the client -> the answer that accepts it.
+_ANSWERS = {"open": "opened", "resume": "resumed"}
+# The user's end is on a newer leg, and the link of this one most likely dead: its slot and
+# thread are wanted.
+_SUPERSEDED_FLUSH_S = 0.2
 
 
 class Channels:
@@ -76,8 +81,13 @@ def _text(kind: str, channel: int = 0, **fields: Any) -> Frame:
     return Frame(OP_TEXT, b"", encode_control(kind, channel, **fields))
 
 
+def _counts(control: dict[str, Any]) -> tuple[int, int]:
+    """Return where the end that says it stands: received, delivered. New streams begin at 0."""
+    return control.get("received", 0), control.get("delivered", 0)
+
+
 class Tunnel:
-    """One tunnel, from the `open` that goes to the client to its one end."""
+    """One tunnel, from the `open` or `resume` that goes to the client to its one end here."""
 
     def __init__(
         self, client_leg: ChannelLeg, user_leg: TunnelLeg, control: dict[str, Any], user: str
@@ -86,6 +96,7 @@ class Tunnel:
         self._user_leg = user_leg
         self._channels = client_leg.channels
         self._control = control
+        self._kind = control["type"]
         self._user = user
         self._started_at = time.monotonic()
         self._log = FieldsAdapter(
@@ -95,7 +106,10 @@ class Tunnel:
         # The rest is guarded by the lock of the client leg's channels.
         self.channel = 0
         self._prefix = b""
+        # Whether the client has answered `opened` or `resumed`.
         self._is_opened = False
+        # A `resume` whose token the client has not checked: it must not end the tunnel.
+        self._is_unproven = self._kind == "resume"
         self._is_over = False
 
     @property
@@ -104,27 +118,32 @@ class Tunnel:
         return self._is_over
 
     def assign_locked(self, max_window_bytes: int) -> Frame:
-        """Take a channel and window; return the `open` for the client.
+        """Take a channel and window; return the `open` or `resume` for the client.
 
-        Raises TunnelRefused. The caller holds the lock, and queues opens in number order.
+        Raises TunnelRefused, and TunnelError for counts that cannot be true; then nothing was
+        taken. The caller holds the lock, and queues what it gets in number order.
         """
         channels = self._channels
         if channels.is_closed:
             raise TunnelRefused("client_offline", "the client's link was lost")
         if min(channels.up_budget.free, channels.down_budget.free) < MIN_WINDOW_BYTES:
             raise TunnelRefused("busy", "the client has too many tunnels; try again later")
+        # An `open` has no counts; of `up` the client's answer has them.
+        self.down = Direction(channels.down_budget, max_window_bytes, *_counts(self._control))
         self.up = Direction(channels.up_budget, max_window_bytes)
-        self.down = Direction(channels.down_budget, max_window_bytes)
         channels.highest += 1
         self.channel = channels.highest
         self._prefix = encode_channel(self.channel)
         channels.tunnels[self.channel] = self
         fields = {name: value for name, value in self._control.items() if name != "type"}
         fields["limit"] = self.down.grant(self._control["limit"])
-        return _text("open", self.channel, **fields, user=self._user)
+        return _text(self._kind, self.channel, **fields, user=self._user)
 
     def log_start(self) -> None:
         """Write the tunnel's first line."""
+        if self._kind == "resume":
+            self._log.info("tunnel resumed attempt=%d", self._control["attempt"])
+            return
         host, port = self._control["host"], self._control["port"]
         self._log.info("tunnel started host=%s port=%d", host, port)
 
@@ -143,7 +162,7 @@ class Tunnel:
         """Act on a checked control of the user's end."""
         kind = control["type"]
         if kind == "reset":
-            self._on_reset(control, self._client_leg.outbox, self.channel)
+            self._on_user_reset(control["code"], control["message"])
             return
         if kind not in ("ack", "eof"):
             raise TunnelError(f"a second {kind}")
@@ -153,15 +172,14 @@ class Tunnel:
     def user_lost(self) -> None:
         """The user's leg is gone."""
         with self._channels.lock:
-            was_opened = self._is_opened
+            is_kept = self._is_opened or self._is_unproven
             if not self._end_locked():
                 return
-        if was_opened:
-            frame = _text("detached", self.channel, code="user_lost")
-            self._client_leg.outbox.put_end(self.channel, frame)
+        if is_kept:
+            self._detach_client()
         else:
             self._reset_client("user_gone", "the proxy user's link was lost")
-        self._log_end("user_lost" if was_opened else "user_gone")
+        self._log_end("user_lost" if is_kept else "user_gone")
 
     # From the client's leg.
 
@@ -178,15 +196,13 @@ class Tunnel:
         """Act on a checked control of the client's end."""
         kind = control["type"]
         if kind == "reset":
-            self._on_reset(control, self._user_leg.outbox, USER_CHANNEL)
-        elif kind == "opened":
-            self._on_opened(control)
+            self._on_client_reset(control["code"], control["message"])
+        elif kind in _ANSWERS.values():
+            self._on_accepted(control)
         elif kind == "refused":
             self._on_refused(control["code"], control["message"])
-        elif kind in ("ack", "eof"):
-            self._on_flow(control, self.down, self.up, self._user_leg.outbox, USER_CHANNEL)
         else:
-            raise TunnelError(f"{kind} without a resume")
+            self._on_flow(control, self.down, self.up, self._user_leg.outbox, USER_CHANNEL)
 
     def client_lost(self, code: str) -> None:
         """The client's leg is gone, is replaced, or ends with the server."""
@@ -222,15 +238,20 @@ class Tunnel:
             self._refuse_user(error.code, message)
         self._log_end(error.code)
 
-    def _on_opened(self, control: dict[str, Any]) -> None:
+    def _on_accepted(self, control: dict[str, Any]) -> None:
+        kind = control["type"]
+        if kind != _ANSWERS[self._kind]:
+            raise TunnelError(f"{kind} after {self._kind}")
         with self._channels.lock:
             if self._is_over:
                 return
             if self._is_opened:
-                raise TunnelError("a second opened")
-            self._is_opened = True
+                raise TunnelError(f"a second {kind}")
+            self.up.start_at(*_counts(control))
+            self._is_opened, self._is_unproven = True, False
             limit = self.up.grant(control["limit"])
-        frame = _text("opened", limit=limit, grace_s=control["grace_s"])
+        fields = {name: control[name] for name in control if name not in ("type", "channel")}
+        frame = _text(kind, **{**fields, "limit": limit})
         self._user_leg.outbox.put_first(USER_CHANNEL, frame)
 
     def _on_refused(self, code: str, message: str) -> None:
@@ -238,7 +259,7 @@ class Tunnel:
             if self._is_over:
                 return
             if self._is_opened:
-                raise TunnelError("refused after opened")
+                raise TunnelError(f"refused after {_ANSWERS[self._kind]}")
             self._end_locked()
         # Answered before it was sent: a broken rule, and without this a buffer without bound.
         self._client_leg.outbox.cancel_first(self.channel)
@@ -273,30 +294,39 @@ class Tunnel:
             self._user_leg.expect_close()
             self._log_end("eof")
 
-    def _on_reset(self, control: dict[str, Any], outbox: Outbox, channel: int) -> None:
-        """An end gave up: tell the other one, in turn where the bytes before it count."""
-        code, message = control["code"], control["message"]
+    def _on_user_reset(self, code: str, message: str) -> None:
+        """The user's end gave up: tell the client, in turn where the bytes before it count."""
+        with self._channels.lock:
+            if not self._end_locked():
+                return
+        # Behind a `resume` too: a client that refuses that drops this, and one that accepts it
+        # has checked the token.
+        self._put_client_reset(code, message, in_turn=code in ENDS_IN_TURN)
+        self._user_leg.expect_close()
+        self._log_end(code)
+
+    def _on_client_reset(self, code: str, message: str) -> None:
+        """The client's end gave this channel up: tell the user, and close that leg."""
         with self._channels.lock:
             was_opened = self._is_opened
             if not self._end_locked():
                 return
-        if channel == USER_CHANNEL and not was_opened:
-            self._refuse_user(code, message)
-        else:
-            frame = _text("reset", channel, code=code, message=message)
+        self._client_leg.outbox.drop(self.channel)
+        if was_opened:
             in_turn = code in ENDS_IN_TURN
-            outbox.put_end(channel, frame, in_turn=in_turn)
-            if channel == USER_CHANNEL:
-                # A reset in its turn overtakes after FLUSH_S, and must still get out then.
-                flush_s = FLUSH_S * 2 if in_turn else FLUSH_S
-                self._user_leg.end(CLOSE_NORMAL, code, flush_s=flush_s)
-            else:
-                self._user_leg.expect_close()
+            frame = _text("reset", code=code, message=message)
+            self._user_leg.outbox.put_end(USER_CHANNEL, frame, in_turn=in_turn)
+            # A reset in its turn overtakes after FLUSH_S, and must still get out then.
+            flush_s = FLUSH_S * 2 if in_turn else FLUSH_S
+            flush_s = _SUPERSEDED_FLUSH_S if code == "superseded" else flush_s
+            self._user_leg.end(CLOSE_NORMAL, code, flush_s=flush_s)
+        else:
+            self._refuse_user(code, message)
         self._log_end(code)
 
     def _check_opened_locked(self) -> None:
         if not self._is_opened:
-            raise TunnelError("data, eof or ack before opened")
+            raise TunnelError(f"data, eof or ack before {_ANSWERS[self._kind]}")
 
     def _end_locked(self) -> bool:
         """End it; False if it has ended before."""
@@ -309,7 +339,17 @@ class Tunnel:
         return True
 
     def _reset_client(self, code: str, message: str) -> None:
+        if self._is_unproven:
+            self._detach_client()
+        else:
+            self._put_client_reset(code, message)
+
+    def _put_client_reset(self, code: str, message: str, *, in_turn: bool = False) -> None:
         frame = _text("reset", self.channel, code=code, message=message)
+        self._client_leg.outbox.put_end(self.channel, frame, in_turn=in_turn)
+
+    def _detach_client(self) -> None:
+        frame = _text("detached", self.channel, code="user_lost")
         self._client_leg.outbox.put_end(self.channel, frame)
 
     def _refuse_user(self, code: str, message: str) -> None:

@@ -50,10 +50,12 @@ _ACCEPTS_PER_ROUND = 32
 _ACCEPT_REST_S = 0.2
 # What is read and dropped before a close: unread bytes would make it a reset.
 _MAX_DRAIN_BYTES = 64 * 1024
-# The drain: legs flush, then threads end; all is gone within 2 s of the signal (rule 9 of the
-# design), whatever is stuck. Not the whole second that the wire allows for the flush: the
-# master needs up to 0.4 s to notice and to end itself, more on a busy machine.
-_FLUSH_S = 0.8
+# The drain: legs leave, those that stay flush, then threads end; all is gone within 2 s of the
+# signal (rule 9 of the design), whatever is stuck. Not the whole second that the wire allows for
+# the flush: the master needs up to 0.4 s to notice and to end itself, more on a busy machine.
+# To leave is to have the next leg up first: one TLS handshake, and the tries before it.
+_LEAVE_S = 0.5
+_FLUSH_S = 0.5
 _JOIN_S = 0.3
 _GONE_S = 1.4
 
@@ -285,9 +287,11 @@ class RelayWorker(ThreadWorker):
             self._drop(head)
         if self._relay is not None:
             self._relay.drain()
-            if not self._relay.join(_FLUSH_S):
-                self._relay.stop()
-                self._relay.join(_JOIN_S)
+            if not self._relay.join(_LEAVE_S):
+                self._relay.end()
+                if not self._relay.join(_FLUSH_S):
+                    self._relay.stop()
+                    self._relay.join(_JOIN_S)
             self._relay.stop_timer(_JOIN_S)
         self.tpool.shutdown(wait=False, cancel_futures=True)
         self.method_queue.run_callbacks(None)

@@ -387,6 +387,106 @@ MUTANTS: tuple[Mutant, ...] = (
         "if is_same and not self._is_fresh:",
         "if is_same:",
         ("tests/unit/server/test_watch.py",),
+        "resume: only the newest channel is heard",
+        "client/tunnel_end.py",
+        "if link is not self._link or self._ended is not None:",
+        "if self._ended is not None:",
+        (
+            "tests/unit/client/test_tunnel_end_resume.py::test_message_of_an_old_channel_changes_nothing",
+        ),
+    ),
+    Mutant(
+        "resume: replay begins at received, not at delivered",
+        "client/stream.py",
+        "skipped = max(0, peer.received - at)",
+        "skipped = max(0, peer.delivered - at)",
+        ("tests/unit/client/test_stream_resume.py",),
+    ),
+    Mutant(
+        "resume: what is not delivered is kept",
+        "client/stream.py",
+        "self._kept_from + len(self._kept[0]) <= delivered:",
+        "self._kept_from + len(self._kept[0]) <= self.sent:",
+        ("tests/unit/client/test_stream_resume.py",),
+    ),
+    Mutant(
+        "resume: an eof is acked on the channel by which it came",
+        "client/stream.py",
+        "return Ack(self.delivered, self.limit, self.eof_delivered and self._eof_came)",
+        "return Ack(self.delivered, self.limit, self.eof_delivered)",
+        ("tests/unit/client/test_stream_resume.py",),
+    ),
+    Mutant(
+        "resume: the token is compared",
+        "client/tunnel.py",
+        "return has_token and has_target",
+        "return has_target",
+        (
+            "tests/integration/client/test_resume.py::test_whatever_does_not_fit_is_refused_in_the_same_words",
+        ),
+    ),
+    Mutant(
+        "resume: an old attempt is refused",
+        "client/tunnel_end.py",
+        "if attempt <= self._attempt:",
+        "if attempt < self._attempt:",
+        (
+            "tests/unit/client/test_tunnel_end_resume.py::test_attempt_that_is_not_newer_is_refused_and_changes_nothing",
+        ),
+    ),
+    Mutant(
+        "resume: a tunnel does not wait for ever",
+        "client/tunnel_end.py",
+        "if self._resume_left_locked() == 0.0 and self._lost is not None:",
+        "if False and self._lost is not None:",
+        (
+            "tests/unit/client/test_tunnel_end_resume.py::test_consumer_and_producer_are_told_when_the_grace_is_over",
+        ),
+    ),
+    Mutant(
+        "resume: detached tunnels are limited",
+        "client/tunnels.py",
+        "while len(waits) > MAX_DETACHED or kept > MAX_DETACHED_BYTES:",
+        "while False:",
+        (
+            "tests/integration/client/test_resume.py::test_too_many_detached_tunnels_end_the_one_that_has_waited_longest",
+        ),
+    ),
+    Mutant(
+        "resume: nobody without the token ends a tunnel",
+        "server/tunnel.py",
+        '        self._is_unproven = self._kind == "resume"',
+        "        self._is_unproven = False",
+        (
+            "tests/integration/server/test_resume.py::test_tunnel_lives_on_when_somebody_resumes_it_and_breaks_a_rule",
+        ),
+    ),
+    Mutant(
+        "resume: the server counts from where the ends stand",
+        "server/credit.py",
+        "        self.forwarded = received\n",
+        "        self.forwarded = 0\n",
+        (
+            "tests/integration/server/test_resume.py::test_overrun_is_found_when_a_resumed_end_sends_beyond_its_limit",
+        ),
+    ),
+    Mutant(
+        "resume: a resume waits for its client",
+        "server/relay.py",
+        "                self._held.open_for(slot.name)",
+        "                pass",
+        (
+            "tests/integration/server/test_resume.py::test_resume_is_held_when_the_client_is_not_there_yet",
+        ),
+    ),
+    Mutant(
+        "resume: it takes its old leg's slot over",
+        "server/registry.py",
+        "            if not olds:\n                self._check_room_locked()",
+        "            self._check_room_locked()",
+        (
+            "tests/integration/server/test_resume.py::test_resume_takes_its_old_legs_slot_when_the_server_is_full",
+        ),
     ),
 )
 

@@ -21,7 +21,6 @@ from tests.e2e.flows import AT_ONCE_S, becomes, count, lines_since, reasons, sid
 from tests.support.link import Link
 from tests.support.processes import (
     CLIENT_SECRET,
-    NO_RESUME,
     ROOT,
     TOKEN,
     Pipes,
@@ -36,6 +35,9 @@ from tests.support.targets import Conversation, RecordingTarget, pseudo_random_b
 from tests.support.waiting import eventually
 
 INTERVAL_S = 0.5
+# The shortest that the wire can tell.
+GRACE_S = 1
+KEPT = ("proxy command SIGKILLed", "client SIGKILLed", "server SIGKILLed")
 # Of the test's own: busy processes are late.
 MARGIN_S = 0.5
 SILENCE_S = 2.5 * INTERVAL_S + MARGIN_S
@@ -313,8 +315,9 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def begin(row: Row, server: Server, stack: ExitStack) -> World:
+def begin(row: Row, server: Server, stack: ExitStack, grace_s: int = 0) -> World:
     """A client and a tunnel that has carried UP and DOWN."""
+    grace = ["--resume-timeout", str(grace_s)]
     user_link = stack.enter_context(Link(server.port))
     client_link = stack.enter_context(Link(server.port))
     name = next(_names)
@@ -323,7 +326,7 @@ def begin(row: Row, server: Server, stack: ExitStack) -> World:
         name=name,
         secret=CLIENT_SECRET + name,
         ping_interval_s=INTERVAL_S,
-        env=NO_RESUME,
+        args=grace,
     )
     stack.enter_context(client)
     target = stack.enter_context(RecordingTarget(close_on_eof=not row.target_stays))
@@ -332,7 +335,7 @@ def begin(row: Row, server: Server, stack: ExitStack) -> World:
         name=name,
         port=target.port,
         ping_interval_s=INTERVAL_S,
-        env=NO_RESUME,
+        args=grace,
     )
     stack.enter_context(proxy)
     conversation = target.conversation()
@@ -441,6 +444,31 @@ def check_ends(row: Row, world: World, deadline: float) -> None:
         assert len(proxy.lines) == 1
         assert row.line in proxy.lines[0]
         assert "; " in proxy.lines[0], "it says what to try"
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_tunnel_is_kept_for_the_grace_when_a_leg_is_lost(name: str, tmp_path: Path) -> None:
+    """The same end, so much later; the line says why nobody came back."""
+    row = ROWS[name]
+    with ExitStack() as stack:
+        server = stack.enter_context(begin_server(tmp_path))
+        world = begin(row, server, stack, grace_s=GRACE_S)
+        acted_at = time.monotonic()
+        row.act(world)
+        proxy, target = world.proxy, world.target
+        if row.status == 1:
+            assert proxy.wait(GRACE_S + AT_ONCE_S) == row.status
+            assert time.monotonic() - acted_at >= GRACE_S
+            assert row.line is not None
+            assert row.line in proxy.text
+            assert f"not resumed within {GRACE_S} s" in proxy.text
+            assert len(proxy.lines) == 1
+        if row.target_sees == "reset":
+            assert target.wait_ended(GRACE_S + AT_ONCE_S) == "reset"
+            assert time.monotonic() - acted_at >= GRACE_S
+        if row.client_reason is not None:
+            world.client.wait_for_line(f"tunnel closed .*reason={row.client_reason}")
+            assert count(world.client.lines, "tunnel detached") == 1
 
 
 def table_of_ends() -> dict[str, list[str]]:

@@ -28,6 +28,8 @@ SUBPROTOCOL = "http-network-relay.v1"
 CLIENT_PATH = "/ws_for_clients"
 USER_PATH = "/ws_for_ssh_proxy_command"
 INSTANCE = "00112233445566778899aabbccddeeff"
+# On the request of a user leg that comes to resume this tunnel.
+TUNNEL_HEADER = "HTTP-Network-Relay-Tunnel"
 
 Message = (
     tuple[Literal["text"], dict[str, Any]]
@@ -243,13 +245,14 @@ class RawPeer:
 
 
 class RawUser(RawPeer):
-    """A user leg: one tunnel."""
+    """A user leg: one tunnel. `resumes` is the tunnel that its request names."""
 
     def __init__(
         self,
         url: str,
         token: str = TOKEN,
         *,
+        resumes: str | None = None,
         headers: Mapping[str, str] | None = None,
         ca_file: str | None = None,
         answers_pings: bool = True,
@@ -257,7 +260,11 @@ class RawUser(RawPeer):
         super().__init__(
             url,
             USER_PATH,
-            {**user_headers(token), **(headers or {})},
+            {
+                **user_headers(token),
+                **({} if resumes is None else {TUNNEL_HEADER: resumes}),
+                **(headers or {}),
+            },
             ca_file=ca_file,
             answers_pings=answers_pings,
         )
@@ -287,6 +294,13 @@ class RawUser(RawPeer):
                 **fields,
             }
         )
+
+    def send_resume(
+        self, *, attempt: int = 1, received: int = 0, delivered: int = 0, **fields: Any
+    ) -> None:
+        """`resume` with every field of the protocol; `fields` as for `send_open`."""
+        counts = {"attempt": attempt, "received": received, "delivered": delivered}
+        self.send_open(**{"type": "resume", **counts, **fields})
 
 
 class RawClient(RawPeer):
@@ -321,6 +335,12 @@ class RawClient(RawPeer):
 
     def send_opened(self, channel: int, *, limit: int = 262_144, grace_s: int = 0) -> None:
         self.send_control_on(channel, "opened", limit=limit, grace_s=grace_s)
+
+    def send_resumed(
+        self, channel: int, *, received: int = 0, delivered: int = 0, limit: int = 262_144
+    ) -> None:
+        counts = {"received": received, "delivered": delivered, "limit": limit}
+        self.send_control_on(channel, "resumed", **counts)
 
     def recv_on(self, timeout_s: float = 5.0) -> tuple[int, bytes]:
         """The next message, which must be binary, as (channel, bytes)."""

@@ -117,7 +117,7 @@ def test_flask_and_gunicorn_stay_at_the_servers_edge(path: Path) -> None:
     if "server.app" in wanted:
         assert path.stem in {"__main__", "gunicorn_conf", "worker"}
     if "server.transport" in wanted:
-        assert path.stem in {"leg", "app", "relay"}
+        assert path.stem in {"leg", "user_leg", "app", "relay"}
 
 
 @pytest.mark.parametrize(("file", "allowed"), PURE.items(), ids=PURE)

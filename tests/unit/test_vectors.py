@@ -187,15 +187,23 @@ def test_client_asks_as_the_vector_says(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_proxy_command_asks_as_the_vector_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The token in one header, and nothing else."""
+    """The token in one header; the tunnel in another when it comes to resume, and nothing else."""
     right, script = VECTORS["handshake"]["user"], load("script")
     asked: list[tuple[Any, list[str]]] = []
     monkeypatch.setattr(script, "connect", lambda to, headers, **_: asked.append((to, headers)))
     argv = ["device", "127.0.0.1", "22", "--server-url", "ws://localhost"]
     settings = script.read_settings(argv, {"HTTP_NETWORK_RELAY_SECRET_KEY": right["token"]})
-    script.Session(settings)._connect(restart_until=0.0)
+    session = script.Session(settings)
+    session._connect()
     assert asked[0][0].resource == right["path"]
     assert asked[0][1] == [f"Authorization: {right['headers']['Authorization']}"]
+    (resuming,) = [v["replace"] for v in VECTORS["handshakes"] if v["id"] == "user-that-resumes"]
+    session._opening = {"tunnel_id": resuming["HTTP-Network-Relay-Tunnel"]}
+    session._end.on_open(0, 120)
+    session._connect()
+    assert asked[1][0] == asked[0][0]
+    more = [f"{name}: {value}" for name, value in resuming.items()]
+    assert asked[1][1] == asked[0][1] + more
 
 
 @pytest.mark.parametrize("vector", VECTORS["user_names"], ids=lambda v: v["user"])
@@ -288,15 +296,16 @@ class StreamRun:
     def __init__(self, module: Any, vector: Mapping[str, Any]) -> None:
         self.module = module
         self.stream = module.Stream(vector["max_window"])
+        self.replayed = 0
 
     def play(self, step: Mapping[str, Any]) -> None:
         """Do one step, and check its result and the counters after it."""
         do = getattr(self, "do_" + step["do"])
         if "error" in step:
-            expected = self.module.TunnelError if step["error"] == "tunnel" else ValueError
-            with pytest.raises(expected) as caught:
+            with pytest.raises(self.module.TunnelError) as caught:
                 do(step)
-            assert step["error"] == "local" or caught.value.code == "protocol_error"
+            assert step["error"] == "tunnel"
+            assert caught.value.code == "protocol_error"
         else:
             result = do(step)
             assert result == step.get("gives")
@@ -310,14 +319,37 @@ class StreamRun:
         self.stream.out.limit = step["limit"]
 
     def do_send(self, step: Mapping[str, Any]) -> None:
-        self.stream.out.send(step["size"])
+        self.stream.out.take(bytes(step["size"]))
+        self.flush()
 
-    def do_end(self, step: Mapping[str, Any]) -> int:
-        return int(self.stream.out.end())
+    def flush(self) -> None:
+        """Send what the credit allows."""
+        self.replayed = sum(len(piece) for piece in iter(self.stream.out.next_piece, None))
 
-    def do_ack(self, step: Mapping[str, Any]) -> None:
+    def do_end(self, step: Mapping[str, Any]) -> int | None:
+        self.stream.out.end()
+        count: int | None = self.stream.out.next_eof()
+        return count
+
+    def do_ack(self, step: Mapping[str, Any]) -> int | None:
         ack = self.module.Ack(step["delivered"], step["limit"], step["eof"])
         self.stream.out.on_ack(ack)
+        self.flush()
+        count: int | None = self.stream.out.next_eof()
+        return count
+
+    def do_resume(self, step: Mapping[str, Any]) -> list[int]:
+        """What this end says of itself; what comes then is on the new channel."""
+        return list(self.stream.into.resume())
+
+    def do_peer(self, step: Mapping[str, Any]) -> int | None:
+        """What the other end says of itself; what goes out then is on the new channel."""
+        peer = self.module.Position(step["received"], step["delivered"], step["limit"])
+        self.stream.out.check_resume(peer)
+        self.stream.out.resume(peer)
+        self.flush()
+        count: int | None = self.stream.out.next_eof()
+        return count
 
     def do_data(self, step: Mapping[str, Any]) -> None:
         self.stream.into.on_data(step["size"], step["now"])
@@ -329,8 +361,9 @@ class StreamRun:
     def do_eof(self, step: Mapping[str, Any]) -> None:
         self.stream.into.on_eof(step["count"])
 
-    def do_eof_delivered(self, step: Mapping[str, Any]) -> list[Any]:
-        return list(self.stream.into.on_eof_delivered(step["now"]))
+    def do_eof_delivered(self, step: Mapping[str, Any]) -> list[Any] | None:
+        ack = self.stream.into.on_eof_delivered(step["now"])
+        return None if ack is None else list(ack)
 
     def do_eof_ack_sent(self, step: Mapping[str, Any]) -> None:
         """Whoever sends the ack of the eof says so: only then is this end through."""
@@ -339,6 +372,13 @@ class StreamRun:
     def do_received_and_delivered(self, step: Mapping[str, Any]) -> None:
         """A stream that is this old: no test can send so much."""
         self.stream.into.received = self.stream.into.delivered = step["count"]
+
+    def see_taken(self) -> int:
+        return int(self.stream.out.taken)
+
+    def see_replayed(self) -> int:
+        """How much went out by the last step."""
+        return self.replayed
 
     def see_sent(self) -> int:
         return int(self.stream.out.sent)

@@ -5,14 +5,27 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import json
+import queue
 import socket
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from client.dial import Endpoint
+from client.wire import (
+    MAX_DATA_BYTES,
+    OP_BINARY,
+    OP_CLOSE,
+    OP_PING,
+    OP_PONG,
+    OP_TEXT,
+    encode_channel,
+    encode_control,
+)
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 SUBPROTOCOL = "http-network-relay.v1"
@@ -193,3 +206,130 @@ def hand_server(serve: Callable[[Visitor], None], wrap: Any = None) -> Iterator[
 def stay(visitor: Visitor) -> None:
     """Accept, and then say nothing."""
     visitor.wait_gone()
+
+
+class PlayedLeg:
+    """The server's end of a leg, in the test's own thread. Every wait ends by the socket's."""
+
+    def __init__(self, visitor: Visitor) -> None:
+        self.visitor = visitor
+        self.controls: list[dict[str, Any]] = []
+        # By channel; 0 on a user leg.
+        self.data: dict[int, bytearray] = {}
+        self.close_code: int | None = None
+
+    def say(self, kind: str, channel: int = 0, **fields: Any) -> None:
+        self.visitor.sock.sendall(frame(OP_TEXT, encode_control(kind, channel, **fields)))
+
+    def send(self, data: bytes, channel: int = 0) -> None:
+        head = encode_channel(channel) if channel else b""
+        for start in range(0, len(data), MAX_DATA_BYTES):
+            piece = head + data[start : start + MAX_DATA_BYTES]
+            self.visitor.sock.sendall(frame(OP_BINARY, piece))
+
+    def read(self) -> None:
+        """Take one message in."""
+        opcode, payload = self.visitor.read_frame()
+        if opcode == OP_TEXT:
+            self.controls.append(json.loads(payload))
+        elif opcode == OP_BINARY:
+            split = 4 if self.is_clients else 0
+            channel = int.from_bytes(payload[:split], "big")
+            self.data.setdefault(channel, bytearray()).extend(payload[split:])
+        elif opcode == OP_PING:
+            self.visitor.sock.sendall(frame(OP_PONG, payload))
+        elif opcode == OP_CLOSE:
+            self.close_code = int.from_bytes(payload[:2], "big")
+
+    @property
+    def is_clients(self) -> bool:
+        return b"/ws_for_clients" in self.visitor.head.split(b"\r\n")[0]
+
+    def until(self, predicate: Callable[[], Any]) -> Any:
+        """Read until it is true; what it gave."""
+        while not (value := predicate()):
+            self.read()
+        return value
+
+    def control(self, kind: str, channel: int = 0) -> dict[str, Any]:
+        """Read until the first control of this kind (on this channel) is there."""
+        found: dict[str, Any] = self.until(
+            lambda: next(
+                (
+                    control
+                    for control in self.controls
+                    if control["type"] == kind and control.get("channel", 0) == channel
+                ),
+                None,
+            )
+        )
+        return found
+
+    def wait_bytes(self, count: int, channel: int = 0) -> bytes:
+        self.until(lambda: len(self.data.get(channel, b"")) >= count)
+        return bytes(self.data.get(channel, b""))
+
+    def wait_close(self) -> int:
+        code: int = self.until(lambda: self.close_code)
+        return code
+
+    def cut(self, *, rst: bool = False) -> None:
+        """End the connection without a close; `rst`: and without a FIN."""
+        if rst:
+            linger_0 = struct.pack("ii", 1, 0)
+            self.visitor.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_0)
+        else:
+            with contextlib.suppress(OSError):
+                self.visitor.sock.shutdown(socket.SHUT_RDWR)
+        self.visitor.sock.close()
+
+    def close(self, code: int) -> None:
+        """End it as a server does: a close, which is answered, and then the connection."""
+        with contextlib.suppress(OSError):
+            self.visitor.sock.sendall(frame(OP_CLOSE, struct.pack("!H", code)))
+            self.wait_close()
+        self.cut()
+
+
+class PlayedServer:
+    """Gives each leg that comes up to the test, which plays it; refuses first what it is told."""
+
+    def __init__(self) -> None:
+        self._up: queue.SimpleQueue[PlayedLeg] = queue.SimpleQueue()
+        self._over = threading.Event()
+        # What the next requests are answered instead of a 101: status line, code, more headers.
+        self.refusals: deque[tuple[str, str, dict[str, str]]] = deque()
+        self.refused: list[str] = []
+        self.hand = HandServer(self._serve)
+
+    def __enter__(self) -> PlayedServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.hand.stop()
+        if self.hand.errors:
+            raise self.hand.errors[0]
+
+    @property
+    def port(self) -> int:
+        return self.hand.port
+
+    def _serve(self, visitor: Visitor) -> None:
+        if self.refusals:
+            status, code, headers = self.refusals.popleft()
+            visitor.read_head()
+            body = json.dumps({"code": code, "message": "because"}).encode()
+            visitor.answer(status, body, HTTP_Network_Relay="v1", **headers)
+            self.refused.append(code)
+            return
+        visitor.upgrade()
+        self._up.put(PlayedLeg(visitor))
+        self._over.wait(60.0)
+
+    def leg(self, timeout_s: float = 10.0) -> PlayedLeg:
+        """Wait for the next leg."""
+        return self._up.get(timeout=timeout_s)
+
+    def has_leg(self) -> bool:
+        return not self._up.empty()

@@ -8,8 +8,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from client.errors import RelayError
 from client.leg import Leg
 from client.outbox import Outbox
+from client.tunnel import Tunnel
+from client.tunnels import Tunnels
 from client.wire import (
     DEFAULT_MAX_WINDOW_BYTES,
     MIN_WINDOW_BYTES,
@@ -44,12 +47,15 @@ class FakeTransport:
 class ServerSide:
     """A Leg in a thread, and the server's end of it in the test's hands.
 
-    A third thread takes what the leg sends, as the writer would; `holds` keeps it from that.
+    A third thread takes what the leg sends, as the writer would. `tunnels` are those of an
+    earlier leg, which that one ends; else they are this leg's own, with `grace_s`.
     """
 
-    def __init__(self, max_window_bytes: int = DEFAULT_MAX_WINDOW_BYTES) -> None:
+    def __init__(self, tunnels: Tunnels | None = None, *, grace_s: int = 0) -> None:
         self.transport = FakeTransport()
-        self.leg = Leg(self.transport, max_window_bytes)  # type: ignore[arg-type]
+        self._owns_tunnels = tunnels is None
+        self.tunnels = tunnels or Tunnels(DEFAULT_MAX_WINDOW_BYTES, grace_s)
+        self.leg = Leg(self.transport, self.tunnels)  # type: ignore[arg-type]
         # Guards controls and data; woken at each frame.
         self._changed = threading.Condition()
         self.controls: list[dict[str, Any]] = []
@@ -72,8 +78,11 @@ class ServerSide:
         """Lose the leg, and join all that it had."""
         self.transport.messages.put((OP_CLOSE, 1006))
         self._reader.join(5.0)
-        for tunnel in self.leg._all():
-            tunnel.thread.join(5.0)
+        if self._owns_tunnels:
+            alive = self.tunnels.alive()
+            self.tunnels.reset_all(RelayError("client_stopped", "the end of the test"))
+            for tunnel in alive:
+                tunnel.thread.join(5.0)
         self.transport.outbox.stop()
         self._writer.join(5.0)
 
@@ -120,7 +129,15 @@ class ServerSide:
             self.transport.messages.put((OP_BINARY, message))
 
     def open(self, channel: int, port: int, **fields: Any) -> None:
-        opening: dict[str, Any] = {
+        self.say("open", channel, **{**self._opening(channel, port), **fields})
+
+    def resume(self, channel: int, port: int, of: int, **fields: Any) -> None:
+        """Resume, on this channel, the tunnel that was opened on the channel `of`."""
+        more = {"attempt": 1, "received": 0, "delivered": 0}
+        self.say("resume", channel, **{**self._opening(of, port), **more, **fields})
+
+    def _opening(self, channel: int, port: int) -> dict[str, Any]:
+        return {
             "client": "lab-1",
             "host": "127.0.0.1",
             "port": port,
@@ -128,10 +145,9 @@ class ServerSide:
             "tunnel_id": f"{channel:032x}",
             "resume_token": "0" * 64,
             "limit": MIN_WINDOW_BYTES,
-            "grace_s": 0,
+            "grace_s": 120,
             "user": "anna",
         }
-        self.say("open", channel, **{**opening, **fields})
 
     def ack(self, channel: int, delivered: int, *, eof: bool = False, limit: int = 2**40) -> None:
         self.say("ack", channel, delivered=delivered, limit=limit, eof=eof)
@@ -169,6 +185,15 @@ class ServerSide:
             kinds = [kind for number, kind in self.order if number == channel and kind != "ack"]
         return [kind for at, kind in enumerate(kinds) if at == 0 or kinds[at - 1] != kind]
 
+    def tunnel(self, channel: int) -> Tunnel:
+        """The tunnel that came by this channel."""
+        return eventually(lambda: self.leg._channels.get(channel), 5.0)[0]  # type: ignore[index]
+
     def wait_forgotten(self, channel: int, timeout_s: float = 5.0) -> None:
-        """Wait until the client holds nothing of that channel."""
-        eventually(lambda: channel not in {tunnel.channel for tunnel in self.leg._all()}, timeout_s)
+        """Wait until the client holds no thread and no socket of that channel's tunnel."""
+
+        def is_forgotten() -> bool:
+            found = self.leg._channels.get(channel)
+            return found is None or found[0] not in self.tunnels.alive()
+
+        eventually(is_forgotten, timeout_s)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import client.agent
-from client.agent import Agent
-from client.backoff import CAP_S, Backoff
+from client.agent import CAP_S, Agent
+from client.backoff import Backoff
 from client.config import ClientConfig
 from client.dial import Endpoint
 from client.wire import OP_BINARY, OP_CLOSE, OP_TEXT
@@ -112,7 +112,7 @@ def levels(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_retries_follow_the_backoff(serve: Callable[[Visitor], None]) -> None:
     """At once, then with full jitter on a doubling bound."""
     waits, _ = tries(serve, 8)
-    expected = Backoff(random.Random(SEED))
+    expected = Backoff(CAP_S, random.Random(SEED))
     assert waits == [expected.next_s() for _ in range(8)]
 
 
@@ -123,7 +123,7 @@ def test_server_that_is_not_there_is_tried_by_the_backoff() -> None:
     agent = PromptAgent(config_for(endpoint), 5)
     with running(agent):
         assert agent.has_tried.wait(5.0)
-    expected = Backoff(random.Random(SEED))
+    expected = Backoff(CAP_S, random.Random(SEED))
     assert agent.waits[:5] == [expected.next_s() for _ in range(5)]
 
 
@@ -182,10 +182,16 @@ def test_replaced_by_itself_is_no_warning(caplog: pytest.LogCaptureFixture) -> N
     assert set(levels(caplog)) == {"INFO"}
 
 
-def test_stable_leg_starts_the_backoff_anew_before_it_is_asked(
+def holding(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """From here on each leg seems to have held so long."""
+    real = Backoff.held
+    monkeypatch.setattr(Backoff, "held", lambda self, _, **kw: real(self, seconds, **kw))
+
+
+def test_leg_that_held_starts_the_backoff_anew_before_it_is_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first retry after a stable minute is immediate, whatever went before."""
+    """The first retry after it is immediate, whatever went before."""
     count = 0
 
     def serve(visitor: Visitor) -> None:
@@ -194,10 +200,29 @@ def test_stable_leg_starts_the_backoff_anew_before_it_is_asked(
         if count <= 5:
             drop(visitor)
             return
-        monkeypatch.setattr(client.agent, "STABLE_S", 0.0)
+        holding(monkeypatch, 60.0)
         closing(1001)(visitor)
 
     waits, _ = tries(serve, 7)
+    assert waits[4] > 0
+    assert waits[5:] == [0.0, 0.0]
+
+
+def test_leg_that_carried_a_tunnel_starts_the_backoff_anew() -> None:
+    """However short it held: the tunnel waits for the next one."""
+    count = 0
+
+    def serve(visitor: Visitor) -> None:
+        nonlocal count
+        count += 1
+        if count <= 5:
+            drop(visitor)
+            return
+        visitor.upgrade(frame(OP_TEXT, json.dumps({**OPEN, "port": target.port}).encode()))
+        assert json.loads(visitor.read_frame()[1])["type"] == "opened"
+
+    with RecordingTarget() as target:
+        waits, _ = tries(serve, 7)
     assert waits[4] > 0
     assert waits[5:] == [0.0, 0.0]
 

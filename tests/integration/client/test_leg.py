@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import client.leg
+import client.tunnels
 from client.wire import MIN_WINDOW_BYTES, OP_BINARY, LegError
 from tests.integration.client.fake_leg import ServerSide
 from tests.support.targets import EchoTarget, SilentTarget, black_hole_port
@@ -82,7 +82,7 @@ def test_message_before_opened_ends_that_tunnel_and_its_dial(
     server.control("opened", 1)
     with black_hole_port() as hole:
         server.open(2, hole)
-        eventually(lambda: len(server.leg._all()) == 2)
+        eventually(lambda: len(server.tunnels.alive()) == 2)
         if name == "data":
             server.send(2, b"x")
         elif name == "eof":
@@ -197,16 +197,13 @@ def test_tunnel_id_in_use_is_refused_and_the_first_not_touched(
     assert is_alive(server, 3)
 
 
-def test_resume_is_refused_as_an_unknown_tunnel(server: ServerSide, echo: EchoTarget) -> None:
-    """Every program knows the type from the first day."""
+def test_resume_of_a_tunnel_without_grace_is_refused_as_unknown(
+    server: ServerSide, echo: EchoTarget
+) -> None:
+    """`--resume-timeout 0`: such a tunnel is not kept, and nobody takes it over."""
     server.open(1, echo.port)
     server.control("opened", 1)
-    fields = {
-        "client": "lab-1", "host": "127.0.0.1", "port": echo.port, "protocol": "tcp",
-        "tunnel_id": f"{1:032x}", "resume_token": "0" * 64, "limit": 0, "grace_s": 0,
-        "user": "anna", "attempt": 1, "received": 0, "delivered": 0,
-    }  # fmt: skip
-    server.say("resume", 2, **fields)
+    server.resume(2, echo.port, of=1)
     assert server.control("refused", 2)["code"] == "unknown_tunnel"
     assert is_alive(server, 1)
 
@@ -223,8 +220,8 @@ def test_one_tunnel_too_many_is_refused(
     server: ServerSide, echo: EchoTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And there is room again when one has ended."""
-    assert client.leg.MAX_TUNNELS == 512
-    monkeypatch.setattr(client.leg, "MAX_TUNNELS", 3)
+    assert client.tunnels.MAX_TUNNELS == 512
+    monkeypatch.setattr(client.tunnels, "MAX_TUNNELS", 3)
     for channel in (1, 2, 3, 4):
         server.open(channel, echo.port)
     assert server.control("refused", 4)["code"] == "busy"
@@ -242,6 +239,7 @@ def test_going_away_is_noted_and_ends_nothing(server: ServerSide, echo: EchoTarg
     server.say("going_away", spread_ms=1500)
     assert is_alive(server, 1)
     assert server.leg.spread_s == 1.5
+    assert server.leg.is_leaving.is_set()
 
 
 def test_unknown_fields_are_ignored(server: ServerSide, echo: EchoTarget) -> None:

@@ -165,7 +165,7 @@ def test_target_is_read_only_as_far_as_credit_goes(server: ServerSide) -> None:
         assert len(server.bytes_of(1)) == 100_000
         server.ack(1, 100_000, limit=100_001)
         server.wait_bytes(1, 100_001)
-        tunnel = server.leg._all()[0]
+        tunnel = server.tunnel(1)
         assert tunnel.end.counts[0] == 100_001
         assert tunnel.end.credit() == 0
 
@@ -248,7 +248,7 @@ def test_target_that_takes_no_more_is_read_to_its_end_first(server: ServerSide) 
         conversation.reset()
         conversation.wait(lambda me: me.is_closed)
         server.send(1, b"more")
-        tunnel = server.leg._all()[0]
+        tunnel = server.tunnel(1)
         eventually(lambda: tunnel.end._consumer_failed)
         assert server.find("reset", 1) is None
         server.ack(1, 10)
@@ -427,7 +427,7 @@ def test_stopped_client_resets_with_its_reason(server: ServerSide) -> None:
     """The proxy user reads why."""
     with RecordingTarget() as target:
         conversation = opened(server, target)
-        server.leg.reset_all(RelayError("client_stopped", "the client was stopped"))
+        server.tunnels.reset_all(RelayError("client_stopped", "the client was stopped"))
         assert server.control("reset", 1)["code"] == "client_stopped"
         assert conversation.wait_ended() == "reset"
 
@@ -451,7 +451,7 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 def stick(server: ServerSide, channel: int) -> None:
     """Send a window to a target that does not read, until its writer is stuck."""
     server.send(channel, bytes(MIN_WINDOW_BYTES))
-    (tunnel,) = [each for each in server.leg._all() if each.channel == channel]
+    tunnel = server.tunnel(channel)
     eventually(lambda: tunnel.end._stream.into.received == MIN_WINDOW_BYTES)
     assert tunnel._sock is not None
     eventually(lambda: not wait_ready(tunnel._sock, write=True, timeout_s=0.0))  # type: ignore[arg-type]
@@ -514,7 +514,7 @@ def test_reset_during_the_dial_closes_the_late_socket(
         server.open(1, target.port)
         assert dialled.wait(5.0)
         server.say("reset", 1, code="user_gone", message="")
-        eventually(lambda: server.leg._all()[0].end.is_over)
+        eventually(lambda: server.tunnel(1).end.is_over)
         go_on.set()
         assert target.conversation().wait_ended() == "eof"
         server.wait_forgotten(1)
@@ -525,7 +525,7 @@ def test_reset_cancels_a_dial_that_gets_no_answer(server: ServerSide) -> None:
     """Long before the dial's deadline."""
     with black_hole_port() as hole:
         server.open(1, hole)
-        eventually(lambda: server.leg._all())
+        eventually(lambda: server.tunnels.alive())
         begun = time.monotonic()
         server.say("reset", 1, code="user_gone", message="")
         server.wait_forgotten(1)
@@ -537,7 +537,7 @@ def test_lost_leg_drops_a_tunnel_that_dials(server: ServerSide) -> None:
     """There is nobody to answer to."""
     with black_hole_port() as hole:
         server.open(1, hole)
-        eventually(lambda: server.leg._all())
+        eventually(lambda: server.tunnels.alive())
         server.lose()
         server.wait_forgotten(1, 0.8)
 

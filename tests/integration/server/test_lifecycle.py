@@ -68,6 +68,62 @@ def test_every_leg_closes_with_1012_when_the_server_is_told_to_stop(
         assert time.monotonic() - begun < 1.5
 
 
+def test_tunnels_go_on_for_half_a_second_when_the_server_is_told_to_stop(tmp_path: Path) -> None:
+    """Time to have the next leg up; who stays is detached then, and no tunnel is reset."""
+    with (
+        start_server(tmp_path, threads=8) as server,
+        RawClient(server.url) as client,
+        RawUser(server.url) as user,
+        RawUser(server.url) as leaver,
+        RawUser(server.url) as opening,
+    ):
+        channel = open_tunnel(client, user)
+        left = open_tunnel(client, leaver)
+        wait_up(server, 4)
+        begun = time.monotonic()
+        server.terminate()
+        for peer in (client, user, leaver, opening):
+            peer.recv_control("going_away")
+
+        leaver.close()
+        assert client.recv_control("detached") == {
+            "type": "detached",
+            "channel": left,
+            "code": "user_lost",
+        }
+        opening.send_open(tunnel_id="f" * 32)
+        assert opening.recv_control("refused")["code"] == "server_restart"
+        while time.monotonic() < begun + 0.3:
+            user.send_binary(b"key")
+            assert client.recv_on() == (channel, b"key")
+            client.send_on(channel, b"echo")
+            assert user.recv_binary() == b"echo"
+
+        assert user.recv_control("detached")["code"] == "server_restart"
+        assert time.monotonic() - begun > 0.45
+        assert user.recv_close(1)[0] == 1012
+        # Not past other messages: there are none.
+        assert client.recv()[:2] == ("close", 1012)
+        for last in (client, user, opening):
+            last.drop()
+        assert server.wait(2) == 0
+        assert time.monotonic() - begun < 1.5
+
+
+def test_legs_are_not_ended_when_all_of_them_leave(tmp_path: Path) -> None:
+    """The half second is an offer: the server goes with the last leg, and cuts off nobody."""
+    with start_server(tmp_path, threads=8) as server:
+        with RawClient(server.url) as client, RawUser(server.url) as user:
+            open_tunnel(client, user)
+            wait_up(server, 2)
+            server.terminate()
+            client.recv_control("going_away")
+            user.recv_control("going_away")
+        assert server.wait(2) == 0
+        assert server.text.count("leg down reason=") == 2
+        assert "server_restart" not in server.text
+
+
 def test_process_is_gone_in_two_seconds_when_everything_is_stuck(tmp_path: Path) -> None:
     """Peers that read nothing and close nothing, and half a request head, hold nobody up."""
     with start_server(tmp_path, threads=8) as server, contextlib.ExitStack() as stack:

@@ -123,10 +123,11 @@ REFUSED_AT_ONCE = {
     "limit a float": ({"limit": 1.5}, "protocol_error"),
     "tunnel_id short": ({"tunnel_id": "12"}, "protocol_error"),
     "token missing": ({"resume_token": None}, "protocol_error"),
-    "a resume": (
-        {"type": "resume", "attempt": 1, "received": 0, "delivered": 0},
-        "unknown_tunnel",
+    "a resume of an unknown client": (
+        {"type": "resume", "attempt": 1, "received": 0, "delivered": 0, "client": "nobody"},
+        "client_unknown",
     ),
+    "a resume without its counts": ({"type": "resume", "attempt": 1}, "protocol_error"),
     "an ack first": ({"type": "ack"}, "protocol_error"),
     "from the other side": ({"type": "opened"}, "protocol_error"),
 }

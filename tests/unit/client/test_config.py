@@ -18,6 +18,7 @@ ENV = {
     "HTTP_NETWORK_RELAY_CLIENT_SECRET": "env-secret",
     "HTTP_NETWORK_RELAY_PING_INTERVAL": "7.5",
     "HTTP_NETWORK_RELAY_MAX_WINDOW": "300000",
+    "HTTP_NETWORK_RELAY_RESUME_TIMEOUT": "60",
 }
 
 
@@ -37,7 +38,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert config.endpoint.url == "ws://127.0.0.1:8000/ws_for_clients"
     assert (config.name, config.secret) == ("lab-1", SECRET)
     assert (config.ping_interval_s, config.max_window_bytes) == (20.0, 4 * 1024 * 1024)
-    assert (config.context, config.is_verbose) == (None, False)
+    assert (config.grace_s, config.context, config.is_verbose) == (120, None, False)
 
 
 def test_environment_goes_before_the_defaults() -> None:
@@ -46,16 +47,20 @@ def test_environment_goes_before_the_defaults() -> None:
     assert config.endpoint.url == "wss://env.example:443/ws_for_clients"
     assert (config.name, config.secret) == ("env-name", "env-secret")
     assert (config.ping_interval_s, config.max_window_bytes) == (7.5, 300_000)
+    assert config.grace_s == 60
     assert config.context is not None
 
 
 def test_flags_go_before_the_environment() -> None:
     """Every flag."""
     argv = [*GOOD, "--server-url", "ws://flag.example:1/p", "--ping-interval", "5"]
-    config = read_config([*argv, "--max-window", "1000000", "--verbose"], ENV)
+    config = read_config(
+        [*argv, "--max-window", "1000000", "--verbose", "--resume-timeout", "0"], ENV
+    )
     assert config.endpoint.url == "ws://flag.example:1/p"
     assert (config.name, config.secret) == ("lab-1", SECRET)
     assert (config.ping_interval_s, config.max_window_bytes) == (5.0, 1_000_000)
+    assert config.grace_s == 0
     assert config.is_verbose
 
 
@@ -69,7 +74,7 @@ def test_empty_variable_counts_as_none() -> None:
     """`VAR= command` is how a shell user takes one away."""
     config = read_config(GOOD, dict.fromkeys(ENV, ""))
     assert config.endpoint.host == "127.0.0.1"
-    assert config.ping_interval_s == 20.0
+    assert (config.ping_interval_s, config.grace_s) == (20.0, 120)
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
@@ -127,6 +132,23 @@ def test_window_out_of_range_is_a_usage_error(value: str) -> None:
     """256 KiB to 1 GiB, a whole number."""
     sentence = error_of([*GOOD, f"--max-window={value}"])
     assert "--max-window (HTTP_NETWORK_RELAY_MAX_WINDOW)" in sentence
+
+
+@pytest.mark.parametrize(("value", "seconds"), [("0", 0), ("1", 1), ("86400", 86_400), ("007", 7)])
+def test_resume_timeout_is_a_whole_number_of_seconds_up_to_a_day(value: str, seconds: int) -> None:
+    """0: a tunnel is not kept."""
+    assert read_config([*GOOD, "--resume-timeout", value], ENV).grace_s == seconds
+    assert read_config(GOOD, {"HTTP_NETWORK_RELAY_RESUME_TIMEOUT": value}).grace_s == seconds
+
+
+@pytest.mark.parametrize("value", ["86401", "-1", "1.5", "1e2", "x", "²", " 5", "5\n", "9" * 5000])
+@pytest.mark.parametrize("by", ["flag", "variable"])
+def test_resume_timeout_out_of_range_is_a_usage_error(value: str, by: str) -> None:
+    """0 to 86400, a whole number."""
+    argv = [*GOOD, f"--resume-timeout={value}"] if by == "flag" else GOOD
+    sentence = error_of(argv, {"HTTP_NETWORK_RELAY_RESUME_TIMEOUT": value})
+    assert "--resume-timeout (HTTP_NETWORK_RELAY_RESUME_TIMEOUT)" in sentence
+    assert "86400" in sentence
 
 
 @pytest.mark.parametrize(

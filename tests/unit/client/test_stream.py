@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.stream import Ack, Receiver, Sender, Stream
-from client.wire import MAX_COUNT, MIN_WINDOW_BYTES, TunnelError
+from client.wire import MAX_COUNT, MAX_DATA_BYTES, MIN_WINDOW_BYTES, TunnelError
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -23,6 +23,17 @@ def sender(limit: int) -> Sender:
     return made
 
 
+def pieces(out: Sender) -> list[bytes]:
+    """All messages that go out now."""
+    return [bytes(piece) for piece in iter(out.next_piece, None)]
+
+
+def send(out: Sender, size: int) -> None:
+    """Take so many bytes from the source, and send what the credit allows."""
+    out.take(b"x" * size)
+    pieces(out)
+
+
 # The sender.
 
 
@@ -31,24 +42,53 @@ def test_sender_has_no_credit_before_it_was_told_a_limit() -> None:
     assert Sender().credit == 0
 
 
-def test_sender_refuses_to_send_more_than_its_credit() -> None:
-    """Our own mistake is an error here, not at the peer; nothing is counted then."""
+def test_sender_sends_no_byte_beyond_its_limit_whatever_was_taken() -> None:
+    """Our own mistake, or credit that fell, must not become an error at the peer."""
     out = sender(10)
-    out.send(7)
-    with pytest.raises(ValueError, match="4 bytes to send, credit for 3"):
-        out.send(4)
-    out.send(3)
-    assert (out.sent, out.credit) == (10, 0)
+    out.take(b"0123456")
+    assert pieces(out) == [b"0123456"]
+    out.take(b"789abc")
+    assert pieces(out) == [b"789"]
+    assert (out.taken, out.sent, out.credit) == (13, 10, 0)
+    out.on_ack(Ack(0, 11, False))
+    assert pieces(out) == [b"a"]
+    # What was taken goes first: no credit for more while it waits.
+    assert (out.sent, out.credit) == (11, 0)
+    out.on_ack(Ack(0, 100, False))
+    assert pieces(out) == [b"bc"]
+    assert (out.sent, out.credit) == (13, 87)
+
+
+def test_sender_cuts_a_message_at_64_kib() -> None:
+    """The largest legal one."""
+    out = sender(MIB)
+    out.take(bytes(MAX_DATA_BYTES + 1))
+    assert [len(piece) for piece in pieces(out)] == [MAX_DATA_BYTES, 1]
 
 
 def test_eof_ends_credit_and_says_the_count() -> None:
     """Nothing follows an eof, whatever the limit says."""
     out = sender(10)
-    out.send(4)
-    assert out.end() == 4
+    send(out, 4)
+    assert out.next_eof() is None  # The source goes on.
+    out.end()
+    assert out.next_eof() == 4
+    assert out.next_eof() is None
     assert out.credit == 0
     out.on_ack(Ack(2, 1000, False))
     assert out.credit == 0
+
+
+def test_eof_waits_for_bytes_that_have_no_credit() -> None:
+    """It comes behind the last byte; itself it needs no credit."""
+    out = sender(3)
+    out.take(b"abcde")
+    out.end()
+    assert pieces(out) == [b"abc"]
+    assert out.next_eof() is None
+    out.on_ack(Ack(0, 5, False))
+    assert pieces(out) == [b"de"]
+    assert (out.sent, out.limit, out.next_eof()) == (5, 5, 5)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +103,7 @@ def test_eof_ends_credit_and_says_the_count() -> None:
 def test_sender_refuses_an_ack_that_cannot_be_true(ack: Ack) -> None:
     """The error is the tunnel's, and the state stays as it was."""
     out = sender(100)
-    out.send(5)
+    send(out, 5)
     out.on_ack(Ack(2, 100, False))
     with pytest.raises(TunnelError):
         out.on_ack(ack)
@@ -73,8 +113,9 @@ def test_sender_refuses_an_ack_that_cannot_be_true(ack: Ack) -> None:
 def test_sender_refuses_the_ack_of_an_eof_when_bytes_are_missing() -> None:
     """The eof comes behind all bytes, so its ack does too."""
     out = sender(100)
-    out.send(5)
+    send(out, 5)
     out.end()
+    assert out.next_eof() == 5
     with pytest.raises(TunnelError):
         out.on_ack(Ack(4, 100, True))
     out.on_ack(Ack(5, 100, True))
@@ -85,6 +126,7 @@ def test_acked_eof_stays_acked_when_a_later_ack_does_not_say_so() -> None:
     """A flag that is up does not come down."""
     out = sender(100)
     out.end()
+    assert out.next_eof() == 0
     out.on_ack(Ack(0, 100, True))
     out.on_ack(Ack(0, 100, False))
     assert out.eof_acked
@@ -166,7 +208,9 @@ def test_limit_ends_at_the_largest_exact_count() -> None:
     """Beyond 2**53 a JSON number is not exact."""
     into = Receiver()
     into.received = into.delivered = MAX_COUNT - 10
+    into.on_eof(into.received)
     ack = into.on_eof_delivered(0.0)
+    assert ack is not None
     assert ack.limit == MAX_COUNT
 
 
@@ -293,11 +337,12 @@ class End:
         out = self.stream.out
         size = min(most, out.credit, self.to_send)
         if size:
-            out.send(size)
+            out.take(bytes(size))
             self.to_send -= size
-            self.wire.append(("data", size))
+            self.wire.extend(("data", len(piece)) for piece in pieces(out))
         elif not self.to_send and not out.eof_sent:
-            self.wire.append(("eof", out.end()))
+            out.end()
+            self.wire.append(("eof", out.next_eof()))
         else:
             return False
         return True
@@ -401,6 +446,7 @@ def test_stream_is_finished_only_when_both_ways_are_through() -> None:
     stream = Stream()
     stream.out.limit = 10
     stream.out.end()
+    assert stream.out.next_eof() == 0
     stream.into.on_eof(0)
     assert not stream.is_finished
     stream.out.on_ack(Ack(0, 10, True))

@@ -16,7 +16,7 @@ import client.tunnel_end
 from client.errors import RelayError
 from client.outbox import Outbox
 from client.stream import Ack
-from client.tunnel_end import TunnelEnd
+from client.tunnel_end import Link, TunnelEnd
 from client.wire import MAX_DATA_BYTES, MIN_WINDOW_BYTES, OP_BINARY, TunnelError
 
 GONE = RelayError("user_gone", "gone")
@@ -47,10 +47,16 @@ def outbox() -> Outbox:
 
 
 @pytest.fixture
-def end(outbox: Outbox, channel: int) -> TunnelEnd:
-    """An end that is open, with credit for a window."""
-    made = TunnelEnd(outbox, channel, MIN_WINDOW_BYTES)
-    assert made.on_open(MIN_WINDOW_BYTES)
+def link(outbox: Outbox, channel: int) -> Link:
+    """The channel."""
+    return Link(outbox, channel)
+
+
+@pytest.fixture
+def end(link: Link) -> TunnelEnd:
+    """An end that is open, with credit for a window, and no grace."""
+    made = TunnelEnd(link, MIN_WINDOW_BYTES)
+    assert made.on_open(MIN_WINDOW_BYTES, 0)
     return made
 
 
@@ -79,27 +85,27 @@ def waiting(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 @pytest.mark.parametrize(
     "message",
     [
-        lambda end: end.on_data(b"x"),
-        lambda end: end.on_eof(0),
-        lambda end: end.on_ack(Ack(0, 10, False)),
+        lambda end, link: end.on_data(link, b"x"),
+        lambda end, link: end.on_eof(link, 0),
+        lambda end, link: end.on_ack(link, Ack(0, 10, False)),
     ],
     ids=["data", "eof", "ack"],
 )
 def test_message_before_open_is_a_tunnel_error(
-    outbox: Outbox, channel: int, message: Callable[[TunnelEnd], None]
+    link: Link, channel: int, message: Callable[[TunnelEnd, Link], None]
 ) -> None:
     """With the channel that it concerns."""
-    end = TunnelEnd(outbox, channel, MIN_WINDOW_BYTES)
+    end = TunnelEnd(link, MIN_WINDOW_BYTES)
     with pytest.raises(TunnelError) as caught:
-        message(end)
+        message(end, link)
     assert caught.value.channel == channel
 
 
 def test_open_that_comes_after_the_end_is_told() -> None:
     """The dial was too late: close the socket."""
-    end = TunnelEnd(Outbox(), 1, MIN_WINDOW_BYTES)
+    end = TunnelEnd(Link(Outbox(), 1), MIN_WINDOW_BYTES)
     end.on_end(GONE)
-    assert not end.on_open(100)
+    assert not end.on_open(100, 0)
     assert end.credit() == 0
 
 
@@ -123,13 +129,13 @@ def test_send_takes_credit_and_stands_in_the_outbox(
 
 
 @pytest.mark.parametrize("by", ["ack", "end", "reset"])
-def test_producer_without_credit_is_woken(end: TunnelEnd, by: str) -> None:
+def test_producer_without_credit_is_woken(end: TunnelEnd, link: Link, by: str) -> None:
     """By an ack with its size, by an end with 0."""
     for _ in range(4):
         end.send(bytes(MAX_DATA_BYTES))
     thread, results = waiting(end.wait_credit)
     if by == "ack":
-        end.on_ack(Ack(1000, MIN_WINDOW_BYTES + 1000, False))
+        end.on_ack(link, Ack(1000, MIN_WINDOW_BYTES + 1000, False))
     elif by == "end":
         end.on_end(LOST)
     else:
@@ -151,11 +157,13 @@ def test_nothing_is_sent_after_the_end(end: TunnelEnd, outbox: Outbox) -> None:
 # Handing on.
 
 
-def test_chunks_come_in_order_then_the_eof_then_nothing(end: TunnelEnd, outbox: Outbox) -> None:
+def test_chunks_come_in_order_then_the_eof_then_nothing(
+    end: TunnelEnd, link: Link, outbox: Outbox
+) -> None:
     """Small ones may have grown together; eof is b""."""
-    end.on_data(b"one")
-    end.on_data(memoryview(b"two"))
-    end.on_eof(6)
+    end.on_data(link, b"one")
+    end.on_data(link, memoryview(b"two"))
+    end.on_eof(link, 6)
     assert bytes(end.next_chunk()) == b"onetwo"
     end.delivered(6)
     assert end.next_chunk() == b""
@@ -167,13 +175,13 @@ def test_chunks_come_in_order_then_the_eof_then_nothing(end: TunnelEnd, outbox: 
 
 
 @pytest.mark.parametrize("by", ["data", "eof", "end"])
-def test_consumer_without_news_is_woken(end: TunnelEnd, by: str) -> None:
+def test_consumer_without_news_is_woken(end: TunnelEnd, link: Link, by: str) -> None:
     """By each of the three."""
     thread, results = waiting(end.next_chunk)
     if by == "data":
-        end.on_data(b"x")
+        end.on_data(link, b"x")
     elif by == "eof":
-        end.on_eof(0)
+        end.on_eof(link, 0)
     else:
         end.on_end(LOST)
     thread.join(1.0)
@@ -182,12 +190,12 @@ def test_consumer_without_news_is_woken(end: TunnelEnd, by: str) -> None:
 
 
 def test_bytes_before_an_end_are_handed_on_for_a_second(
-    end: TunnelEnd, clock: SimpleNamespace
+    end: TunnelEnd, link: Link, clock: SimpleNamespace
 ) -> None:
     """They came first; then the time is over."""
     block = bytes(MAX_DATA_BYTES)
     for _ in range(3):
-        end.on_data(block)
+        end.on_data(link, block)
     end.on_end(GONE)
     assert end.next_chunk() == block
     clock.now += 0.999
@@ -198,21 +206,21 @@ def test_bytes_before_an_end_are_handed_on_for_a_second(
     assert end.next_chunk() is None
 
 
-def test_eof_before_an_end_is_handed_on(end: TunnelEnd) -> None:
+def test_eof_before_an_end_is_handed_on(end: TunnelEnd, link: Link) -> None:
     """A whole file came, and then the line was lost: the file is whole."""
-    end.on_data(b"all")
-    end.on_eof(3)
+    end.on_data(link, b"all")
+    end.on_eof(link, 3)
     end.on_end(LOST)
     assert end.next_chunk() == b"all"
     assert end.next_chunk() == b""
 
 
-def test_bytes_after_an_end_are_dropped(end: TunnelEnd) -> None:
+def test_bytes_after_an_end_are_dropped(end: TunnelEnd, link: Link) -> None:
     """Whatever they are."""
     end.on_end(LOST)
-    end.on_data(bytes(10 * MIN_WINDOW_BYTES))
-    end.on_eof(99)
-    end.on_ack(Ack(99, 0, True))
+    end.on_data(link, bytes(10 * MIN_WINDOW_BYTES))
+    end.on_eof(link, 99)
+    end.on_ack(link, Ack(99, 0, True))
     assert end.next_chunk() is None
     assert end.counts == (0, 0)
 
@@ -251,17 +259,17 @@ def test_reset_comes_behind_the_data_or_instead_of_it(
     assert frames[:-1] == ([b"before"] if kept else [])
 
 
-def finish(end: TunnelEnd) -> None:
+def finish(end: TunnelEnd, link: Link) -> None:
     end.send_eof()
-    end.on_ack(Ack(0, MIN_WINDOW_BYTES, True))
-    end.on_eof(0)
+    end.on_ack(link, Ack(0, MIN_WINDOW_BYTES, True))
+    end.on_eof(link, 0)
     assert end.next_chunk() == b""
     end.delivered_eof()
 
 
-def test_finished_tunnel_has_no_end_any_more(end: TunnelEnd, outbox: Outbox) -> None:
+def test_finished_tunnel_has_no_end_any_more(end: TunnelEnd, link: Link, outbox: Outbox) -> None:
     """A leg that is lost a moment later does not make a clean end unclean."""
-    finish(end)
+    finish(end, link)
     assert end.is_finished
     assert end.is_over
     end.on_end(LOST)
@@ -270,10 +278,10 @@ def test_finished_tunnel_has_no_end_any_more(end: TunnelEnd, outbox: Outbox) -> 
     assert [frame["type"] for frame in sent(outbox) if isinstance(frame, dict)] == ["ack", "eof"]
 
 
-def test_tunnel_is_not_finished_before_its_last_ack_is_queued(outbox: Outbox, channel: int) -> None:
+def test_tunnel_is_not_finished_before_its_last_ack_is_queued(outbox: Outbox, link: Link) -> None:
     """Who sees it finished closes the leg: that ack must stand before the close."""
     seen: list[bool] = []
-    end = TunnelEnd(outbox, channel, MIN_WINDOW_BYTES)
+    end = TunnelEnd(link, MIN_WINDOW_BYTES)
     real = outbox.put_ack
 
     def put_ack(*args: Any) -> None:
@@ -281,17 +289,17 @@ def test_tunnel_is_not_finished_before_its_last_ack_is_queued(outbox: Outbox, ch
         real(*args)
 
     outbox.put_ack = put_ack  # type: ignore[method-assign]
-    end.on_open(MIN_WINDOW_BYTES)
-    finish(end)
+    end.on_open(MIN_WINDOW_BYTES, 0)
+    finish(end, link)
     assert seen == [False]
     assert end.is_finished
 
 
-def test_waiting_for_the_end_is_woken_by_it(end: TunnelEnd) -> None:
+def test_waiting_for_the_end_is_woken_by_it(end: TunnelEnd, link: Link) -> None:
     """By a clean one and by any other; and by its timeout."""
     end.wait_over(0.001)
     thread, _ = waiting(end.wait_over)
-    finish(end)
+    finish(end, link)
     thread.join(1.0)
     assert not thread.is_alive()
 
@@ -312,9 +320,10 @@ def test_change_is_told_without_the_lock(outbox: Outbox) -> None:
         assert results == [True]
         told.append(end.is_over)
 
-    end = TunnelEnd(outbox, 0, MIN_WINDOW_BYTES, on_change)
-    end.on_open(10)
-    end.on_ack(Ack(0, 20, False))
+    link = Link(outbox)
+    end = TunnelEnd(link, MIN_WINDOW_BYTES, on_change)
+    end.on_open(10, 0)
+    end.on_ack(link, Ack(0, 20, False))
     end.reset(LOST)
     assert told == [False, True]
 
@@ -356,10 +365,11 @@ def test_two_ends_in_six_threads_carry_all_bytes_both_ways_and_finish() -> None:
     """Producer, consumer and reader at each end, under the smallest window."""
     sizes = (700_000, 300_000)
     outboxes = (Outbox(), Outbox())
-    ends = [TunnelEnd(outbox, 5, MIN_WINDOW_BYTES) for outbox in outboxes]
+    links = [Link(outbox, 5) for outbox in outboxes]
+    ends = [TunnelEnd(link, MIN_WINDOW_BYTES) for link in links]
     taken = [0, 0]
     for end in ends:
-        end.on_open(MIN_WINDOW_BYTES)
+        end.on_open(MIN_WINDOW_BYTES, 0)
 
     def produce(which: int) -> None:
         end, left = ends[which], sizes[which]
@@ -379,16 +389,16 @@ def test_two_ends_in_six_threads_carry_all_bytes_both_ways_and_finish() -> None:
 
     def carry(which: int) -> None:
         """What this end's leg writes reaches the other end's reader."""
-        other = ends[1 - which]
+        other, link = ends[1 - which], links[1 - which]
         while (frame := outboxes[which].take()) is not None:
             if frame.opcode == OP_BINARY:
-                other.on_data(frame.payload)
+                other.on_data(link, frame.payload)
                 continue
             control = json.loads(frame.payload)
             if control["type"] == "eof":
-                other.on_eof(control["count"])
+                other.on_eof(link, control["count"])
             else:
-                other.on_ack(Ack(control["delivered"], control["limit"], control["eof"]))
+                other.on_ack(link, Ack(control["delivered"], control["limit"], control["eof"]))
 
     errors: list[BaseException] = []
 

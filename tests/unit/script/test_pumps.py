@@ -27,13 +27,14 @@ WINDOW = script.MIN_WINDOW_BYTES
 class Desk:
     """Pumps on two pipes of the test's, the leg's frames collected by a thread."""
 
-    def __init__(self, *, limit: int = WINDOW) -> None:
+    def __init__(self, *, limit: int = WINDOW, grace_s: float = 0) -> None:
         self.stdin_r, self.stdin_w = os.pipe()
         self.stdout_r, self.stdout_w = os.pipe()
         self.outbox = script.Outbox()
         self.pumps = script.Pumps()
-        self.end = script.TunnelEnd(self.outbox, 0, WINDOW, self.pumps.wake)
-        self.end.on_open(limit)
+        self.link = script.Link(self.outbox)
+        self.end = script.TunnelEnd(self.link, WINDOW, self.pumps.wake)
+        self.end.on_open(limit, grace_s)
         # Guards what was sent; woken at each frame.
         self._changed = threading.Condition()
         self.up = bytearray()
@@ -130,14 +131,14 @@ def test_stdin_goes_up_and_its_end_is_an_eof(desk: Desk) -> None:
     desk.wait(lambda: desk.controls)
     assert desk.controls == [{"type": "eof", "count": 3}]
     # The other direction lives on.
-    desk.end.on_data(b"answer")
+    desk.end.on_data(desk.link, b"answer")
     assert read_exactly(desk.stdout_r, 6) == b"answer"
 
 
 def test_what_came_goes_to_stdout_and_its_end_closes_it(desk: Desk) -> None:
     """The reader sees the end while stdin is still open; then the ack says eof."""
-    desk.end.on_data(b"answer")
-    desk.end.on_eof(6)
+    desk.end.on_data(desk.link, b"answer")
+    desk.end.on_eof(desk.link, 6)
     assert read_exactly(desk.stdout_r, 6) == b"answer"
     assert os.read(desk.stdout_r, 1) == b""
     desk.wait(lambda: desk.controls)
@@ -152,8 +153,8 @@ def test_clean_end_ends_both_pumps(desk: Desk) -> None:
     """Both eofs and both acks: nobody is asked for an exit code."""
     desk.close(desk.stdin_w)
     desk.wait(lambda: desk.controls)
-    desk.end.on_eof(0)
-    desk.end.on_ack(script.Ack(0, WINDOW, True))
+    desk.end.on_eof(desk.link, 0)
+    desk.end.on_ack(desk.link, script.Ack(0, WINDOW, True))
     desk.pumps.join(2.0)
     assert desk.end.is_finished
     assert not desk.pumps._up.is_alive()
@@ -169,9 +170,9 @@ def test_stdin_is_left_alone_without_credit(make_desk: Callable[..., Desk]) -> N
     poll = select.poll()
     poll.register(desk.stdin_r, select.POLLIN)
     assert poll.poll(0)
-    desk.end.on_ack(script.Ack(10, 13, False))
+    desk.end.on_ack(desk.link, script.Ack(10, 13, False))
     desk.wait(lambda: len(desk.up) == 13)
-    desk.end.on_ack(script.Ack(13, 100, False))
+    desk.end.on_ack(desk.link, script.Ack(13, 100, False))
     desk.wait(lambda: desk.up == b"0123456789abcdef")
 
 
@@ -180,15 +181,15 @@ def test_stdout_that_somebody_made_non_blocking_is_waited_for(desk: Desk) -> Non
     os.set_blocking(desk.stdout_w, False)
     data = bytes(range(256)) * 1000
     for start in range(0, len(data), 64_000):
-        desk.end.on_data(data[start : start + 64_000])
+        desk.end.on_data(desk.link, data[start : start + 64_000])
     assert read_exactly(desk.stdout_r, len(data)) == data
     assert desk.end.ended is None
 
 
 def test_stuck_stdout_does_not_hold_stdin_up(desk: Desk) -> None:
     """Its reader sleeps; what is typed still goes."""
-    desk.end.on_data(bytes(60_000))
-    desk.end.on_data(bytes(60_000))
+    desk.end.on_data(desk.link, bytes(60_000))
+    desk.end.on_data(desk.link, bytes(60_000))
     os.write(desk.stdin_w, b"typed")
     desk.wait(lambda: desk.up == b"typed")
 
@@ -196,7 +197,7 @@ def test_stuck_stdout_does_not_hold_stdin_up(desk: Desk) -> None:
 def test_ack_says_what_was_written_and_not_what_came(desk: Desk) -> None:
     """Bytes in a queue are not delivered."""
     for _ in range(4):
-        desk.end.on_data(bytes(64 * 1024))
+        desk.end.on_data(desk.link, bytes(64 * 1024))
     # A pipe takes 64 KiB; more is not acked before somebody reads.
     desk.wait(lambda: desk.controls)
     assert all(ack["delivered"] <= 2 * 64 * 1024 for ack in desk.controls)
@@ -250,7 +251,7 @@ def test_write_to_a_reader_that_has_gone_counts_as_sigpipe(desk: Desk) -> None:
     desk.pumps._watches_stdout = False
     desk.pumps.wake()
     os.close(desk.stdout_r)
-    desk.end.on_data(b"x")
+    desk.end.on_data(desk.link, b"x")
     gone(desk)
     assert desk.pumps.exit_code == 141
 
@@ -298,11 +299,11 @@ def test_signal_does_not_wait_for_stdin(desk: Desk) -> None:
 def test_signal_when_both_eofs_are_there_lets_the_tunnel_finish(desk: Desk) -> None:
     """Only the acks are missing: a clean end stays one."""
     desk.close(desk.stdin_w)
-    desk.end.on_eof(0)
+    desk.end.on_eof(desk.link, 0)
     desk.wait(lambda: len(desk.controls) == 2)
     desk.pumps.leave(129)
     eventually(lambda: desk.pumps.exit_code == 129)
-    desk.end.on_ack(script.Ack(0, WINDOW, True))
+    desk.end.on_ack(desk.link, script.Ack(0, WINDOW, True))
     desk.pumps.join(1.0)
     assert desk.end.is_finished
     assert "reset" not in desk.kinds()
@@ -352,7 +353,7 @@ def test_broken_descriptor_is_an_internal_error(
         if which == "stdin":
             real_write(desk.stdin_w, b"x")
         else:
-            desk.end.on_data(b"x")
+            desk.end.on_data(desk.link, b"x")
         desk.wait(lambda: desk.controls)
         assert desk.controls[-1]["code"] == "internal_error"
         assert which in desk.controls[-1]["message"]
@@ -360,6 +361,119 @@ def test_broken_descriptor_is_an_internal_error(
     finally:
         monkeypatch.undo()
         desk.end_all()
+
+
+# Without a leg.
+
+
+NOTHING = script.Position(0, 0, WINDOW)
+
+
+def lose(desk: Desk) -> None:
+    """The leg is lost; what the pumps are told, they have been told."""
+    assert desk.end.detach(desk.link, LOST)
+    desk.link = script.Link(desk.outbox)
+
+
+def come_back(desk: Desk, peer: script.Position = NOTHING) -> script.Position:
+    """Resume on a new link, into the same outbox; what the end says of itself."""
+    position = desk.end.begin_resume()
+    desk.end.on_resumed(desk.link, peer)
+    return position
+
+
+def holds(fd: int) -> bool:
+    """Whether there is something to read."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def test_stdin_is_left_alone_while_there_is_no_leg(make_desk: Callable[..., Desk]) -> None:
+    """It waits in the pipe, and goes on when the tunnel is resumed."""
+    desk = make_desk(grace_s=60)
+    os.write(desk.stdin_w, b"before")
+    desk.wait(lambda: desk.up == b"before")
+    lose(desk)
+    # The pump has looked at what it was woken for, and waits again.
+    eventually(lambda: not holds(desk.pumps._wake_r))
+    os.write(desk.stdin_w, b" meanwhile")
+    desk.pumps.wake()
+    eventually(lambda: not holds(desk.pumps._wake_r))
+    assert desk.end.counts[0] == 6
+    assert holds(desk.stdin_r)
+    come_back(desk, script.Position(6, 6, WINDOW))
+    desk.wait(lambda: desk.up == b"before meanwhile")
+
+
+def test_end_of_stdin_without_a_leg_is_told_by_the_next(make_desk: Callable[..., Desk]) -> None:
+    """Behind the bytes that are sent again."""
+    desk = make_desk(grace_s=60)
+    os.write(desk.stdin_w, b"abc")
+    desk.wait(lambda: desk.up == b"abc")
+    lose(desk)
+    desk.close(desk.stdin_w)
+    assert desk.kinds() == []
+    come_back(desk, script.Position(1, 1, WINDOW))
+    desk.wait(lambda: desk.kinds() == ["eof"])
+    assert desk.controls[-1]["count"] == 3
+    assert desk.up == b"abcbc"
+
+
+def test_what_came_goes_to_stdout_without_a_leg(make_desk: Callable[..., Desk]) -> None:
+    """And the resume says so; the eof is handed on at once, and acked when it comes again."""
+    desk = make_desk(grace_s=60)
+    data = os.urandom(200_000)
+    for start in range(0, len(data), 50_000):
+        desk.end.on_data(desk.link, data[start : start + 50_000])
+    desk.end.on_eof(desk.link, len(data))
+    lose(desk)
+    assert read_exactly(desk.stdout_r, len(data)) == data
+    assert os.read(desk.stdout_r, 1) == b""
+    eventually(lambda: desk.end.counts[1] == len(data) and desk.end._stream.into.eof_delivered)
+    position = come_back(desk)
+    assert (position.received, position.delivered) == (len(data), len(data))
+    desk.end.on_eof(desk.link, len(data))
+    desk.wait(lambda: desk.controls and desk.controls[-1].get("eof"))
+
+
+@pytest.mark.parametrize("how", ["signal", "stdout", "epipe"])
+def test_user_who_goes_away_without_a_leg_ends_the_tunnel_at_once(
+    make_desk: Callable[..., Desk], how: str
+) -> None:
+    """There is nobody to tell, and nobody waits for the grace."""
+    desk = make_desk(grace_s=60)
+    if how == "epipe":
+        desk.pumps._watches_stdout = False
+    lose(desk)
+    begun = time.monotonic()
+    if how == "signal":
+        desk.pumps.leave(129)
+    else:
+        os.close(desk.stdout_r)
+    if how == "epipe":
+        desk.end._inbound.append(b"x")  # Came before the loss, and is written now.
+        with desk.end._changed:
+            desk.end._changed.notify_all()
+    desk.pumps.join(1.0)
+    assert time.monotonic() - begun < 0.9
+    assert desk.end.is_over
+    assert desk.end.ended is not None
+    assert desk.end.ended.code == "user_gone"
+    assert desk.pumps.exit_code == (129 if how == "signal" else 141)
+    assert desk.controls == []
+
+
+def test_tunnel_that_expires_ends_pump_down(make_desk: Callable[..., Desk]) -> None:
+    """Main wakes the other one."""
+    desk = make_desk(grace_s=0.05)
+    lose(desk)
+    desk.pumps._down.join(2.0)
+    assert not desk.pumps._down.is_alive()
+    assert desk.end.ended is LOST
+    desk.pumps.wake()
+    desk.pumps.join(1.0)
+    assert not desk.pumps._up.is_alive()
 
 
 # Where there is no poll.
@@ -375,9 +489,9 @@ def test_pumps_carry_without_poll(
     desk.start()
     os.write(desk.stdin_w, b"0123456789more")
     desk.wait(lambda: desk.up == b"0123456789")
-    desk.end.on_ack(script.Ack(10, 100, False))
+    desk.end.on_ack(desk.link, script.Ack(10, 100, False))
     desk.wait(lambda: desk.up == b"0123456789more")
-    desk.end.on_data(b"down")
+    desk.end.on_data(desk.link, b"down")
     assert read_exactly(desk.stdout_r, 4) == b"down"
     desk.close(desk.stdin_w)
     desk.wait(lambda: desk.kinds() == ["eof"])

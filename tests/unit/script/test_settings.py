@@ -15,7 +15,7 @@ from tests.support.processes import ROOT, child_environment
 TOKEN = "pu-a-token-that-is-looked-for"
 TARGET = ["lab-1", "127.0.0.1", "22"]
 GOOD = [*TARGET, "tcp", "--secret-key", TOKEN]
-NAMES = ("SERVER_URL", "SECRET_KEY", "PING_INTERVAL", "MAX_WINDOW")
+NAMES = ("SERVER_URL", "SECRET_KEY", "PING_INTERVAL", "MAX_WINDOW", "RESUME_TIMEOUT")
 
 
 @pytest.fixture(autouse=True)
@@ -37,23 +37,26 @@ def test_defaults_are_the_documented_ones() -> None:
         assert (settings.client, settings.host, settings.port) == ("lab-1", "127.0.0.1", 22)
         assert (settings.token, settings.context) == (TOKEN, None)
         assert (settings.ping_interval_s, settings.max_window_bytes) == (20.0, 4 * 1024 * 1024)
+        assert settings.grace_s == 120
 
 
 def test_environment_goes_before_defaults_and_flags_before_both(tmp_path: Path) -> None:
     """One URL serves both programs; a file goes before the environment's token."""
     environ = {"SERVER_URL": "https://env.example", "SECRET_KEY": "env-token"}
-    environ |= {"PING_INTERVAL": "5", "MAX_WINDOW": "300000"}
+    environ |= {"PING_INTERVAL": "5", "MAX_WINDOW": "300000", "RESUME_TIMEOUT": "60"}
     settings = read(TARGET, **environ)
     assert settings.endpoint.url == "wss://env.example:443/ws_for_ssh_proxy_command"
     assert (settings.token, settings.ping_interval_s) == ("env-token", 5.0)
-    assert settings.max_window_bytes == 300_000
+    assert (settings.max_window_bytes, settings.grace_s) == (300_000, 60)
     path = tmp_path / "token"
     path.write_text("file-token\n")
     assert read([*TARGET, "--secret-key-file", str(path)], **environ).token == "file-token"
     flags = ["--server_url", "ws://flag:1", "--ping-interval", "6", "--max-window", "400000"]
+    flags += ["--resume-timeout", "0"]
     settings = read([*GOOD, *flags], **environ)
     assert (settings.endpoint.host, settings.token) == ("flag", TOKEN)
     assert (settings.ping_interval_s, settings.max_window_bytes) == (6.0, 400_000)
+    assert settings.grace_s == 0
 
 
 def test_target_may_be_a_name_or_an_address_in_brackets() -> None:
@@ -87,6 +90,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "url with password": ([*GOOD, "--server-url", "https://u:hunter2@x"], "--server-url"),
     "ca file": ([*GOOD, "--server-url", "https://x", "--ca-file", "/none"], "--ca-file /none"),
     "interval": ([*GOOD, "--ping-interval", "0"], "HTTP_NETWORK_RELAY_PING_INTERVAL"),
+    "resume timeout": ([*GOOD, "--resume-timeout", "86401"], "HTTP_NETWORK_RELAY_RESUME_TIMEOUT"),
+    "resume in days": ([*GOOD, "--resume-timeout", "1d"], "--resume-timeout"),
     "window": ([*GOOD, "--max-window", "1"], "HTTP_NETWORK_RELAY_MAX_WINDOW"),
 }
 

@@ -123,3 +123,44 @@ def test_window_given_back_serves_others() -> None:
     send(large, 2 * MIB)
     assert large.on_ack(2 * MIB, 2 * MIB + 256 * KIB, False) == 2 * MIB + 256 * KIB
     assert budget.free == free + 2 * MIB - 256 * KIB
+
+
+def test_direction_counts_on_when_it_starts_where_an_end_stands() -> None:
+    """After a resume: bytes from `received` on, acks from `delivered` on, the limit anew."""
+    sent = Direction(Budget(BUDGET), CAP, 10 * MIB, 9 * MIB)
+    assert sent.grant(2**53) == 9 * MIB + CAP
+    send(sent, 3 * MIB)
+    with pytest.raises(TunnelError):
+        sent.on_data(1)
+    with pytest.raises(TunnelError):
+        sent.on_ack(9 * MIB - 1, 2**53, False)
+    assert sent.on_ack(13 * MIB, 2**53, False) == 13 * MIB + CAP
+    sent.on_eof(13 * MIB)
+    assert not sent.eof_acked
+    sent.on_ack(13 * MIB, 2**53, True)
+    assert sent.eof_acked
+
+
+def test_limit_may_be_below_the_bytes_when_a_resume_finds_little_budget() -> None:
+    """Then there is no credit until an ack; never less than the smallest window, though."""
+    budget = Budget(BUDGET)
+    greedy = [direction(budget, asked=2**53) for _ in range(64)]
+    assert greedy[-1].limit == MIN_WINDOW_BYTES
+    sent = Direction(budget, CAP, 4 * MIB, MIB)
+    assert sent.grant(2**53) == MIB + MIN_WINDOW_BYTES
+    with pytest.raises(TunnelError):
+        sent.on_data(1)
+    assert sent.on_ack(4 * MIB, 2**53, False) == 4 * MIB + MIN_WINDOW_BYTES
+    sent.on_data(1)
+
+
+def test_direction_takes_nothing_when_it_would_start_at_what_cannot_be() -> None:
+    """More handed on than taken in is an error of the tunnel, and costs no budget."""
+    budget = Budget(BUDGET)
+    with pytest.raises(TunnelError):
+        Direction(budget, CAP, 9, 10)
+    assert budget.free == BUDGET
+    other = direction(budget)
+    with pytest.raises(TunnelError):
+        other.start_at(9, 10)
+    assert (other.forwarded, other.delivered) == (0, 0)

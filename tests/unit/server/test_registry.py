@@ -22,7 +22,7 @@ def code_of(caught: pytest.ExceptionInfo[HttpRefusal]) -> tuple[str, int, int | 
 def test_admit_refuses_when_all_slots_are_taken() -> None:
     """One more than there is room for is told to come back; a released slot is free at once."""
     reg = registry(3)
-    slots = [reg.admit_user("u", "addr") for _ in range(3)]
+    slots = [reg.admit_user("u", "addr")[0] for _ in range(3)]
 
     with pytest.raises(HttpRefusal) as caught:
         reg.admit_user("u", "addr")
@@ -105,7 +105,7 @@ def test_attach_fails_when_the_slot_was_taken_over_meanwhile() -> None:
 def test_nothing_is_admitted_or_attached_when_draining() -> None:
     """After drain() newcomers are told to come back in a second."""
     reg = registry(4)
-    slot = reg.admit_user("u", "addr")
+    slot, _ = reg.admit_user("u", "addr")
     late, _ = reg.admit_client("c", A, "addr")
     assert reg.attach(slot, "leg")
 
@@ -122,6 +122,64 @@ def test_nothing_is_admitted_when_no_worker_said_how_much() -> None:
     """The default room is none."""
     with pytest.raises(HttpRefusal):
         registry(0).admit_user("u", "addr")
+
+
+def test_newcomer_takes_the_slot_over_when_its_tunnel_has_one() -> None:
+    """Also on a full relay; the old request's teardown then gives nothing back."""
+    reg = registry(2)
+    old, nobody = reg.admit_user("u", "addr")
+    assert nobody == []
+    assert reg.attach(old, "old leg")
+    reg.bind(old, A)
+    reg.admit_user("u", "addr")
+
+    new, olds = reg.admit_user("u", "addr", A)
+
+    assert olds == [old]
+    assert len(reg) == 2
+    reg.release(old)
+    assert len(reg) == 2
+    assert reg.attach(new, "new leg")
+    # It serves that tunnel from the start: its own link may fail before its `resume`.
+    assert reg.admit_user("u", "addr", A)[1] == [new]
+
+
+@pytest.mark.parametrize(("name", "tunnel_id"), [("v", A), ("u", B), ("u", "")])
+def test_nothing_is_taken_over_when_user_or_tunnel_differ(name: str, tunnel_id: str) -> None:
+    """Another user's tunnel never matches, nor does a leg that names none."""
+    reg = registry(2)
+    old, _ = reg.admit_user("u", "addr")
+    reg.bind(old, A)
+    unbound, _ = reg.admit_client("c", A, "addr")
+
+    with pytest.raises(HttpRefusal) as caught:
+        reg.admit_user(name, "addr", tunnel_id)
+    assert code_of(caught)[0] == "busy"
+
+    reg.release(unbound)
+    assert reg.admit_user(name, "addr", tunnel_id)[1] == []
+
+
+def test_attach_fails_when_a_newer_leg_of_the_tunnel_came_meanwhile() -> None:
+    """As for clients: a leg whose upgrade took longer than its successor's is none."""
+    reg = registry(2)
+    old, _ = reg.admit_user("u", "addr", A)
+    new, olds = reg.admit_user("u", "addr", A)
+    assert olds == [old]
+    assert not reg.attach(old, "old leg")
+    assert reg.attach(new, "new leg")
+
+
+def test_takeover_is_refused_when_draining() -> None:
+    """A server that stops keeps nobody from going elsewhere, and takes nobody."""
+    reg = registry(2)
+    old, _ = reg.admit_user("u", "addr", A)
+    reg.attach(old, "leg")
+    reg.drain()
+    with pytest.raises(HttpRefusal) as caught:
+        reg.admit_user("u", "addr", A)
+    assert code_of(caught)[0] == "server_restart"
+    assert len(reg) == 1
 
 
 def test_slots_are_told_apart_by_identity() -> None:

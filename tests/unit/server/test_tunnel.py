@@ -28,6 +28,10 @@ OPEN = {
 }
 
 
+RESUME = {**OPEN, "type": "resume", "attempt": 3, "received": 5000, "delivered": 4000}
+RESUMED = {"type": "resumed", "received": 700, "delivered": 600, "limit": 300_000}
+
+
 class FakeUserLeg:
     """A user's leg without a socket."""
 
@@ -37,7 +41,7 @@ class FakeUserLeg:
         self.expects_close = 0
 
     def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
-        assert flush_s >= FLUSH_S
+        assert flush_s >= FLUSH_S or reason == "superseded"
         self.ends.append((close_code, reason))
 
     def expect_close(self) -> None:
@@ -67,14 +71,21 @@ def taken(outbox: Outbox) -> list[Any]:
 class Pair:
     """A tunnel, opened or not, with its legs' outboxes emptied."""
 
-    def __init__(self, *, is_opened: bool = True, client: FakeClientLeg | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        is_opened: bool = True,
+        client: FakeClientLeg | None = None,
+        first: dict[str, Any] = OPEN,
+    ) -> None:
         self.client = client or FakeClientLeg()
         self.user = FakeUserLeg()
-        self.tunnel = Tunnel(self.client, self.user, dict(OPEN), "token-x")
+        self.tunnel = Tunnel(self.client, self.user, dict(first), "token-x")
         with self.client.channels.lock:
-            self.tunnel.assign_locked(CAP)
+            self.first = self.tunnel.assign_locked(CAP)
         if is_opened:
-            self.tunnel.on_client_control({"type": "opened", "limit": 300_000, "grace_s": 0})
+            opened = {"type": "opened", "limit": 300_000, "grace_s": 0}
+            self.tunnel.on_client_control(dict(RESUMED) if first is RESUME else opened)
             taken(self.user.outbox)
 
     @property
@@ -285,3 +296,185 @@ def test_reset_deletes_what_waits_except_for_the_ends_that_take_their_turn() -> 
         pair.tunnel.on_user_control(reset(code))
         got = [m["type"] if isinstance(m, dict) else m for m in pair.to_client]
         assert got == expected
+
+
+# Resumed.
+
+
+def ack(delivered: int, *, eof: bool = False) -> dict[str, Any]:
+    return {"type": "ack", "delivered": delivered, "limit": 2**53, "eof": eof}
+
+
+def test_resume_is_passed_on_whole_when_it_is_assigned() -> None:
+    """All fields of it, channel and user, and the limit as far as the cap allows."""
+    pair = Pair(is_opened=False, first={**RESUME, "limit": 2**53})
+    assert json.loads(pair.first.payload) == {
+        **{**RESUME, "limit": 4000 + CAP},
+        **{"channel": 1, "user": "token-x"},
+    }
+
+
+def test_resumed_is_the_users_first_message_when_the_client_accepts() -> None:
+    """With the counts of the client's end, and a limit that is lowered as for `opened`."""
+    pair = Pair(is_opened=False, first=RESUME)
+    pair.tunnel.on_client_control({**RESUMED, "channel": 1, "limit": 2**53})
+    assert pair.to_user == [{**RESUMED, "limit": 600 + CAP}]
+
+
+def test_counts_go_on_where_the_ends_stand_when_a_tunnel_is_resumed() -> None:
+    """Down from the `resume`, up from the `resumed`; eof and its ack pass on the new channel."""
+    pair = Pair(first=RESUME)
+    pair.tunnel.on_client_data(memoryview(b"d" * 1000))
+    pair.tunnel.on_user_data(b"u" * 300)
+    pair.tunnel.on_user_control(ack(6000))
+    pair.tunnel.on_client_control(ack(1000))
+    pair.tunnel.on_user_control({"type": "eof", "count": 1000})
+    pair.tunnel.on_client_control({"type": "eof", "count": 6000})
+    pair.tunnel.on_user_control(ack(6000, eof=True))
+    pair.tunnel.on_client_control(ack(1000, eof=True))
+    assert pair.is_gone()
+    assert pair.user.expects_close == 1
+
+
+BEYOND: dict[str, End] = {
+    "the client sends beyond the limit": lambda pair: [
+        pair.tunnel.on_client_data(memoryview(bytes(65536))) for _ in range(5)
+    ],
+    "the user sends beyond the limit": lambda pair: [
+        pair.tunnel.on_user_data(bytes(65536)) for _ in range(5)
+    ],
+    "the user acks less than it said": lambda pair: pair.tunnel.on_user_control(ack(3999)),
+    "the user acks more than it has": lambda pair: pair.tunnel.on_user_control(ack(5001)),
+    "the client acks less than it said": lambda pair: pair.tunnel.on_client_control(ack(599)),
+    "the client acks more than it has": lambda pair: pair.tunnel.on_client_control(ack(701)),
+    "the user's eof is not at its end": lambda pair: pair.tunnel.on_user_control(
+        {"type": "eof", "count": 699}
+    ),
+    "an eof of the old channel is acked": lambda pair: pair.tunnel.on_client_control(
+        ack(700, eof=True)
+    ),
+    "resumed comes twice": lambda pair: pair.tunnel.on_client_control(dict(RESUMED)),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_resumed_tunnel_breaks_a_rule_when(case: str) -> None:
+    """The counts of a resume bind both ends as those of an open do."""
+    pair = Pair(first=RESUME)
+    with pytest.raises(TunnelError):
+        BEYOND[case](pair)
+
+
+def test_resume_takes_nothing_when_its_counts_cannot_be_true() -> None:
+    """No channel, and no budget."""
+    client = FakeClientLeg()
+    with pytest.raises(TunnelError):
+        Pair(client=client, first={**RESUME, "delivered": 5001})
+    assert client.channels.highest == 0
+    assert client.channels.up_budget.free == client.channels.down_budget.free == 64 * MIB
+
+
+def test_resumed_is_an_error_when_its_counts_cannot_be_true() -> None:
+    """The user is refused; the client's tunnel is detached, not ended."""
+    pair = Pair(is_opened=False, first=RESUME)
+    with pytest.raises(TunnelError) as caught:
+        pair.tunnel.on_client_control({**RESUMED, "delivered": 701})
+    pair.tunnel.fail(caught.value)
+    assert pair.to_client == [DETACHED_CLIENT]
+    assert [message["type"] for message in pair.to_user] == ["refused"]
+
+
+@pytest.mark.parametrize(("first", "answer"), [(OPEN, "resumed"), (RESUME, "opened")])
+def test_answer_is_an_error_when_it_answers_the_other_request(
+    first: dict[str, Any], answer: str
+) -> None:
+    """`opened` answers `open`, and `resumed` answers `resume`."""
+    pair = Pair(is_opened=False, first=first)
+    with pytest.raises(TunnelError):
+        pair.tunnel.on_client_control({**RESUMED, "type": answer, "grace_s": 0})
+
+
+# What ends a `resume` before its answer -> what the user reads, and the reason in the log.
+EARLY: dict[str, tuple[End, list[Any], str]] = {
+    "user lost": (lambda pair: pair.tunnel.user_lost(), NOTHING, "user_lost"),
+    "a broken rule": (
+        lambda pair: pair.tunnel.fail(TunnelError("why")),
+        [{"type": "refused", "code": "protocol_error", "message": "why"}],
+        "protocol_error",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_tunnel_is_detached_at_the_client_when_a_resume_ends_before_its_answer(
+    case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its token was not checked yet: whoever sent it must not be able to end the tunnel."""
+    end, to_user, reason = EARLY[case]
+    pair = Pair(is_opened=False, first=RESUME)
+    with caplog.at_level(logging.INFO):
+        end(pair)
+    assert pair.to_client == [DETACHED_CLIENT]
+    assert pair.to_user == to_user
+    assert pair.is_gone()
+    assert [r.getMessage().split()[2] for r in caplog.records] == [f"reason={reason}"]
+
+
+def test_users_reset_is_passed_on_when_its_resume_has_no_answer_yet() -> None:
+    """A client that refuses the resume drops it; one that accepts it has checked the token."""
+    pair = Pair(is_opened=False, first=RESUME)
+    pair.tunnel.on_user_control(reset("user_gone"))
+    assert pair.to_client == [{**reset("user_gone"), "channel": 1}]
+    assert pair.to_user == NOTHING
+    assert pair.is_gone()
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_nothing_is_sent_when_a_resume_ends_unsent(case: str) -> None:
+    """It is taken back, and so the client never hears of it."""
+    pair = Pair(is_opened=False, first=RESUME)
+    pair.client.outbox.put_first(1, pair.first, cancellable=True)
+    EARLY[case][0](pair)
+    assert pair.to_client == NOTHING
+
+
+def test_client_lost_refuses_the_user_when_a_resume_is_unanswered() -> None:
+    """As for an `open`: it may try again."""
+    pair = Pair(is_opened=False, first=RESUME)
+    pair.tunnel.client_lost("client_lost")
+    assert [message["code"] for message in pair.to_user] == ["client_offline"]
+    assert pair.to_client == NOTHING
+
+
+def test_reset_reaches_the_client_when_a_resumed_tunnel_ends() -> None:
+    """After `resumed` the user's end is as good as the one that opened it."""
+    pair = Pair(first=RESUME)
+    pair.tunnel.on_user_control(reset("user_gone"))
+    assert pair.to_client == [{**reset("user_gone"), "channel": 1}]
+
+
+def test_old_leg_is_shut_when_its_tunnel_is_resumed_elsewhere(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """`reset superseded` overtakes what waits there; what waits for the client is dropped."""
+    pair = Pair()
+    pair.tunnel.on_user_data(b"late")
+    pair.tunnel.on_client_data(memoryview(b"late"))
+    with caplog.at_level(logging.INFO):
+        pair.tunnel.on_client_control(reset("superseded"))
+    assert pair.to_user == [reset("superseded")]
+    assert pair.to_client == NOTHING
+    assert pair.user.ends == [(CLOSE_NORMAL, "superseded")]
+    assert caplog.records[-1].getMessage().startswith("tunnel closed reason=superseded ")
+
+
+def test_attempt_is_logged_and_no_token_when_a_tunnel_is_resumed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One line."""
+    token = "5ec7e7" + "0" * 58
+    pair = Pair(is_opened=False, first={**RESUME, "resume_token": token})
+    with caplog.at_level(logging.INFO):
+        pair.tunnel.log_start()
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["tunnel resumed attempt=3 client=gw tunnel=abababab user=token-x"]

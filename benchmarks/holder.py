@@ -1,0 +1,93 @@
+"""Holds many idle connections and answers their pings: the far ends of idle clients.
+
+Reads one JSON object from its standard input: `port`, `count`, `request` (sent on each
+connection, with {n}, the number, and {login} in it) and `answer` (what the reply begins with).
+`login` is the Basic pair, with {n}. Says "ready", then how many are still open for each line
+that comes. A standalone program.
+"""
+
+import base64
+import contextlib
+import json
+import selectors
+import socket
+import sys
+
+PING = 0x89
+CLOSE = 0x88
+# A pong with a mask of zeros.
+PONG_HEAD = b"\x8a"
+
+
+def connect(port: int, request: str, login: str, answer: str, number: int) -> socket.socket:
+    """One connection, past its handshake."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=60)
+    basic = base64.b64encode(login.replace("{n}", str(number)).encode()).decode()
+    text = request.replace("{n}", f"{number:032x}").replace("{login}", basic)
+    sock.sendall(text.encode())
+    end = b"\r\n\r\n" if text.endswith("\r\n\r\n") else b"\n"
+    head = b""
+    while not head.endswith(end):
+        more = sock.recv(1)
+        if not more:
+            break
+        head += more
+    if not head.startswith(answer.encode()):
+        raise SystemExit(f"connection {number} was refused: {head[:200]!r}")
+    sock.setblocking(False)
+    return sock
+
+
+def answer_pings(sock: socket.socket, rest: bytes) -> bytes | None:
+    """Read what came, answer its pings, return the half frame at the end; None at the end."""
+    try:
+        data = sock.recv(65536)
+    except BlockingIOError:
+        return rest
+    except OSError:
+        return None
+    if not data:
+        return None
+    data = rest + data
+    while len(data) >= 2 and len(data) >= 2 + data[1]:  # all are shorter than 126
+        size = data[1]
+        payload = data[2 : 2 + size]
+        if data[0] == CLOSE:
+            return None
+        if data[0] == PING:
+            with contextlib.suppress(OSError):
+                sock.send(PONG_HEAD + bytes([0x80 | size]) + bytes(4) + payload)
+        data = data[2 + size :]
+    return data
+
+
+def main() -> None:
+    order = json.loads(sys.stdin.readline())
+    count = order.pop("count")
+    # epoll: select() ends at 1,024 descriptors.
+    selector = selectors.EpollSelector()
+    rests: dict[socket.socket, bytes] = {}
+    for number in range(count):
+        sock = connect(number=number, **order)
+        rests[sock] = b""
+        selector.register(sock, selectors.EVENT_READ)
+    print("ready", flush=True)
+    selector.register(0, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if not isinstance(key.fileobj, socket.socket):
+                if not sys.stdin.readline():
+                    return
+                print(len(rests), flush=True)
+                continue
+            rest = answer_pings(key.fileobj, rests[key.fileobj])
+            if rest is None:
+                selector.unregister(key.fileobj)
+                del rests[key.fileobj]
+                key.fileobj.close()
+            else:
+                rests[key.fileobj] = rest
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""What a side of the comparison is: its processes, its road, its tunnels."""
+
+import contextlib
+import os
+import select
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TypedDict
+
+from benchmarks.processes import HERE, environment, start_program
+from benchmarks.target import OK
+from tests.support.certs import make_certs
+from tests.support.debian import run_nginx_tls
+from tests.support.ports import free_port
+from tests.support.processes import (
+    CLIENT_NAME,
+    CLIENT_SECRET,
+    TOKEN,
+    Proc,
+    write_credentials,
+)
+from tests.support.waiting import eventually
+
+# For the next bytes of a tunnel.
+DEADLINE_S = 120.0
+
+
+@dataclass(frozen=True)
+class Road:
+    """What lies between the two far ends: a link (None: loopback), and nginx with TLS."""
+
+    delay_ms: float = 0.0
+    mbit: float = 0.0
+    nginx: bool = False
+
+
+class IdleOrder(TypedDict):
+    """What holder.py wants to know of idle connections, but their number."""
+
+    port: int
+    request: str
+    login: str
+    answer: str
+
+
+class Tunnel:
+    """One connection to a target: two descriptors, and the process that carries it, if any."""
+
+    def __init__(self, read_fd: int, write_fd: int, process: Proc | None) -> None:
+        self.read_fd, self.write_fd, self.process = read_fd, write_fd, process
+        self._poll = select.poll()
+        self._poll.register(read_fd, select.POLLIN)
+
+    def read(self, size: int) -> bytes:
+        """Some bytes, at most `size`; RuntimeError at the end and at the deadline."""
+        if not self._poll.poll(DEADLINE_S * 1000):
+            raise RuntimeError(f"nothing came: {self.process!r}")
+        data = os.read(self.read_fd, size)
+        if not data:
+            text = self.process.text if self.process else "a plain connection"
+            raise RuntimeError(f"a tunnel ended early: {text}")
+        return data
+
+    def read_exactly(self, size: int) -> None:
+        while size:
+            size -= len(self.read(min(size, 1 << 18)))
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.write_fd, view) :]
+
+    def command(self, line: str) -> None:
+        """Tell the target what to be, and wait for its answer."""
+        self.write(line.encode() + b"\n")
+        self.read_exactly(len(OK))
+
+    def __enter__(self) -> "Tunnel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None:
+            self.process.close()  # and its pipes
+        else:
+            os.close(self.read_fd)
+
+
+class Side:
+    """One of the things compared. A context manager: inside it, tunnels can be opened."""
+
+    name = ""
+
+    def __init__(self, road: Road | None = None, threads: int = 64) -> None:
+        self.road = road or Road()
+        self.threads = threads
+        self.stack = contextlib.ExitStack()
+        self.server: Proc | None = None
+        self.client: Proc | None = None
+        self.url = ""
+        self.folder = Path()
+        self.ca_file: Path | None = None
+
+    def __enter__(self) -> "Side":
+        with contextlib.ExitStack() as stack:
+            self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            self.stack = stack
+            self.start()
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stack.close()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether all that was started still runs."""
+        return all(process is None or process.is_running for process in (self.server, self.client))
+
+    def start(self) -> None:
+        """Start what all tunnels share."""
+
+    def argv(self, port: int) -> list[str]:
+        """The command line of a tunnel's process."""
+        raise NotImplementedError
+
+    def env(self) -> dict[str, str]:
+        """And its environment."""
+        return environment(HERE)
+
+    def flow_args(self, port: int) -> list[str]:
+        """How flow.py opens one."""
+        return ["run", *self.argv(port)]
+
+    def spawn(self, argv: Sequence[str]) -> Tunnel:
+        process = Proc(argv, env=self.env(), cwd=self.folder, pipes=True)
+        stdin, stdout = process.popen.stdin, process.popen.stdout
+        assert stdin is not None
+        assert stdout is not None
+        return Tunnel(stdout.fileno(), stdin.fileno(), process)
+
+    def tunnel(self, port: int) -> Tunnel:
+        return self.spawn(self.argv(port))
+
+    def stdio_tunnel(self, port: int) -> Tunnel:
+        """One by way of a process's standard input and output, whatever this side is."""
+        return self.spawn(self.argv(port))
+
+    def open_once(self, port: int) -> float:
+        """Open one more and end it at once; seconds from the handshake's end to open."""
+        raise NotImplementedError
+
+    def idle_server(self) -> tuple[int, IdleOrder]:
+        """The process that idle connections cost something, and how to open them."""
+        raise NotImplementedError
+
+    def processes(self) -> dict[str, int]:
+        """Role -> process id, of what all tunnels share."""
+        found = {"server": self.server, "client": self.client}
+        return {role: process.pid for role, process in found.items() if process is not None}
+
+    def start_link(self, *ports: int) -> list[int]:
+        """One link in front of all `ports`, if the road has one; the ports to go to."""
+        if not self.road.mbit:
+            return list(ports)
+        options = ("--delay-ms", self.road.delay_ms, "--mbit", self.road.mbit)
+        process, link_ports = start_program("link.py", *ports, *options)
+        self.stack.enter_context(process)
+        return link_ports
+
+    def start_server(self, root: Path, app: str) -> int:
+        """gunicorn with this side's threads, as the README starts it; its port."""
+        port = free_port()
+        argv = [sys.executable, "-m", "gunicorn", "--threads", str(self.threads)]
+        credentials_file = write_credentials(self.folder, self.credentials())
+        setting = {"HTTP_NETWORK_RELAY_CREDENTIALS_FILE": str(credentials_file)}
+        server = Proc(
+            [*argv, "--bind", f"127.0.0.1:{port}", app], env=environment(root, **setting), cwd=root
+        )
+        self.server = self.stack.enter_context(server)
+        eventually(lambda: is_healthy(server, port), 20.0, message=f"no answer:\n{server.text}")
+        return port
+
+    def credentials(self) -> object:
+        return {"clients": {CLIENT_NAME: CLIENT_SECRET}, "proxy_users": [TOKEN]}
+
+    def front(self, port: int) -> tuple[str, int]:
+        """nginx in front of `port`, if the road has it: the scheme and the port to use."""
+        if not self.road.nginx:
+            return "ws", port
+        certs = make_certs(self.folder)
+        self.ca_file = certs.ca
+        nginx = run_nginx_tls(self.folder / "nginx", port, certs.cert, certs.key)
+        return "wss", self.stack.enter_context(nginx).port
+
+
+def is_healthy(server: Proc, port: int) -> bool:
+    """Whether it answers; RuntimeError when it has ended instead."""
+    if not server.is_running:
+        raise RuntimeError(f"a server ended:\n{server.text}")
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False

@@ -1,0 +1,211 @@
+"""UserLeg: the WebSocket of one proxy user, which carries one tunnel.
+
+Its first message asks for the tunnel. An `open` is answered at once; a `resume` may wait for
+its client, and is then opened by that client's thread, or refused by the timer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from server.errors import TunnelRefused
+from server.held import HeldResumes
+from server.leg import RETRY_S, Leg
+from server.outbox import Frame
+from server.transport import Transport, close_frame
+from server.tunnel import USER_CHANNEL, Tunnel
+from server.wire import (
+    CLOSE_NORMAL,
+    FLUSH_S,
+    FROM_USER,
+    OP_TEXT,
+    TunnelError,
+    encode_control,
+    parse_control,
+)
+
+# From the upgrade to a user leg's `open` or `resume`; a client leg has nothing to say first.
+FIRST_MESSAGE_S = 10.0
+# A user's end whose tunnel is over closes by itself, at once; this catches one that does not.
+_LATE_CLOSE_S = 10.0
+
+OpenTunnel = Callable[["UserLeg", dict[str, Any]], Tunnel]
+
+
+class UserLeg(Leg):
+    """The leg of one proxy user: one tunnel, named by its first message."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        label: str,
+        ping_interval_s: float,
+        wake_timer: Callable[[], None],
+        open_tunnel: OpenTunnel,
+        held: HeldResumes[UserLeg],
+    ) -> None:
+        super().__init__(transport, label, ping_interval_s, wake_timer)
+        self._open_tunnel = open_tunnel
+        self._held = held
+        self._first_by = time.monotonic() + FIRST_MESSAGE_S
+        # The reader's own: the first message, once it has come.
+        self._first: dict[str, Any] | None = None
+        # Nothing that comes is heard any more. Set by the reader and the timer.
+        self._is_refused = False
+        # Guards _wanted and the setting of tunnel. Held while the tunnel is opened, so that
+        # whoever else decides about it finds either what is wanted or the tunnel itself:
+        # before all other locks.
+        self._opening = threading.Lock()
+        # The first message while there is no tunnel for it yet.
+        self._wanted: dict[str, Any] | None = None
+        self.tunnel: Tunnel | None = None
+        # Until when a `resume` waits: a float, set by the reader, read by the timer.
+        self._held_until = float("inf")
+        # What the timer has still to put: used by its thread alone.
+        self._last_words: list[tuple[str, Frame]] = []
+
+    def expect_close(self) -> None:
+        """The user's end closes now by itself; see that it does."""
+        self._abort_by(time.monotonic() + _LATE_CLOSE_S)
+
+    def refuse(self, code: str, message: str) -> None:
+        """Answer the first message with `refused`, and close."""
+        self._is_refused = True
+        self.outbox.put_first(USER_CHANNEL, _refused(code, message))
+        self.end(CLOSE_NORMAL, code)
+
+    def replace(self) -> None:
+        """The user's end is back on a newer leg, and deaf to this one: end it at once."""
+        self._note("replaced")
+        # Before the newer leg's `resume` can come, and without waiting for the reader.
+        self.lost()
+        self.abort("replaced")
+
+    def lost(self) -> None:
+        """Tell the client of its tunnel."""
+        tunnel = self._stop_waiting()
+        if tunnel is not None:
+            tunnel.user_lost()
+
+    # What comes in.
+
+    def _on_message(self, message: bytes | str) -> None:
+        if self._is_refused:
+            return
+        tunnel = self.tunnel
+        if tunnel is None and self._first is not None:
+            # Before its answer nothing but a reset can be right: it waits no more.
+            tunnel = self._stop_waiting()
+        try:
+            if isinstance(message, bytes):
+                if tunnel is None:
+                    raise TunnelError("data before open")
+                tunnel.on_user_data(message)
+                return
+            control = parse_control(message, FROM_USER, has_channel=False)
+            if tunnel is not None:
+                tunnel.on_user_control(control)
+            elif self._first is None:
+                self._on_first(control)
+            elif control["type"] == "reset":
+                self._is_refused = True
+                self.end(CLOSE_NORMAL, control["code"])
+            else:
+                raise TunnelError(f"{control['type']} before resumed")
+        except TunnelError as exc:
+            if tunnel is None:
+                self.refuse(exc.code, str(exc))
+            else:
+                tunnel.fail(exc)
+
+    def _on_first(self, control: dict[str, Any]) -> None:
+        kind = control["type"]
+        if kind not in ("open", "resume"):
+            raise TunnelError(f"{kind} before open")
+        self._first = control
+        self._first_by = float("inf")
+        with self._opening:
+            self._wanted = control
+        if kind == "resume":
+            # Before the client is looked for, see HeldResumes.park.
+            self._held_until = self._held.park(control["client"], self)
+            self._wake_timer()
+        self.open_wanted()
+
+    # The tunnel that is wanted: opened, refused, or forgotten, once.
+
+    def open_wanted(self) -> None:
+        """Open the tunnel that the first message asks for, or refuse it. Any thread.
+
+        Nothing if it wants none any more; a `resume` goes on waiting for an absent client.
+        """
+        refusal: TunnelRefused | TunnelError | None = None
+        with self._opening:
+            control = self._wanted
+            if control is None:
+                return
+            try:
+                self.tunnel = self._open_tunnel(self, control)
+            except (TunnelRefused, TunnelError) as exc:
+                if control["type"] == "resume" and exc.code == "client_offline":
+                    return
+                refusal = exc
+            self._wanted = None
+        self._forget_held()
+        if refusal is not None:
+            self.refuse(refusal.code, str(refusal))
+        elif self.tunnel is not None:
+            self.tunnel.log_start()
+
+    def _stop_waiting(self) -> Tunnel | None:
+        """Want no tunnel any more; return the one that is there."""
+        with self._opening:
+            self._wanted = None
+            tunnel = self.tunnel
+        self._forget_held()
+        return tunnel
+
+    def _forget_held(self) -> None:
+        if self._first is not None and self._first["type"] == "resume":
+            self._held.forget(self._first["client"], self)
+
+    def tick(self, now: float) -> float:
+        """For the timer, as in Leg; refuses a `resume` whose client has not come."""
+        if now < self._held_until:
+            return min(super().tick(now), self._held_until)
+        if not self._give_up_waiting(now):
+            return min(super().tick(now), now + RETRY_S)
+        self._held_until = float("inf")
+        return super().tick(now)
+
+    def _give_up_waiting(self, now: float) -> bool:
+        """Say `refused` and close; wait for no lock: False if that is not done yet."""
+        if not self._last_words:
+            if not self._opening.acquire(blocking=False):
+                return False
+            try:
+                is_waiting, self._wanted = self._wanted is not None, None
+            finally:
+                self._opening.release()
+            if not is_waiting:
+                return True
+            self._is_refused = True
+            self._note("client_offline")
+            # Through slots of the fast lane, in this order: to put them needs no waiting.
+            # Nothing may follow the close, so no ping does.
+            refused = _refused("client_offline", "the client did not come back")
+            self._last_words = [("refused", refused), ("close", close_frame(CLOSE_NORMAL))]
+            self._ping_at = float("inf")
+            self._abort_at = min(self._abort_at, now + FLUSH_S)
+        while self._last_words:
+            if not self.outbox.try_put_leg(*self._last_words[0]):
+                return False
+            del self._last_words[0]
+        return True
+
+
+def _refused(code: str, message: str) -> Frame:
+    return Frame(OP_TEXT, b"", encode_control("refused", code=code, message=message))
