@@ -96,6 +96,7 @@ FLUSH_S = 1.0
 
 CLOSE_NORMAL = 1000
 CLOSE_PROTOCOL_ERROR = 1002
+CLOSE_REVOKED = 1008
 CLOSE_TOO_BIG = 1009
 CLOSE_INTERNAL_ERROR = 1011
 CLOSE_RESTART = 1012
@@ -291,6 +292,7 @@ EXIT_UNAUTHORIZED = 3
 EXIT_CLIENT_OFFLINE = 4
 EXIT_TARGET = 5
 EXIT_SERVER = 6
+EXIT_DENIED = 7
 EXIT_SIGNAL_BASE = 128
 # What EPIPE on stdout counts as, on every system: 128 + SIGPIPE.
 EXIT_SIGPIPE = 141
@@ -311,7 +313,10 @@ ERRORS: dict[str, tuple[int, bool]] = {
     "client_unknown": (EXIT_CLIENT_OFFLINE, False),
     "client_offline": (EXIT_CLIENT_OFFLINE, True),
     "unknown_tunnel": (EXIT_TUNNEL_LOST, False),
+    "denied": (EXIT_DENIED, False),
+    "denied_by_client": (EXIT_DENIED, False),
     "protocol_unsupported": (EXIT_USAGE, False),
+    "target_invalid": (EXIT_USAGE, False),
     "target_refused": (EXIT_TARGET, False),
     "target_unreachable": (EXIT_TARGET, False),
     "target_timeout": (EXIT_TARGET, False),
@@ -323,6 +328,7 @@ ERRORS: dict[str, tuple[int, bool]] = {
     "target_lost": (EXIT_TUNNEL_LOST, False),
     "client_stopped": (EXIT_TUNNEL_LOST, False),
     "superseded": (EXIT_TUNNEL_LOST, False),
+    "revoked": (EXIT_UNAUTHORIZED, False),
     "user_lost": (EXIT_TUNNEL_LOST, False),
     "client_lost": (EXIT_TUNNEL_LOST, True),
     "client_replaced": (EXIT_TUNNEL_LOST, True),
@@ -359,7 +365,7 @@ class RelayError(Exception):
 
 
 class DialError(Exception):
-    """A TCP dial failed: `kind` is refused, unreachable, timeout, unknown or cancelled."""
+    """A TCP dial failed: `kind` is refused, unreachable, timeout, unknown, denied or cancelled."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -1216,14 +1222,20 @@ def _by_turns(infos: list[Any]) -> list[Any]:
 
 
 def dial_tcp(
-    host: str, port: int, deadline: float, is_cancelled: Callable[[], bool] = lambda: False
+    host: str,
+    port: int,
+    deadline: float,
+    is_cancelled: Callable[[], bool] = lambda: False,
+    allows: Callable[[str], bool] = lambda _: True,
 ) -> socket.socket:
     """Connect to the first address that answers; the socket comes back blocking.
 
     A new address is tried every 250 ms, or at once when one fails. `is_cancelled` is
-    asked as often. Raises DialError.
+    asked as often. `allows` says of each address whether it may be dialled. Raises DialError.
     """
-    infos = resolve(host, port, deadline, is_cancelled)
+    infos = [info for info in resolve(host, port, deadline, is_cancelled) if allows(info[4][0])]
+    if not infos:
+        raise DialError("denied", f"the client does not dial {host}:{port}")
     last: OSError | None = None
     next_at = 0.0
     with selectors.DefaultSelector() as selector:
@@ -2595,6 +2607,9 @@ HINTS = {
     "unauthorized": "check the token (--secret-key-file) with the relay's operator",
     "client_unknown": "check the name with the relay's operator",
     "client_offline": "is the device switched on and its client running?",
+    "denied": "ask the relay's operator for a rule that allows it",
+    "denied_by_client": "ask the device's owner: its client was started with --allow",
+    "revoked": "ask the relay's operator",
     "target_refused": "does the service run there, on that port?",
     "target_unreachable": "is the address right, as seen from the device?",
     "target_timeout": "is the address right, as seen from the device, and no firewall between?",
@@ -2653,7 +2668,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="ssh_proxy_command.py",
         description="Carry stdin and stdout to a TCP port behind a relay's client.",
         epilog="Exit codes: 0 clean, 1 tunnel lost, 2 usage, 3 secret refused, 4 client unknown or"
-        " offline, 5 target refused, 6 server unreachable or busy, 128+n ended by signal n.",
+        " offline, 5 target refused, 6 server unreachable or busy, 7 denied by a rule, 128+n ended"
+        " by signal n.",
     )
     parser.add_argument("target_host_identifier", help="the client's name")
     parser.add_argument("target_ip", help="address or name, as seen from the client")

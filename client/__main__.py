@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = logging.getLogger("http_network_relay.client")
     if not config.endpoint.is_tls and not config.endpoint.is_loopback:
         log.warning("%s is not encrypted: use https", config.endpoint.url)
+    if config.allow:
+        log.info("dials allow=%s", ",".join(rule.text for rule in config.allow))
+    else:
+        log.warning("dials whatever the server asks for: --allow limits it")
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     agent = Agent(config, on_signal=signals.put)

@@ -59,7 +59,7 @@ class Agent:
         self._config = config
         self._rng = rng or random.Random()
         self._backoff = Backoff(CAP_S, self._rng)
-        self._tunnels = Tunnels(config.max_window_bytes, config.grace_s)
+        self._tunnels = Tunnels(config.max_window_bytes, config.grace_s, config.allow)
         # Random for each process: tells our own return from another machine with our name.
         self._instance = os.urandom(16).hex()
         self._stopping = threading.Event()

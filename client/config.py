@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from client.dial import Endpoint, make_context, parse_server_url
 from client.errors import RelayError
+from client.rules import RuleError, TargetRule
 from client.settings import (
     DEFAULT_GRACE_S,
     OneLineParser,
@@ -40,6 +41,8 @@ class ClientConfig:
     ping_interval_s: float = DEFAULT_PING_INTERVAL_S
     max_window_bytes: int = DEFAULT_MAX_WINDOW_BYTES
     grace_s: int = DEFAULT_GRACE_S
+    # What may be dialled; empty: anything.
+    allow: tuple[TargetRule, ...] = ()
     is_verbose: bool = False
 
 
@@ -82,6 +85,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="[HTTP_NETWORK_RELAY_RESUME_TIMEOUT] keep a tunnel so long when its connection is"
         " lost, default 120, 0: not at all",
     )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        metavar="TARGET",
+        help="[HTTP_NETWORK_RELAY_ALLOW, separated by spaces] dial this and no other: an address,"
+        " a network or a name, and a port, such as 127.0.0.1:22; may stand several times",
+    )
     parser.add_argument("--verbose", action="store_true", help="log debugging details")
     return parser
 
@@ -106,8 +116,17 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str]) -> ClientConfig
         ping_interval_s=ping_interval(args.ping_interval, environ),
         max_window_bytes=max_window(args.max_window, environ),
         grace_s=resume_timeout(args.resume_timeout, environ),
+        allow=_allow(args.allow, environ),
         is_verbose=args.verbose,
     )
+
+
+def _allow(flags: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[TargetRule, ...]:
+    texts = flags or environ.get("HTTP_NETWORK_RELAY_ALLOW", "").split()
+    try:
+        return tuple(TargetRule.parse(text) for text in texts)
+    except RuleError as exc:
+        raise RelayError("usage", f"--allow (HTTP_NETWORK_RELAY_ALLOW): {exc}") from exc
 
 
 def _secret(args: argparse.Namespace, environ: Mapping[str, str]) -> str:

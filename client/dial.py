@@ -163,14 +163,20 @@ def _by_turns(infos: list[Any]) -> list[Any]:
 
 
 def dial_tcp(
-    host: str, port: int, deadline: float, is_cancelled: Callable[[], bool] = lambda: False
+    host: str,
+    port: int,
+    deadline: float,
+    is_cancelled: Callable[[], bool] = lambda: False,
+    allows: Callable[[str], bool] = lambda _: True,
 ) -> socket.socket:
     """Connect to the first address that answers; the socket comes back blocking.
 
     A new address is tried every 250 ms, or at once when one fails. `is_cancelled` is
-    asked as often. Raises DialError.
+    asked as often. `allows` says of each address whether it may be dialled. Raises DialError.
     """
-    infos = resolve(host, port, deadline, is_cancelled)
+    infos = [info for info in resolve(host, port, deadline, is_cancelled) if allows(info[4][0])]
+    if not infos:
+        raise DialError("denied", f"the client does not dial {host}:{port}")
     last: OSError | None = None
     next_at = 0.0
     with selectors.DefaultSelector() as selector:

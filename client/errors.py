@@ -13,6 +13,7 @@ EXIT_UNAUTHORIZED = 3
 EXIT_CLIENT_OFFLINE = 4
 EXIT_TARGET = 5
 EXIT_SERVER = 6
+EXIT_DENIED = 7
 EXIT_SIGNAL_BASE = 128
 # What EPIPE on stdout counts as, on every system: 128 + SIGPIPE.
 EXIT_SIGPIPE = 141
@@ -33,7 +34,10 @@ ERRORS: dict[str, tuple[int, bool]] = {
     "client_unknown": (EXIT_CLIENT_OFFLINE, False),
     "client_offline": (EXIT_CLIENT_OFFLINE, True),
     "unknown_tunnel": (EXIT_TUNNEL_LOST, False),
+    "denied": (EXIT_DENIED, False),
+    "denied_by_client": (EXIT_DENIED, False),
     "protocol_unsupported": (EXIT_USAGE, False),
+    "target_invalid": (EXIT_USAGE, False),
     "target_refused": (EXIT_TARGET, False),
     "target_unreachable": (EXIT_TARGET, False),
     "target_timeout": (EXIT_TARGET, False),
@@ -45,6 +49,7 @@ ERRORS: dict[str, tuple[int, bool]] = {
     "target_lost": (EXIT_TUNNEL_LOST, False),
     "client_stopped": (EXIT_TUNNEL_LOST, False),
     "superseded": (EXIT_TUNNEL_LOST, False),
+    "revoked": (EXIT_UNAUTHORIZED, False),
     "user_lost": (EXIT_TUNNEL_LOST, False),
     "client_lost": (EXIT_TUNNEL_LOST, True),
     "client_replaced": (EXIT_TUNNEL_LOST, True),
@@ -81,7 +86,7 @@ class RelayError(Exception):
 
 
 class DialError(Exception):
-    """A TCP dial failed: `kind` is refused, unreachable, timeout, unknown or cancelled."""
+    """A TCP dial failed: `kind` is refused, unreachable, timeout, unknown, denied or cancelled."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)

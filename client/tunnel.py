@@ -20,6 +20,7 @@ from typing import Any
 from client.dial import dial_tcp
 from client.duplex import wait_ready
 from client.errors import DialError, RelayError
+from client.rules import Host, RuleError, TargetRule, canonical_host
 from client.tunnel_end import Link, TunnelEnd
 
 # The dial of a target in all, name lookup included. Shorter than the proxy command's
@@ -36,6 +37,7 @@ _REFUSED_CODES = {
     "timeout": "target_timeout",
     "unknown": "target_unknown",
     "unreachable": "target_unreachable",
+    "denied": "denied_by_client",
 }
 
 log = logging.getLogger("http_network_relay.client")
@@ -50,6 +52,7 @@ class Tunnel:
         link: Link,
         max_window_bytes: int,
         grace_s: int,
+        allow: tuple[TargetRule, ...],
         on_closed: Callable[[Tunnel], None],
     ) -> None:
         self.key = (opening["user"], opening["tunnel_id"])
@@ -58,6 +61,8 @@ class Tunnel:
         # Where `opened` goes; nothing else, since the tunnel may change its link.
         self._first_link = link
         self._grace_s = grace_s
+        # Empty: whatever is asked.
+        self._allow = allow
         self._on_closed = on_closed
         self._sock: socket.socket | None = None
         self._target_is_read = threading.Event()
@@ -95,9 +100,16 @@ class Tunnel:
 
     def _dial(self) -> socket.socket | None:
         host, port = self._opening["host"], self._opening["port"]
+        deadline = time.monotonic() + DIAL_TARGET_S
         try:
-            deadline = time.monotonic() + DIAL_TARGET_S
-            sock = dial_tcp(host, port, deadline, lambda: self.end.is_over)
+            # What the resolver would take for an address, and the rules for a name.
+            asked = canonical_host(host)
+        except RuleError as exc:
+            log.info("tunnel refused %s reason=target_invalid: %s", self.about, exc)
+            self._refuse(RelayError("target_invalid", str(exc)))
+            return None
+        try:
+            sock = dial_tcp(host, port, deadline, lambda: self.end.is_over, self._filter(asked))
         except DialError as exc:
             if exc.kind in _REFUSED_CODES:
                 log.info("tunnel refused %s reason=%s: %s", self.about, exc.kind, exc)
@@ -111,6 +123,13 @@ class Tunnel:
         self._first_link.put_first("opened", limit=self.end.first_limit, grace_s=self._grace_s)
         log.info("tunnel opened %s target=%s:%d", self.about, host, port)
         return sock
+
+    def _filter(self, asked: Host) -> Callable[[str], bool]:
+        """Return what says of an address of `asked` whether it may be dialled."""
+        rules, port = self._allow, self._opening["port"]
+        if not rules or any(rule.allows_asked(asked, port) for rule in rules):
+            return lambda _: True
+        return lambda address: any(rule.allows_address(address, port) for rule in rules)
 
     def _refuse(self, error: RelayError) -> None:
         self.end.on_end(error)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from client.errors import RelayError
+from client.rules import TargetRule
 from client.stream import Position
 from client.tunnel import Tunnel
 from client.tunnel_end import Link
@@ -34,9 +35,12 @@ log = logging.getLogger("http_network_relay.client")
 class Tunnels:
     """Opens, finds, limits and ends."""
 
-    def __init__(self, max_window_bytes: int, grace_s: int) -> None:
+    def __init__(
+        self, max_window_bytes: int, grace_s: int, allow: tuple[TargetRule, ...] = ()
+    ) -> None:
         self._max_window_bytes = max_window_bytes
         self._grace_s = grace_s
+        self._allow = allow
         # Guards the two below.
         self._lock = threading.Lock()
         self._alive: dict[_Key, Tunnel] = {}
@@ -47,7 +51,8 @@ class Tunnels:
         """Begin a tunnel. Raises RelayError, whose code is the refusal."""
         if control["protocol"] != "tcp":
             raise RelayError("protocol_unsupported", "only the protocol tcp is supported")
-        tunnel = Tunnel(control, link, self._max_window_bytes, self._grace_s, self._on_closed)
+        settings = (self._max_window_bytes, self._grace_s, self._allow)
+        tunnel = Tunnel(control, link, *settings, self._on_closed)
         with self._lock:
             self._forget_late_locked()
             if tunnel.key in self._alive or tunnel.key in self._over:

@@ -15,11 +15,12 @@ from flask_sock import Sock
 from werkzeug.exceptions import HTTPException
 
 from server.config import Config
-from server.credentials_file import load_credentials
+from server.credentials import Login
 from server.errors import ConfigError, HttpRefusal
 from server.logs import ROOT_NAME, set_up_logging
 from server.relay import Relay
 from server.transport import SERVER_OPTIONS, Transport, prepare_upgrade
+from server.watch import FileWatch
 from server.wire import (
     CLIENTS_PATH,
     INSTANCE_HEADER,
@@ -54,11 +55,12 @@ def create_app(config: Config) -> Flask:
     set_up_logging()
     try:
         config.validate()
-        credentials = load_credentials(config.credentials_file)
+        watch = FileWatch(config.credentials_file)
+        credentials = watch.load()
     except ConfigError as exc:
         print(f"error: {exc}", file=sys.stderr, flush=True)
         raise SystemExit(_EXIT_CANNOT_START) from None
-    return build_app(Relay(config, credentials))
+    return build_app(Relay(config, credentials, watch))
 
 
 def build_app(relay: Relay) -> Flask:
@@ -74,14 +76,14 @@ def build_app(relay: Relay) -> Flask:
     def admit() -> None:
         if request.path == CLIENTS_PATH:
             _check_upgrade(relay, "client")
-            name = _authenticate_client(relay)
+            login = _authenticate_client(relay)
             instance = _id_header(INSTANCE_HEADER)
-            g.slot = relay.admit_client(name, instance, _address())
+            g.slot = relay.admit_client(login, instance, _address())
         elif request.path == USERS_PATH:
             _check_upgrade(relay, "proxy command")
-            name = _authenticate_user(relay)
+            login = _authenticate_user(relay)
             tunnel_id = _id_header(TUNNEL_HEADER) if TUNNEL_HEADER in request.headers else ""
-            g.slot = relay.admit_user(name, _address(), tunnel_id)
+            g.slot = relay.admit_user(login, _address(), tunnel_id)
         else:
             return
         relay.attach(g.slot, Transport(prepare_upgrade(request.environ)))
@@ -145,22 +147,23 @@ def _authorization(scheme: str) -> str:
     return value.strip() if given.lower() == scheme else ""
 
 
-def _authenticate_client(relay: Relay) -> str:
+def _authenticate_client(relay: Relay) -> Login:
     try:
         pair = base64.b64decode(_authorization("basic"), validate=True).decode("ascii")
     except (binascii.Error, ValueError):
         pair = ""
     name, _, secret = pair.partition(":")
-    if not relay.credentials.check_client(name, secret):
+    login = relay.credentials.login_client(name, secret)
+    if login is None:
         raise HttpRefusal("unauthorized", "the client's name or secret is wrong")
-    return name
+    return login
 
 
-def _authenticate_user(relay: Relay) -> str:
-    user = relay.credentials.check_user(_authorization("bearer"))
-    if user is None:
+def _authenticate_user(relay: Relay) -> Login:
+    login = relay.credentials.login_user(_authorization("bearer"))
+    if login is None:
         raise HttpRefusal("unauthorized", "the proxy user's token is wrong")
-    return user
+    return login
 
 
 def _id_header(header: str) -> str:

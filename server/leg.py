@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from server.credentials import Login
 from server.logs import ROOT_NAME
 from server.outbox import Frame, Outbox
 from server.transport import ReadEnd, Transport, close_frame
@@ -20,6 +21,7 @@ from server.tunnel import Channels, Tunnel
 from server.wire import (
     CHANNEL_BYTES,
     CLOSE_INTERNAL_ERROR,
+    CLOSE_REVOKED,
     FLUSH_S,
     FROM_CLIENT,
     OP_PING,
@@ -52,6 +54,8 @@ class Leg:
         wake_timer: Callable[[], None],
     ) -> None:
         self.label = label
+        # Who was let in; set before the leg is served.
+        self.login: Login | None = None
         self.outbox = Outbox()
         self._transport = transport
         self._ping_interval_s = ping_interval_s
@@ -165,6 +169,10 @@ class Leg:
         """The leg is over: tell its tunnels. Again is harmless."""
         raise NotImplementedError
 
+    def revoke(self, code: str, message: str) -> None:
+        """End what the credentials do not allow any more, and say why. Any thread."""
+        raise NotImplementedError
+
 
 class ClientLeg(Leg):
     """The one leg of a client: many channels, one lock for all of them."""
@@ -239,8 +247,16 @@ class ClientLeg(Leg):
 
     def end_tunnels(self, code: str) -> None:
         """Take no tunnel any more, and tell the users of those that are there."""
+        for tunnel in self._close_channels():
+            tunnel.client_lost(code)
+
+    def revoke(self, code: str, message: str) -> None:
+        """As in Leg; nobody is to wait for this client, so its tunnels are reset."""
+        for tunnel in self._close_channels():
+            tunnel.fail(TunnelError(message, code=code))
+        self.end(CLOSE_REVOKED, code)
+
+    def _close_channels(self) -> list[Tunnel]:
         with self.channels.lock:
             self.channels.is_closed = True
-            tunnels = list(self.channels.tunnels.values())
-        for tunnel in tunnels:
-            tunnel.client_lost(code)
+            return list(self.channels.tunnels.values())

@@ -9,6 +9,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from server.credentials import Login
 from server.errors import HttpRefusal
 from server.wire import CLOSE_REPLACED_BY_OTHER, CLOSE_REPLACED_BY_SELF
 
@@ -25,8 +26,7 @@ class Slot(Generic[LegT]):
     `tunnel_id`, `leg` and `close_code` are guarded by the registry's lock.
     """
 
-    kind: str  # "client" or "user"
-    name: str
+    login: Login
     address: str
     instance: str = ""
     # The tunnel of a user's leg, as soon as it is known.
@@ -34,6 +34,16 @@ class Slot(Generic[LegT]):
     leg: LegT | None = field(default=None, repr=False)
     # Set when a newer leg of the same client has taken the slot over.
     close_code: int = 0
+
+    @property
+    def kind(self) -> str:
+        """Either "client" or "user"."""
+        return self.login.kind
+
+    @property
+    def name(self) -> str:
+        """The client's or the proxy user's."""
+        return self.login.name
 
 
 class Registry(Generic[LegT]):
@@ -58,13 +68,14 @@ class Registry(Generic[LegT]):
         return max(1, self._capacity * _CLIENTS_PART[0] // _CLIENTS_PART[1])
 
     def admit_client(
-        self, name: str, instance: str, address: str
+        self, login: Login, instance: str, address: str
     ) -> tuple[Slot[LegT], Slot[LegT] | None]:
         """Return a slot, and the older slot that it takes the place of, if any.
 
         The caller ends the older slot's leg with its `close_code`. Raises HttpRefusal.
         """
-        new: Slot[LegT] = Slot("client", name, address, instance)
+        name = login.name
+        new: Slot[LegT] = Slot(login, address, instance)
         with self._lock:
             self._check_draining_locked()
             old = self._clients.get(name)
@@ -81,13 +92,13 @@ class Registry(Generic[LegT]):
         return new, old
 
     def admit_user(
-        self, name: str, address: str, tunnel_id: str = ""
+        self, login: Login, address: str, tunnel_id: str = ""
     ) -> tuple[Slot[LegT], list[Slot[LegT]]]:
         """Return a slot, and the older ones of this user and tunnel that it takes the place of.
 
         The caller ends the older slots' legs. Raises HttpRefusal.
         """
-        new: Slot[LegT] = Slot("user", name, address, tunnel_id=tunnel_id)
+        new: Slot[LegT] = Slot(login, address, tunnel_id=tunnel_id)
         with self._lock:
             self._check_draining_locked()
             # A walk, and no index by tunnel that would have to be kept true: there are as many

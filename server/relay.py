@@ -12,8 +12,9 @@ import threading
 import time
 from typing import Any
 
+from server.access import Access
 from server.config import LEG_BUDGET_BYTES, Config
-from server.credentials import Credentials
+from server.credentials import Credentials, Login
 from server.errors import HttpRefusal, TunnelRefused
 from server.held import HeldResumes
 from server.leg import ClientLeg, Leg
@@ -23,6 +24,7 @@ from server.timer import Timer
 from server.transport import Transport
 from server.tunnel import Tunnel
 from server.user_leg import UserLeg
+from server.watch import FileWatch
 from server.wire import CLOSE_REPLACED_BY_OTHER, CLOSE_RESTART
 
 _log = logging.getLogger(f"{ROOT_NAME}.relay")
@@ -36,8 +38,10 @@ _SPREAD_MS_PER_LEG = 10
 class Relay:
     """Everything that the legs of one process share."""
 
-    def __init__(self, config: Config, credentials: Credentials) -> None:
-        self.credentials = credentials
+    def __init__(
+        self, config: Config, credentials: Credentials, watch: FileWatch | None = None
+    ) -> None:
+        self._access = Access(credentials, watch, self._enforce_all)
         self._config = config
         self._registry: Registry[Leg] = Registry()
         self._held: HeldResumes[UserLeg] = HeldResumes()
@@ -54,6 +58,7 @@ class Relay:
         self._registry.set_capacity(slots)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._timer.start()
+        self._access.start()
         self._is_started = True
         _log.info(
             "relay ready legs=%d clients_at_most=%d ping_interval_s=%g max_window_bytes=%d",
@@ -62,6 +67,11 @@ class Relay:
             self._config.ping_interval_s,
             self._config.max_window_bytes,
         )
+
+    @property
+    def credentials(self) -> Credentials:
+        """Who may connect, as it stands now."""
+        return self._access.credentials
 
     def check_started(self) -> None:
         """Raise HttpRefusal where no worker of ours has started the relay."""
@@ -82,23 +92,23 @@ class Relay:
 
     # A leg's life: admit, attach (before the upgrade's answer), serve, release.
 
-    def admit_client(self, name: str, instance: str, address: str) -> Slot[Leg]:
+    def admit_client(self, login: Login, instance: str, address: str) -> Slot[Leg]:
         """Return a slot; an older leg of that client ends here. Raises HttpRefusal."""
-        slot, old = self._registry.admit_client(name, instance, address)
+        slot, old = self._registry.admit_client(login, instance, address)
         if old is not None:
             if old.close_code == CLOSE_REPLACED_BY_OTHER:
                 _log.warning(
                     "client replaced by another instance client=%s old_address=%s "
                     "old_instance=%s new_address=%s new_instance=%s",
-                    *(name, old.address, old.instance[:8], address, instance[:8]),
+                    *(login.name, old.address, old.instance[:8], address, instance[:8]),
                 )
             if isinstance(old.leg, ClientLeg):
                 old.leg.replace(old.close_code)
         return slot
 
-    def admit_user(self, name: str, address: str, tunnel_id: str) -> Slot[Leg]:
+    def admit_user(self, login: Login, address: str, tunnel_id: str) -> Slot[Leg]:
         """Return a slot; an older leg of that user's tunnel ends here. Raises HttpRefusal."""
-        slot, olds = self._registry.admit_user(name, address, tunnel_id)
+        slot, olds = self._registry.admit_user(login, address, tunnel_id)
         for old in olds:
             if isinstance(old.leg, UserLeg):
                 old.leg.replace()
@@ -121,6 +131,7 @@ class Relay:
             leg = ClientLeg(transport, slot.name, interval_s, wake, LEG_BUDGET_BYTES)
         else:
             leg = UserLeg(transport, slot.name, interval_s, wake, open_tunnel, self._held)
+        leg.login = slot.login
         if not self._registry.attach(slot, leg):
             raise HttpRefusal("server_restart", "a newer connection came; try again")
 
@@ -135,6 +146,8 @@ class Relay:
         self._change_legs(add=leg)
         if self._registry.is_draining:
             leg.end(CLOSE_RESTART, "server_restart")
+        # It may have been let in by credentials that are not in force any more.
+        self._enforce(leg)
         started_at = time.monotonic()
         fields = f"{slot.kind}={slot.name} address={slot.address}"
         if slot.instance:
@@ -172,14 +185,31 @@ class Relay:
         name = control["client"]
         if self._registry.is_draining:
             raise TunnelRefused("server_restart", "the relay restarts; try again")
-        if not self.credentials.has_client(name):
-            raise TunnelRefused("client_unknown", f"no client is named {name}")
+        rule = self._access.check_open(user, control)
         client_leg = self._registry.client_leg(name)
         if not isinstance(client_leg, ClientLeg):
             raise TunnelRefused("client_offline", f"the client {name} is not connected")
-        tunnel = Tunnel(client_leg, leg, control, user)
+        tunnel = Tunnel(client_leg, leg, control, user, rule)
         client_leg.open(tunnel, self._config.max_window_bytes)
         return tunnel
+
+    # What was revoked.
+
+    def _enforce_all(self) -> None:
+        """The credentials have changed: end what they do not allow any more."""
+        for leg in self._legs:
+            self._enforce(leg)
+
+    def _enforce(self, leg: Leg) -> None:
+        if leg.login is None:
+            return
+        if not self.credentials.is_valid(leg.login):
+            leg.revoke("revoked", f"the access of {leg.login.name} was revoked, or has expired")
+        elif isinstance(leg, UserLeg) and (tunnel := leg.opened_tunnel()) is not None:
+            try:
+                self._access.check_open(leg.login.name, tunnel.asked)
+            except TunnelRefused as exc:
+                leg.revoke(exc.code, exc.message)
 
     # The end.
 
@@ -212,7 +242,9 @@ class Relay:
         with self._legs_changed:
             return self._legs_changed.wait_for(lambda: not self._legs, timeout_s)
 
-    def stop_timer(self, timeout_s: float) -> None:
-        """End the timer's thread; after the legs, whose deadlines it keeps."""
+    def stop_threads(self, timeout_s: float) -> None:
+        """End the timer and the look at the file; after the legs, whose deadlines it keeps."""
+        self._access.stop()
         self._timer.stop()
         self._timer.join(timeout_s)
+        self._access.join(timeout_s)

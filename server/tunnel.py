@@ -90,7 +90,12 @@ class Tunnel:
     """One tunnel, from the `open` or `resume` that goes to the client to its one end here."""
 
     def __init__(
-        self, client_leg: ChannelLeg, user_leg: TunnelLeg, control: dict[str, Any], user: str
+        self,
+        client_leg: ChannelLeg,
+        user_leg: TunnelLeg,
+        control: dict[str, Any],
+        user: str,
+        rule: str,
     ) -> None:
         self._client_leg = client_leg
         self._user_leg = user_leg
@@ -98,6 +103,8 @@ class Tunnel:
         self._control = control
         self._kind = control["type"]
         self._user = user
+        # By which it was allowed, as the credentials file has it.
+        self._rule = rule
         self._started_at = time.monotonic()
         self._log = FieldsAdapter(
             _log,
@@ -116,6 +123,11 @@ class Tunnel:
     def is_over(self) -> bool:
         """Whether it has ended; once true, true for ever."""
         return self._is_over
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The `open` or `resume`: client, host, port and the rest."""
+        return self._control
 
     def assign_locked(self, max_window_bytes: int) -> Frame:
         """Take a channel and window; return the `open` or `resume` for the client.
@@ -145,7 +157,7 @@ class Tunnel:
             self._log.info("tunnel resumed attempt=%d", self._control["attempt"])
             return
         host, port = self._control["host"], self._control["port"]
-        self._log.info("tunnel started host=%s port=%d", host, port)
+        self._log.info("tunnel started host=%s port=%d rule=%s", host, port, self._rule)
 
     # From the user's leg.
 

@@ -84,6 +84,19 @@ class UserLeg(Leg):
         self.lost()
         self.abort("replaced")
 
+    def opened_tunnel(self) -> Tunnel | None:
+        """Return the tunnel; one that is just being opened is waited for. Any thread."""
+        with self._opening:
+            return self.tunnel
+
+    def revoke(self, code: str, message: str) -> None:
+        """As in Leg."""
+        tunnel = self._stop_waiting()
+        if tunnel is not None:
+            tunnel.fail(TunnelError(message, code=code))
+        else:
+            self.refuse(code, message)
+
     def lost(self) -> None:
         """Tell the client of its tunnel."""
         tunnel = self._stop_waiting()

@@ -292,7 +292,7 @@ class RelayWorker(ThreadWorker):
                 if not self._relay.join(_FLUSH_S):
                     self._relay.stop()
                     self._relay.join(_JOIN_S)
-            self._relay.stop_timer(_JOIN_S)
+            self._relay.stop_threads(_JOIN_S)
         self.tpool.shutdown(wait=False, cancel_futures=True)
         self.method_queue.run_callbacks(None)
         # The interpreter joins the pool's threads and the legs' writers at its end; the
