@@ -1716,6 +1716,8 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
         found = getattr(exc, "resp_headers", None) or {}
         refusal = (exc.status_code, found, getattr(exc, "resp_body", None))
         status = exc.status_code
+    except library.WebSocketConnectionClosedException as exc:
+        raise RelayError("server_unreachable", f"{where} ended the WebSocket handshake") from exc
     except library.WebSocketException as exc:
         status = web_socket.status
         if status is None or status == 101:

@@ -101,7 +101,11 @@ class LegSocket:
         if self.outbox is None:
             # The library cannot add headers to its 101.
             mark = f"\r\n{RELAY_HEADER}: {RELAY_HEADER_VALUE}\r\n\r\n".encode()
-            self.duplex.send(bytes(data).replace(b"\r\n\r\n", mark, 1))
+            try:
+                self.duplex.send(bytes(data).replace(b"\r\n\r\n", mark, 1))
+            except OSError:
+                # Gone before it was answered: a lost leg as any other, which the reader finds.
+                self.duplex.abort()
         else:
             for frame in _control_frames(bytes(data)):
                 if frame.opcode == OP_CLOSE:

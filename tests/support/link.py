@@ -67,6 +67,7 @@ class _Way:
     has_timer: bool = False
     sink_full: bool = False  # the far kernel takes no more: wait for EVENT_WRITE
     sink_ended: bool = False
+    total_bytes: int = 0  # written so far
 
 
 @dataclass(eq=False)
@@ -110,6 +111,8 @@ class Link:
         # (due, tie-breaker, ...): which way has something to write then; at most one each.
         self._timers: list[tuple[float, int, _Connection, _Way]] = []
         self._tie = itertools.count()
+        # (due, tie-breaker, what to do then): for subclasses, see _later().
+        self._alarms: list[tuple[float, int, Callable[[], None]]] = []
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = (
             queue.SimpleQueue()
         )
@@ -245,8 +248,9 @@ class Link:
         try:
             while self._running:
                 timeout_s = None
-                if self._timers:
-                    timeout_s = max(0.0, self._timers[0][0] - time.monotonic())
+                due = [heap[0][0] for heap in (self._timers, self._alarms) if heap]
+                if due:
+                    timeout_s = max(0.0, min(due) - time.monotonic())
                 for key, events in self._selector.select(timeout_s):
                     key.data(events)
                 self._write_due()
@@ -281,7 +285,23 @@ class Link:
             near, far, (_Way(self._up, near, far), _Way(self._down, far, near))
         )
         self._connections.add(connection)
+        self._on_accepted(connection)
         self._watch(connection)
+
+    # For a subclass that breaks things; all on the link's own thread.
+
+    def _on_accepted(self, connection: _Connection) -> None:
+        """A connection has come. It may not be ended here."""
+
+    def _piece_bytes(self, connection: _Connection, way: _Way) -> int:
+        """How much may be written at once, at least 1: up to the next fault, say."""
+        return _READ_BYTES
+
+    def _on_moved(self, connection: _Connection, way: _Way, data: bytes) -> None:
+        """`data` has just been written. Anything may be done to the connection."""
+
+    def _later(self, seconds: float, act: Callable[[], None]) -> None:
+        heapq.heappush(self._alarms, (time.monotonic() + seconds, next(self._tie), act))
 
     def _capacity_bytes(self) -> int:
         if self.mbit is None:
@@ -359,6 +379,8 @@ class Link:
             _, _, connection, way = heapq.heappop(self._timers)
             way.has_timer = False
             self._write(connection, way)
+        while self._alarms and self._alarms[0][0] <= now:
+            heapq.heappop(self._alarms)[2]()
 
     def _write(self, connection: _Connection, way: _Way) -> None:
         """Hand on what is due; an empty chunk is the FIN."""
@@ -366,9 +388,10 @@ class Link:
             return
         while way.chunks and way.chunks[0][0] <= time.monotonic():
             due, data = way.chunks.popleft()
+            piece = data[: self._piece_bytes(connection, way)]
             try:
                 if data:
-                    sent = way.sink.send(data)
+                    sent = way.sink.send(piece)
                 else:
                     sent = 0
                     way.sink_ended = True
@@ -383,9 +406,14 @@ class Link:
             way.held_bytes -= sent
             way.lane.held_bytes -= sent
             way.lane.total_bytes += sent
+            way.total_bytes += sent
             if sent < len(data):
                 way.chunks.appendleft((due, data[sent:]))
-                way.sink_full = True
+            way.sink_full = sent < len(piece)
+            self._on_moved(connection, way, piece[:sent])
+            if connection.frozen or connection not in self._connections:
+                return
+            if way.sink_full:
                 break
         if all(each.sink_ended for each in connection.ways):
             self._end(connection, reset=False)
@@ -394,6 +422,15 @@ class Link:
         self._watch(connection)
 
     def _end(self, connection: _Connection, *, reset: bool) -> None:
+        self._let_go(connection)
+        for sock in (connection.near, connection.far):
+            if reset:
+                _reset(sock)
+            else:
+                sock.close()
+
+    def _let_go(self, connection: _Connection) -> None:
+        """Lose what is in flight and know the connection no more; its sockets stay open."""
         self._connections.discard(connection)
         for way in connection.ways:
             way.lane.held_bytes -= way.held_bytes
@@ -402,10 +439,6 @@ class Link:
         for sock in (connection.near, connection.far):
             if sock in self._selector.get_map():
                 self._selector.unregister(sock)
-            if reset:
-                _reset(sock)
-            else:
-                sock.close()
 
 
 def _reset(sock: socket.socket) -> None:

@@ -141,7 +141,6 @@ def test_one_side_learns_later_when_the_end_is_delayed(seed: int) -> None:
         link.arm()
         eventually(note)
         assert 0.08 <= abs(ends["far"] - ends["near"]) <= 0.6
-        assert conversation.ended == flow.ended
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
