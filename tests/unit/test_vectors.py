@@ -131,7 +131,7 @@ def app() -> Iterator[Flask]:
     interval_s = sys.getswitchinterval()
     relay.start(slots=4)
     yield build_app(relay)
-    relay.stop_timer(1.0)
+    relay.stop_threads(1.0)
     sys.setswitchinterval(interval_s)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from server import held
 from server.config import Config
-from server.credentials import Credentials
+from server.credentials import Credentials, Login, digest_of, user_name_of
 from server.leg import ClientLeg
 from server.outbox import Outbox
 from server.relay import Relay
@@ -64,23 +64,27 @@ class FakeTransport:
         self.aborted.set()
 
 
+# Whom the token lets in.
+USER = Login("user", user_name_of("t"), digest_of("t"))
+
+
 class Bench:
     """A relay whose legs have no sockets; `gw` and `other` may connect."""
 
     def __init__(self) -> None:
-        credentials = Credentials({"gw": "s", "other": "s"}, ["t"])
+        credentials = Credentials.plain({"gw": "gw-secret", "other": "other-secret"}, ["t"])
         self.relay = Relay(Config(ping_interval_s=INTERVAL_S), credentials)
         self.relay._registry.set_capacity(16)
 
     def user(self) -> UserLeg:
-        slot = self.relay.admit_user("u", "addr", "")
+        slot = self.relay.admit_user(USER, "addr", "")
         self.relay.attach(slot, FakeTransport())  # type: ignore[arg-type]
         assert isinstance(slot.leg, UserLeg)
         return slot.leg
 
     def client(self, name: str = "gw") -> ClientLeg:
         """A client's leg as far as serve() brings it before it reads."""
-        slot = self.relay.admit_client(name, INSTANCE, "addr")
+        slot = self.relay.admit_client(Login("client", name, b""), INSTANCE, "addr")
         self.relay.attach(slot, FakeTransport())  # type: ignore[arg-type]
         assert isinstance(slot.leg, ClientLeg)
         self.relay._held.open_for(name)
@@ -291,11 +295,11 @@ def test_resume_waits_no_more_when_the_user_speaks(bench: Bench, case: str) -> N
 def test_replaced_leg_ends_at_once_when_its_resume_waits(bench: Bench) -> None:
     """A newer leg of the tunnel waits in its place."""
     relay = bench.relay
-    slot = relay.admit_user("u", "addr", RESUME["tunnel_id"])
+    slot = relay.admit_user(USER, "addr", RESUME["tunnel_id"])
     relay.attach(slot, FakeTransport())  # type: ignore[arg-type]
     assert isinstance(slot.leg, UserLeg)
     say(slot.leg, RESUME)
-    new = relay.admit_user("u", "addr", RESUME["tunnel_id"])
+    new = relay.admit_user(USER, "addr", RESUME["tunnel_id"])
     assert slot.leg._transport.aborted.is_set()  # type: ignore[attr-defined]
     assert bench.held == 0
     relay.attach(new, FakeTransport())  # type: ignore[arg-type]
@@ -308,7 +312,7 @@ def test_held_resume_is_opened_when_the_client_is_served(bench: Bench) -> None:
     """serve() looks for those who wait before it reads."""
     user = bench.user()
     say(user, RESUME)
-    slot = bench.relay.admit_client("gw", INSTANCE, "addr")
+    slot = bench.relay.admit_client(Login("client", "gw", b""), INSTANCE, "addr")
     transport = FakeTransport()
     bench.relay.attach(slot, transport)  # type: ignore[arg-type]
     thread = threading.Thread(target=bench.relay.serve, args=(slot, None))

@@ -80,7 +80,7 @@ class Pair:
     ) -> None:
         self.client = client or FakeClientLeg()
         self.user = FakeUserLeg()
-        self.tunnel = Tunnel(self.client, self.user, dict(first), "token-x")
+        self.tunnel = Tunnel(self.client, self.user, dict(first), "token-x", "*")
         with self.client.channels.lock:
             self.first = self.tunnel.assign_locked(CAP)
         if is_opened:
@@ -105,7 +105,7 @@ class Pair:
 def test_open_is_a_new_object_when_it_is_passed_on() -> None:
     """With channel and user, and the limit as far as the cap allows."""
     client, control = FakeClientLeg(), {**OPEN, "limit": 2**53}
-    tunnel = Tunnel(client, FakeUserLeg(), control, "token-x")
+    tunnel = Tunnel(client, FakeUserLeg(), control, "token-x", "*")
     with client.channels.lock:
         frame = tunnel.assign_locked(CAP)
     assert json.loads(frame.payload) == {**control, "limit": CAP, "channel": 1, "user": "token-x"}
@@ -280,7 +280,7 @@ def test_tunnel_is_finished_when_both_final_acks_have_passed() -> None:
 def test_unsent_open_is_taken_back_when_the_user_goes_first() -> None:
     """A client that reads slowly never hears of a tunnel that is over already."""
     client, user = FakeClientLeg(), FakeUserLeg()
-    tunnel = Tunnel(client, user, dict(OPEN), "token-x")
+    tunnel = Tunnel(client, user, dict(OPEN), "token-x", "*")
     with client.channels.lock:
         frame = tunnel.assign_locked(CAP)
     client.outbox.put_first(tunnel.channel, frame, cancellable=True)
