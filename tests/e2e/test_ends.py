@@ -507,10 +507,11 @@ def test_tunnel_ends_alone_when_a_peer_breaks_its_rules(shared_server: Server) -
         mark = shared_server.line_count
         user.send_open(client=name, port=target.port)
         assert user.recv_control("opened")
+        conversation = target.conversation()
         user.send_control({"type": "eof", "count": 1})  # of bytes that never came
         assert user.recv_control("reset")["code"] == "protocol_error"
         assert user.recv_close(AT_ONCE_S)[0] == 1000
-        assert target.conversation().wait_ended(AT_ONCE_S) == "reset"
+        assert conversation.wait_ended(AT_ONCE_S) == "reset"
         client.wait_for_line("tunnel closed .*reason=protocol_error", AT_ONCE_S)
 
         channel = raw_client.recv_control("open")["channel"]

@@ -103,7 +103,8 @@ def test_no_secret_is_shown_when_all_talk_most(tmp_path: Path) -> None:
             sock.recv(4096)
         wrong.wait_for_line("ERROR .*refused")
         # A user's line that is idle, to be seen in `ps` with all the others.
-        idle = enter(start_proxy(server.url, port=echo.port, token=None, args=by_file))
+        brief = [*by_file, "--resume-timeout", "1"]
+        idle = enter(start_proxy(server.url, port=echo.port, token=None, args=brief))
         idle.send(b"x")
         assert idle.receive_exactly(1) == b"x"
 

@@ -323,6 +323,19 @@ def test_eof_of_an_earlier_channel_is_not_acked_on_a_new_one_before_it_comes_the
     assert again.eof
 
 
+def test_first_ack_of_a_new_channel_tells_no_eof_of_an_earlier_one() -> None:
+    """All was handed on while nobody was there, the eof too: only the bytes are told."""
+    into = Receiver()
+    into.on_data(100 * KIB, 0.0)
+    into.on_eof(100 * KIB)
+    into.resume()
+    into.delivered += 100 * KIB
+    assert into.on_eof_delivered(0.0) is None
+    ack = into.on_delivered(0, 0.0, drained=True)
+    assert ack is not None
+    assert (ack.delivered, ack.eof) == (100 * KIB, False)
+
+
 def test_eof_that_was_acked_is_acked_again_when_it_comes_again() -> None:
     """Finished means: both acks on one channel."""
     into = Receiver()
