@@ -12,7 +12,7 @@ def test_every_code_fits_the_wire() -> None:
     for code, (exit_code, is_retryable) in ERRORS.items():
         assert code.replace("_", "").isalpha()
         assert code.islower()
-        assert 1 <= exit_code <= 6
+        assert 1 <= exit_code <= 7
         assert isinstance(is_retryable, bool)
 
 

@@ -175,7 +175,7 @@ def test_resume_is_opened_when_its_client_comes(bench: Bench) -> None:
     client = bench.client()
 
     (resume,) = taken(client.outbox)
-    assert resume == {**RESUME, "channel": 1, "user": "u"}
+    assert resume == {**RESUME, "channel": 1, "user": USER.name}
     assert user.tunnel is not None
     assert other.tunnel is None
     assert bench.held == 1
@@ -312,7 +312,7 @@ def test_held_resume_is_opened_when_the_client_is_served(bench: Bench) -> None:
     """serve() looks for those who wait before it reads."""
     user = bench.user()
     say(user, RESUME)
-    slot = bench.relay.admit_client(Login("client", "gw", b""), INSTANCE, "addr")
+    slot = bench.relay.admit_client(Login("client", "gw", digest_of("gw-secret")), INSTANCE, "addr")
     transport = FakeTransport()
     bench.relay.attach(slot, transport)  # type: ignore[arg-type]
     thread = threading.Thread(target=bench.relay.serve, args=(slot, None))
