@@ -12,11 +12,15 @@ from typing import Any
 
 from gunicorn.app.wsgiapp import WSGIApplication
 
+from server.addresses import DEFAULT_TRUSTED_PROXIES
 from server.config import (
+    AUDIT_LOG_VARIABLE,
     CREDENTIALS_FILE_VARIABLE,
     DEFAULT_CREDENTIALS_FILE,
+    LIMITS,
     MAX_WINDOW_VARIABLE,
     PING_INTERVAL_VARIABLE,
+    TRUSTED_PROXIES_VARIABLE,
 )
 from server.credentials_command import main as credentials_main
 from server.wire import DEFAULT_MAX_WINDOW_BYTES, DEFAULT_PING_INTERVAL_S
@@ -64,7 +68,32 @@ def _parser() -> argparse.ArgumentParser:
         help="unacknowledged bytes per tunnel and direction, at most "
         f"(${MAX_WINDOW_VARIABLE}, default: {DEFAULT_MAX_WINDOW_BYTES})",
     )
+    _add_limits(parser)
     return parser
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """The settings of docs/limits.md."""
+    add = parser.add_argument
+    add(
+        "--trusted-proxies",
+        metavar="LIST",
+        help="whose X-Forwarded-For counts: addresses, networks, unix "
+        f"(${TRUSTED_PROXIES_VARIABLE}, default: {DEFAULT_TRUSTED_PROXIES})",
+    )
+    add(
+        "--audit-log",
+        metavar="FILE",
+        help=f"write who did what as JSON lines; - is stdout (${AUDIT_LOG_VARIABLE}, default: off)",
+    )
+    for limit in LIMITS:
+        off = "; 0: no limit" if limit.can_be_off else ""
+        add(
+            limit.flag,
+            metavar="NUMBER",
+            dest=limit.field,
+            help=f"{limit.help}, {limit.unit}{off} (${limit.variable}, default: {limit.default:g})",
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,6 +108,9 @@ def main(argv: list[str] | None = None) -> None:
         (CREDENTIALS_FILE_VARIABLE, args.credentials_file),
         (PING_INTERVAL_VARIABLE, args.ping_interval),
         (MAX_WINDOW_VARIABLE, args.max_window),
+        (TRUSTED_PROXIES_VARIABLE, args.trusted_proxies),
+        (AUDIT_LOG_VARIABLE, args.audit_log),
+        *((limit.variable, getattr(args, limit.field)) for limit in LIMITS),
     ):
         if value is not None:
             os.environ[variable] = value

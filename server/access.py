@@ -69,13 +69,15 @@ class Access:
 
     def _run(self) -> None:
         today = utc_today()
+        is_due = False
         while not self._stopped.wait(_LOOK_S):
             try:
-                is_changed = self._look()
                 # At midnight somebody's last day may be over.
-                if is_changed or utc_today() != today:
+                is_due = self._look() or is_due or utc_today() != today
+                if is_due:
                     today = utc_today()
                     self._on_change()
+                    is_due = False  # Not before: who was not asked would stay.
             except Exception:
                 _log.exception("credentials were not looked at")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import ipaddress
+import functools
 import logging
 import re
 import sys
@@ -78,12 +78,12 @@ def build_app(relay: Relay) -> Flask:
             _check_upgrade(relay, "client")
             login = _authenticate_client(relay)
             instance = _id_header(INSTANCE_HEADER)
-            g.slot = relay.admit_client(login, instance, _address())
+            g.slot = relay.admit_client(login, instance, _address(relay))
         elif request.path == USERS_PATH:
             _check_upgrade(relay, "proxy command")
             login = _authenticate_user(relay)
             tunnel_id = _id_header(TUNNEL_HEADER) if TUNNEL_HEADER in request.headers else ""
-            g.slot = relay.admit_user(login, _address(), tunnel_id)
+            g.slot = relay.admit_user(login, _address(relay), tunnel_id)
         else:
             return
         relay.attach(g.slot, Transport(prepare_upgrade(request.environ)))
@@ -110,7 +110,7 @@ def build_app(relay: Relay) -> Flask:
 
     for path in (CLIENTS_PATH, USERS_PATH):
         sock.route(path, endpoint=path)(serve)
-    app.register_error_handler(HttpRefusal, _refusal_response)
+    app.register_error_handler(HttpRefusal, functools.partial(_refusal_response, relay))
     app.register_error_handler(HTTPException, _http_error_response)
     return app
 
@@ -155,14 +155,16 @@ def _authenticate_client(relay: Relay) -> Login:
     name, _, secret = pair.partition(":")
     login = relay.credentials.login_client(name, secret)
     if login is None:
-        raise HttpRefusal("unauthorized", "the client's name or secret is wrong")
+        message = "the client's name or secret is wrong"
+        raise relay.guard.failed_login("client", name, _address(relay), message)
     return login
 
 
 def _authenticate_user(relay: Relay) -> Login:
     login = relay.credentials.login_user(_authorization("bearer"))
     if login is None:
-        raise HttpRefusal("unauthorized", "the proxy user's token is wrong")
+        message = "the proxy user's token is wrong"
+        raise relay.guard.failed_login("user", "", _address(relay), message)
     return login
 
 
@@ -173,24 +175,19 @@ def _id_header(header: str) -> str:
     return value
 
 
-def _address() -> str:
-    """Return the peer's address for the log; a proxy on this machine may name another."""
-    address = request.remote_addr or "unix"
-    forwarded = request.headers.get("X-Forwarded-For", "").rpartition(",")[2].strip()
-    try:
-        is_proxy = address == "unix" or ipaddress.ip_address(address).is_loopback
-        return str(ipaddress.ip_address(forwarded)) if is_proxy and forwarded else address
-    except ValueError:
-        return address
+def _address(relay: Relay) -> str:
+    """Return the address that the request comes from; a trusted proxy may name it."""
+    return relay.guard.address(request.remote_addr, request.headers.get("X-Forwarded-For", ""))
 
 
-def _refusal_response(error: HttpRefusal) -> Response:
+def _refusal_response(relay: Relay, error: HttpRefusal) -> Response:
     answer = error.answer
-    # A full relay is for its operator to see; the rest is the peer's business.
-    level = logging.WARNING if error.code == "busy" else logging.INFO
-    _log.log(
-        level, "request refused code=%s path=%s address=%s", error.code, request.path, _address()
-    )
+    # Failed logins have a line of their own.
+    if error.code not in ("unauthorized", "too_many"):
+        # A full relay is for its operator to see; the rest is the peer's business.
+        level = logging.WARNING if error.code == "busy" else logging.INFO
+        path, address = request.path, _address(relay)
+        _log.log(level, "request refused code=%s path=%s address=%s", error.code, path, address)
     response: Response = jsonify(code=error.code, message=error.message)
     response.status_code = answer.status
     if answer.retry_after_s is not None:

@@ -10,6 +10,9 @@ from server.wire import MAX_DATA_BYTES, MIN_WINDOW_BYTES, TunnelError
 # The part of a budget that no window grows into: each newcomer needs the smallest window
 # at once, or would be refused because of others' downloads. A quarter is 64 newcomers.
 _NEWCOMERS_SHARE = 4
+# What a paced tunnel may send each way at once, before its user's tokens are asked for: a
+# message, so that a login does not wait for a download of the same user.
+FIRST_CREDIT_BYTES = MAX_DATA_BYTES
 
 
 class Budget:
@@ -32,11 +35,19 @@ class Direction:
     """
 
     def __init__(
-        self, budget: Budget, cap_bytes: int, received: int = 0, delivered: int = 0
+        self,
+        budget: Budget,
+        cap_bytes: int,
+        received: int = 0,
+        delivered: int = 0,
+        *,
+        is_paced: bool = False,
     ) -> None:
         self.start_at(received, delivered)
         self._budget = budget
         self._cap = cap_bytes
+        # Its limit rises by raise_by() alone, after the first one.
+        self._is_paced = is_paced
         # The part of the budget that is ours: the window granted, at least the smallest.
         self._reserved = MIN_WINDOW_BYTES
         budget.free -= MIN_WINDOW_BYTES
@@ -49,6 +60,7 @@ class Direction:
         """Count from where the receiving end stands, which is not 0 after a resume."""
         if delivered > received:
             raise TunnelError(f"{delivered} bytes delivered, but {received} received")
+        self.begun_at = received
         self.forwarded = received
         self.delivered = delivered
 
@@ -88,12 +100,36 @@ class Direction:
         """Return the limit to pass on: what the receiver asks, as far as the budget goes.
 
         Never below `delivered` + the smallest window, which was reserved at the start,
-        and never below what was passed on before.
+        and never below what was passed on before. Where bytes are paced, what was passed on
+        before, but for the first time.
         """
         self._asked = asked
+        if not self._is_paced:
+            return self._settle(self._highest())
+        if self.limit == 0:
+            return self._settle(min(self._highest(), self.forwarded + FIRST_CREDIT_BYTES))
+        return self._settle(self.limit)
+
+    @property
+    def hunger(self) -> int:
+        """By how much the limit of a paced direction might rise now."""
+        is_ended = self.eof_count is not None
+        return 0 if is_ended else max(0, self._highest() - self.limit)
+
+    def raise_by(self, size: int) -> int:
+        """Raise the limit of a paced direction by `size` at most; return by how much it rose."""
+        rise = min(size, self.hunger)
+        self._settle(self.limit + rise)
+        return rise
+
+    def _highest(self) -> int:
+        """Return the limit that the receiver and the budget allow."""
         # At least the smallest window, and what stands from before as `delivered` rises.
         reach = max(MIN_WINDOW_BYTES, min(self._cap, self._reserved + self._budget.growth))
-        self.limit = min(asked, max(self.delivered + reach, self.limit))
+        return min(self._asked, max(self.delivered + reach, self.limit))
+
+    def _settle(self, limit: int) -> int:
+        self.limit = limit
         needed = max(MIN_WINDOW_BYTES, self.limit - self.delivered)
         self._budget.free += self._reserved - needed
         self._reserved = needed

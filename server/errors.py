@@ -37,7 +37,10 @@ HTTP_ANSWERS: dict[str, _Answer] = {
     "forbidden": _Answer(403),
     "not_found": _Answer(404),
     "version_unsupported": _Answer(426),
-    "too_many": _Answer(429, 5),
+    "head_timeout": _Answer(408),
+    # As long as a client waits anyway whose secret is wrong.
+    "too_many": _Answer(429, 30),
+    "head_too_large": _Answer(431),
     "internal_error": _Answer(500),
     "wrong_worker": _Answer(500),
     # Legs last for hours, but a failing peer gives its slot back within seconds.

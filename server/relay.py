@@ -16,6 +16,7 @@ from server.access import Access
 from server.config import LEG_BUDGET_BYTES, Config
 from server.credentials import Credentials, Login
 from server.errors import HttpRefusal, TunnelRefused
+from server.guard import Guard, TunnelRecord
 from server.held import HeldResumes
 from server.leg import ClientLeg, Leg
 from server.logs import ROOT_NAME
@@ -43,6 +44,7 @@ class Relay:
     ) -> None:
         self._access = Access(credentials, watch, self._enforce_all)
         self._config = config
+        self.guard = Guard(config)
         self._registry: Registry[Leg] = Registry()
         self._held: HeldResumes[UserLeg] = HeldResumes()
         self._timer = Timer(lambda: self._legs)
@@ -59,6 +61,7 @@ class Relay:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._timer.start()
         self._access.start()
+        self.guard.start()
         self._is_started = True
         _log.info(
             "relay ready legs=%d clients_at_most=%d ping_interval_s=%g max_window_bytes=%d",
@@ -84,6 +87,11 @@ class Relay:
                 "root, where it reads gunicorn.conf.py, without -k and -c; or python -m server'"
             )
         raise HttpRefusal("wrong_worker", "the relay runs under the wrong gunicorn worker class")
+
+    @property
+    def config(self) -> Config:
+        """The settings."""
+        return self._config
 
     @property
     def is_draining(self) -> bool:
@@ -121,16 +129,27 @@ class Relay:
         instant finds it. Its `open` waits in the outbox until serve().
         """
         interval_s, wake = self._config.ping_interval_s, self._timer.wake
+        is_spent = False
 
         def open_tunnel(leg: UserLeg, control: dict[str, Any]) -> Tunnel:
+            nonlocal is_spent
             self._registry.bind(slot, control["tunnel_id"])
-            return self._open_tunnel(leg, control, slot.name)
+            # Once: a `resume` that waits for its client comes here again.
+            if not is_spent:
+                is_spent = True
+                self.guard.limits.spend(slot.name, control["type"])
+            return self._open_tunnel(leg, control, slot.name, slot.address)
+
+        def refused(control: dict[str, Any], reason: str) -> None:
+            self.guard.refused(control, slot.name, slot.address, reason)
 
         leg: Leg
         if slot.kind == "client":
             leg = ClientLeg(transport, slot.name, interval_s, wake, LEG_BUDGET_BYTES)
+            leg.channels.tunnels_at_most = self._config.tunnels_per_client
         else:
             leg = UserLeg(transport, slot.name, interval_s, wake, open_tunnel, self._held)
+            leg.on_refused = refused
         leg.login = slot.login
         if not self._registry.attach(slot, leg):
             raise HttpRefusal("server_restart", "a newer connection came; try again")
@@ -153,14 +172,17 @@ class Relay:
         if slot.instance:
             fields += f" instance={slot.instance[:8]}"
         _log.info("leg up %s", fields)
+        self.guard.leg_up(slot.kind, slot.name, slot.address)
         try:
             if slot.kind == "client":
                 self._held.open_for(slot.name)
             leg.run(websocket)
         finally:
+            secs = time.monotonic() - started_at
+            # Before join() can return: what comes after the stop is not written.
+            self.guard.leg_down(slot.kind, slot.name, slot.address, leg.reason, secs)
             self._change_legs(drop=leg)
             thread.name = thread_name
-            secs = time.monotonic() - started_at
             _log.info("leg down reason=%s secs=%.1f %s", leg.reason, secs, fields)
 
     def release(self, slot: Slot[Leg]) -> None:
@@ -177,7 +199,9 @@ class Relay:
             self._legs_changed.notify_all()
         self._timer.wake()
 
-    def _open_tunnel(self, leg: UserLeg, control: dict[str, Any], user: str) -> Tunnel:
+    def _open_tunnel(
+        self, leg: UserLeg, control: dict[str, Any], user: str, address: str
+    ) -> Tunnel:
         """Pair a user's leg with a channel of the client that it names.
 
         For `open` and `resume` alike. Raises TunnelRefused, TunnelError.
@@ -189,8 +213,14 @@ class Relay:
         client_leg = self._registry.client_leg(name)
         if not isinstance(client_leg, ClientLeg):
             raise TunnelRefused("client_offline", f"the client {name} is not connected")
-        tunnel = Tunnel(client_leg, leg, control, user, rule)
-        client_leg.open(tunnel, self._config.max_window_bytes)
+        record = TunnelRecord(self.guard, control, user, address, rule)
+        tunnel = Tunnel(client_leg, leg, control, user, rule, record=record)
+        self.guard.limits.admit(user, tunnel)
+        try:
+            client_leg.open(tunnel, self._config.max_window_bytes)
+        except BaseException:
+            self.guard.limits.forget(user, tunnel)
+            raise
         return tunnel
 
     # What was revoked.
@@ -243,8 +273,10 @@ class Relay:
             return self._legs_changed.wait_for(lambda: not self._legs, timeout_s)
 
     def stop_threads(self, timeout_s: float) -> None:
-        """End the timer and the look at the file; after the legs, whose deadlines it keeps."""
+        """End the timer, the guard's threads and the look at the file; after the legs."""
         self._access.stop()
         self._timer.stop()
+        self.guard.stop()
         self._timer.join(timeout_s)
         self._access.join(timeout_s)
+        self.guard.join(timeout_s)

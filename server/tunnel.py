@@ -50,6 +50,8 @@ class Channels:
 
     def __init__(self, budget_bytes: int) -> None:
         self.lock = threading.Lock()
+        # Set before the leg is served. 0: as many as the budgets give.
+        self.tunnels_at_most = 0
         self.tunnels: dict[int, Tunnel] = {}
         self.highest = 0
         self.is_closed = False
@@ -77,6 +79,22 @@ class ChannelLeg(Protocol):
     label: str
 
 
+class Record:
+    """Who is told of a tunnel's life; does nothing by itself. Called without a lock held."""
+
+    # Whether credit is given by Tunnel.raise_limit() alone.
+    is_paced = False
+
+    def accepted(self, tunnel: Tunnel) -> None:
+        """The client has answered `opened` or `resumed`."""
+
+    def hungry(self, tunnel: Tunnel, is_up: bool) -> None:
+        """An ack of a paced direction has come: its limit could rise."""
+
+    def ended(self, tunnel: Tunnel, reason: str) -> None:
+        """It is over, or was never accepted."""
+
+
 def _text(kind: str, channel: int = 0, **fields: Any) -> Frame:
     return Frame(OP_TEXT, b"", encode_control(kind, channel, **fields))
 
@@ -96,7 +114,10 @@ class Tunnel:
         control: dict[str, Any],
         user: str,
         rule: str,
+        *,
+        record: Record | None = None,
     ) -> None:
+        self._record = record or Record()
         self._client_leg = client_leg
         self._user_leg = user_leg
         self._channels = client_leg.channels
@@ -110,6 +131,9 @@ class Tunnel:
             _log,
             {"client": client_leg.label, "tunnel": control["tunnel_id"][:8], "user": user},
         )
+        # Held from an ack's counting until it is queued, so that limits leave in order though
+        # two threads raise them; taken before the channels' lock, never under it.
+        self._ack_order = threading.Lock()
         # The rest is guarded by the lock of the client leg's channels.
         self.channel = 0
         self._prefix = b""
@@ -129,6 +153,16 @@ class Tunnel:
         """The `open` or `resume`: client, host, port and the rest."""
         return self._control
 
+    @property
+    def is_opened(self) -> bool:
+        """Whether the client has accepted it; once true, true for ever."""
+        return self._is_opened
+
+    @property
+    def tunnel_id(self) -> str:
+        """Its id, 32 hex digits."""
+        return str(self._control["tunnel_id"])
+
     def assign_locked(self, max_window_bytes: int) -> Frame:
         """Take a channel and window; return the `open` or `resume` for the client.
 
@@ -140,9 +174,11 @@ class Tunnel:
             raise TunnelRefused("client_offline", "the client's link was lost")
         if min(channels.up_budget.free, channels.down_budget.free) < MIN_WINDOW_BYTES:
             raise TunnelRefused("busy", "the client has too many tunnels; try again later")
+        self._check_room_locked()
         # An `open` has no counts; of `up` the client's answer has them.
-        self.down = Direction(channels.down_budget, max_window_bytes, *_counts(self._control))
-        self.up = Direction(channels.up_budget, max_window_bytes)
+        counts, is_paced = _counts(self._control), self._record.is_paced
+        self.down = Direction(channels.down_budget, max_window_bytes, *counts, is_paced=is_paced)
+        self.up = Direction(channels.up_budget, max_window_bytes, is_paced=is_paced)
         channels.highest += 1
         self.channel = channels.highest
         self._prefix = encode_channel(self.channel)
@@ -150,6 +186,22 @@ class Tunnel:
         fields = {name: value for name, value in self._control.items() if name != "type"}
         fields["limit"] = self.down.grant(self._control["limit"])
         return _text(self._kind, self.channel, **fields, user=self._user)
+
+    def _check_room_locked(self) -> None:
+        """Raise TunnelRefused when the client has as many tunnels as it may have.
+
+        A `resume` does not count beside its own older channel.
+        """
+        channels = self._channels
+        if not channels.tunnels_at_most or len(channels.tunnels) < channels.tunnels_at_most:
+            return
+        mine = (self._user, self.tunnel_id)
+        if any((each._user, each.tunnel_id) == mine for each in channels.tunnels.values()):
+            return
+        raise TunnelRefused(
+            "client_full",
+            f"as many tunnels of this client are open as may be ({channels.tunnels_at_most})",
+        )
 
     def log_start(self) -> None:
         """Write the tunnel's first line."""
@@ -254,17 +306,38 @@ class Tunnel:
         kind = control["type"]
         if kind != _ANSWERS[self._kind]:
             raise TunnelError(f"{kind} after {self._kind}")
-        with self._channels.lock:
-            if self._is_over:
-                return
-            if self._is_opened:
-                raise TunnelError(f"a second {kind}")
-            self.up.start_at(*_counts(control))
-            self._is_opened, self._is_unproven = True, False
-            limit = self.up.grant(control["limit"])
-        fields = {name: control[name] for name in control if name not in ("type", "channel")}
-        frame = _text(kind, **{**fields, "limit": limit})
-        self._user_leg.outbox.put_first(USER_CHANNEL, frame)
+        with self._ack_order:
+            with self._channels.lock:
+                if self._is_over:
+                    return
+                if self._is_opened:
+                    raise TunnelError(f"a second {kind}")
+                self.up.start_at(*_counts(control))
+                self._is_opened, self._is_unproven = True, False
+                limit = self.up.grant(control["limit"])
+            fields = {name: control[name] for name in control if name not in ("type", "channel")}
+            frame = _text(kind, **{**fields, "limit": limit})
+            self._user_leg.outbox.put_first(USER_CHANNEL, frame)
+        self._record.accepted(self)
+
+    def raise_limit(self, is_up: bool, size: int) -> tuple[int, int]:
+        """Raise a paced limit by `size` at most, and tell the sender.
+
+        Return by how much it rose, and by how much it still might. Any thread.
+        """
+        with self._ack_order:
+            with self._channels.lock:
+                if self._is_over or not self._is_opened:
+                    return 0, 0
+                flow = self.up if is_up else self.down
+                rise = flow.raise_by(size)
+                hunger = flow.hunger
+                ack = {"delivered": flow.delivered, "limit": flow.limit, "eof": flow.eof_acked}
+            if rise:
+                outbox = self._user_leg.outbox if is_up else self._client_leg.outbox
+                channel = USER_CHANNEL if is_up else self.channel
+                outbox.put_ack(channel, _text("ack", channel, **ack))
+        return rise, hunger
 
     def _on_refused(self, code: str, message: str) -> None:
         with self._channels.lock:
@@ -287,24 +360,28 @@ class Tunnel:
         channel: int,
     ) -> None:
         """An eof of the direction that the peer sends, or an ack of the other."""
-        with self._channels.lock:
-            if self._is_over:
-                return
-            self._check_opened_locked()
-            if control["type"] == "eof":
+        if control["type"] == "eof":
+            with self._channels.lock:
+                if self._is_over:
+                    return
+                self._check_opened_locked()
                 sent.on_eof(control["count"])
-                is_finished = False
-            else:
+            outbox.put_eof(channel, _text("eof", channel, count=control["count"]))
+            return
+        with self._ack_order:
+            with self._channels.lock:
+                if self._is_over:
+                    return
+                self._check_opened_locked()
                 limit = taken.on_ack(control["delivered"], control["limit"], control["eof"])
                 is_finished = sent.eof_acked and taken.eof_acked and self._end_locked()
                 ack = {"delivered": taken.delivered, "limit": limit, "eof": taken.eof_acked}
-        if control["type"] == "eof":
-            outbox.put_eof(channel, _text("eof", channel, count=control["count"]))
-        else:
             outbox.put_ack(channel, _text("ack", channel, **ack))
         if is_finished:
             self._user_leg.expect_close()
             self._log_end("eof")
+        elif self._record.is_paced:
+            self._record.hungry(self, taken is self.up)
 
     def _on_user_reset(self, code: str, message: str) -> None:
         """The user's end gave up: tell the client, in turn where the bytes before it count."""
@@ -373,3 +450,4 @@ class Tunnel:
         secs = time.monotonic() - self._started_at
         up, down = self.up.forwarded, self.down.forwarded
         self._log.info("tunnel closed reason=%s up=%d down=%d secs=%.1f", reason, up, down, secs)
+        self._record.ended(self, reason)

@@ -64,6 +64,9 @@ class UserLeg(Leg):
         self.tunnel: Tunnel | None = None
         # Until when a `resume` waits: a float, set by the reader, read by the timer.
         self._held_until = float("inf")
+        # Told once, when the leg ends, of a first message that made no tunnel here. It may do
+        # what the timer may not.
+        self.on_refused: Callable[[dict[str, Any], str], None] | None = None
         # What the timer has still to put: used by its thread alone.
         self._last_words: list[tuple[str, Frame]] = []
 
@@ -102,6 +105,11 @@ class UserLeg(Leg):
         tunnel = self._stop_waiting()
         if tunnel is not None:
             tunnel.user_lost()
+            return
+        with self._opening:
+            tell, self.on_refused = self.on_refused, None
+        if tell is not None and self._first is not None:
+            tell(self._first, self.reason)
 
     # What comes in.
 

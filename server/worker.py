@@ -27,6 +27,7 @@ from gunicorn import sock as gunicorn_sock
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from server.app import EXTENSION
+from server.config import Config
 from server.logs import ROOT_NAME
 from server.wire import RELAY_HEADER, RELAY_HEADER_VALUE
 
@@ -34,10 +35,8 @@ _log = logging.getLogger(f"{ROOT_NAME}.worker")
 
 # Threads beyond the slots: health checks and refusals are answered while all legs are up.
 SPARE_THREADS = 8
-# From accept to the end of the request's head, TLS handshake included.
-HEAD_TIMEOUT_S = 10.0
-# What nginx allows for a head by default is half of it.
-_MAX_HEAD_BYTES = 16 * 1024
+# What is read of a head at once.
+_READ_BYTES = 16 * 1024
 _HEAD_END = b"\r\n\r\n"
 # What a peer says first who takes a port without TLS for one with it (RFC 8446, 5.1). It waits
 # for an answer of TLS, and learns of its mistake at once instead of after HEAD_TIMEOUT_S.
@@ -50,6 +49,9 @@ _ACCEPTS_PER_ROUND = 32
 _ACCEPT_REST_S = 0.2
 # What is read and dropped before a close: unread bytes would make it a reset.
 _MAX_DRAIN_BYTES = 64 * 1024
+# Answers to a head that no thread ever sees.
+_HEAD_TOO_LARGE = ("head_too_large", "the request's head is larger than the relay takes")
+_HEAD_TIMEOUT = ("head_timeout", "the request's head did not come in time")
 # The drain: legs leave, those that stay flush, then threads end; all is gone within 2 s of the
 # signal (rule 9 of the design), whatever is stuck. Not the whole second that the wire allows for
 # the flush: the master needs up to 0.4 s to notice and to end itself, more on a busy machine.
@@ -89,6 +91,9 @@ class RelayWorker(ThreadWorker):
         self._pending: dict[_Head, None] = {}
         self._tls_context: ssl.SSLContext | None = None
         self._relay: Any = None
+        # --handshake-timeout, TLS handshake included, and --max-header-bytes.
+        self._head_timeout_s = Config.handshake_timeout_s
+        self._max_head_bytes = Config.max_header_bytes
 
     # Start.
 
@@ -103,6 +108,8 @@ class RelayWorker(ThreadWorker):
             self._tls_context = gunicorn_sock.ssl_context(self.cfg)
         self._relay = getattr(self.wsgi, "extensions", {}).get(EXTENSION)
         if self._relay is not None:
+            self._head_timeout_s = self._relay.config.handshake_timeout_s
+            self._max_head_bytes = self._relay.config.max_header_bytes
             self._relay.start(self.cfg.threads)
 
     def run(self) -> None:
@@ -166,7 +173,7 @@ class RelayWorker(ThreadWorker):
             client_sock.close()
             return
         is_tls = self._tls_context is not None
-        head = _Head(conn, time.monotonic() + HEAD_TIMEOUT_S, is_tls)
+        head = _Head(conn, time.monotonic() + self._head_timeout_s, is_tls)
         self._pending[head] = None
         self.poller.register(conn.sock, head.events, lambda _sock: self._continue_head(head))
 
@@ -180,16 +187,20 @@ class RelayWorker(ThreadWorker):
                 head.is_shaking_hands = False
             # Until it would block: bytes that TLS has decrypted wake no poller.
             while True:
-                data = head.conn.sock.recv(_MAX_HEAD_BYTES)
+                data = head.conn.sock.recv(_READ_BYTES)
                 begin = max(0, len(head.data) - len(_HEAD_END) + 1)
                 head.data += data
                 end = head.data.find(_HEAD_END, begin)
-                if end >= 0:
-                    self._serve(head, end + len(_HEAD_END))
-                    return
+                size = end + len(_HEAD_END) if end >= 0 else len(head.data)
                 is_tls_by_mistake = head.data[:1] == _TLS_HANDSHAKE
-                if not data or is_tls_by_mistake or len(head.data) > _MAX_HEAD_BYTES:
+                if not data or is_tls_by_mistake:
                     self._drop(head)
+                    return
+                if size > self._max_head_bytes:
+                    self._refuse(head, "431 Request Header Fields Too Large", *_HEAD_TOO_LARGE)
+                    return
+                if end >= 0:
+                    self._serve(head, size)
                     return
         except (BlockingIOError, ssl.SSLWantReadError):
             self._await(head, selectors.EVENT_READ)
@@ -225,10 +236,19 @@ class RelayWorker(ThreadWorker):
         self.nr_conns -= 1
         head.conn.close()
 
+    def _refuse(self, head: _Head, status: str, code: str, message: str) -> None:
+        """Answer, as far as that does not wait, and drop: no thread ever sees it."""
+        if head.data:  # Who said nothing does not speak HTTP, or not yet.
+            _log.info("request refused code=%s address=%s", code, _address(head.conn.client))
+            _send_now(head.conn.sock, status, code, message)
+        self._forget(head)
+        self.nr_conns -= 1
+        _close_now(head.conn.sock)
+
     def _drop_late(self) -> None:
         now = time.monotonic()
         while self._pending and (head := next(iter(self._pending))).deadline <= now:
-            self._drop(head)
+            self._refuse(head, "408 Request Timeout", *_HEAD_TIMEOUT)
 
     def _next_wait_s(self) -> float:
         """How long to poll: at most a second, for the heartbeat and the parent check."""
@@ -264,16 +284,7 @@ class RelayWorker(ThreadWorker):
         else:
             _log.error("request failed", exc_info=exc)
             status, code = "500 Internal Server Error", "internal_error"
-        body = f'{{"code":"{code}","message":"the request cannot be served"}}\n'
-        head = (
-            f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
-            f"{RELAY_HEADER}: {RELAY_HEADER_VALUE}\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        try:
-            client.settimeout(0)
-            client.send((head + body).encode("ascii"))
-        except OSError:
-            pass  # Nobody is there to read it.
+        _send_now(client, status, code, "the request cannot be served")
 
     # The drain.
 
@@ -297,6 +308,24 @@ class RelayWorker(ThreadWorker):
         self.method_queue.run_callbacks(None)
         # The interpreter joins the pool's threads and the legs' writers at its end; the
         # backstop covers one that is stuck.
+
+
+def _send_now(sock: socket.socket, status: str, code: str, message: str) -> None:
+    """Send an answer as far as it goes without waiting."""
+    body = f'{{"code":"{code}","message":"{message}"}}\n'
+    head = (
+        f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        f"{RELAY_HEADER}: {RELAY_HEADER_VALUE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    try:
+        sock.settimeout(0)
+        sock.send((head + body).encode("ascii"))
+    except (OSError, ValueError):
+        pass  # Nobody is there to read it, or its TLS handshake has not ended.
+
+
+def _address(client: Any) -> str:
+    return str(client[0]) if isinstance(client, tuple) and client else "unix"
 
 
 def _close_now(sock: socket.socket) -> None:

@@ -488,6 +488,107 @@ MUTANTS: tuple[Mutant, ...] = (
             "tests/integration/server/test_resume.py::test_resume_takes_its_old_legs_slot_when_the_server_is_full",
         ),
     ),
+    Mutant(
+        "limits: a forged address does not count",
+        "server/addresses.py",
+        'for text in reversed(forwarded.split(",")):',
+        'for text in forwarded.split(","):',
+        ("tests/unit/server/test_addresses.py",),
+    ),
+    Mutant(
+        "limits: only a trusted proxy names an address",
+        "server/addresses.py",
+        "hop = _parse(text.strip()) if is_trusted else None",
+        "hop = _parse(text.strip())",
+        ("tests/unit/server/test_addresses.py",),
+    ),
+    Mutant(
+        "limits: the table of failed logins is bounded",
+        "server/logins.py",
+        "while len(self._levels) > self._max_entries:",
+        "while False:",
+        ("tests/unit/server/test_logins.py",),
+    ),
+    Mutant(
+        "limits: IPv6 is counted by its 64 bits",
+        "server/logins.py",
+        "block = block_of(address)",
+        "block = address",
+        ("tests/unit/server/test_logins.py",),
+    ),
+    Mutant(
+        "limits: resumes have a bucket of their own",
+        "server/limits.py",
+        "key, now = (user, kind), self._clock()",
+        'key, now = (user, ""), self._clock()',
+        ("tests/unit/server/test_limits.py",),
+    ),
+    Mutant(
+        "limits: a held resume is counted once",
+        "server/relay.py",
+        "                is_spent = True\n",
+        "",
+        ("tests/integration/server/test_limits.py::test_held_resume_is_counted_once",),
+    ),
+    Mutant(
+        "limits: credit leaves in order",
+        "server/tunnel.py",
+        """        with self._ack_order:
+            with self._channels.lock:
+                if self._is_over or not self._is_opened:
+""",
+        """        if True:
+            with self._channels.lock:
+                if self._is_over or not self._is_opened:
+""",
+        (
+            "tests/unit/server/test_pacer.py::test_limits_leave_in_order_when_two_threads_raise_them",
+        ),
+    ),
+    Mutant(
+        "limits: paced credit rises without an ack",
+        "server/pacer.py",
+        "                if used and hunger:\n                    meter.waiting.append(entry)\n",
+        "",
+        ("tests/unit/server/test_pacer.py",),
+    ),
+    Mutant(
+        "limits: the first credit is paid for",
+        "server/pacer.py",
+        "            meter.tokens -= limit - paid\n",
+        "",
+        ("tests/unit/server/test_pacer.py",),
+    ),
+    Mutant(
+        "limits: the age of a tunnel outlives its leg",
+        "server/pacer.py",
+        "opened_at = self._ages.setdefault((user, tunnel.tunnel_id), now)",
+        "opened_at = now",
+        ("tests/unit/server/test_pacer.py",),
+    ),
+    Mutant(
+        "audit: no more lines wait than stated",
+        "server/audit.py",
+        "        if self._queue.qsize() >= self._max_waiting:\n            next(self._losses)\n",
+        "        if False:\n            next(self._losses)\n",
+        ("tests/unit/server/test_audit.py",),
+    ),
+    Mutant(
+        "audit: a FIFO that nobody reads is no wait",
+        "server/audit.py",
+        "os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC",
+        "os.O_APPEND | os.O_CREAT | os.O_CLOEXEC",
+        (
+            "tests/integration/server/test_audit.py::test_tunnel_works_and_the_server_stops_in_time_when_nothing_can_be_written",
+        ),
+    ),
+    Mutant(
+        "audit: lost lines are counted",
+        "server/audit.py",
+        "            self._told += lost\n",
+        "",
+        ("tests/unit/server/test_audit.py",),
+    ),
 )
 
 

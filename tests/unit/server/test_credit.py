@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.credit import Budget, Direction
+from server.credit import FIRST_CREDIT_BYTES, Budget, Direction
 from server.wire import MIN_WINDOW_BYTES, TunnelError
 
 KIB = 1024
@@ -164,3 +164,45 @@ def test_direction_takes_nothing_when_it_would_start_at_what_cannot_be() -> None
     with pytest.raises(TunnelError):
         other.start_at(9, 10)
     assert (other.forwarded, other.delivered) == (0, 0)
+
+
+# Paced: a limit that rises later.
+
+
+def test_paced_limit_rises_only_when_it_is_raised() -> None:
+    """The first is a message; an ack alone changes nothing, and the rest comes as tokens come."""
+    budget = Budget(BUDGET)
+    sent = Direction(budget, CAP, is_paced=True)
+    assert sent.grant(MIB) == FIRST_CREDIT_BYTES
+    sent.on_data(FIRST_CREDIT_BYTES)
+    assert sent.on_ack(FIRST_CREDIT_BYTES, 2 * MIB, False) == FIRST_CREDIT_BYTES
+    with pytest.raises(TunnelError, match="window overrun"):
+        sent.on_data(1)
+    assert sent.raise_by(1000) == 1000
+    assert sent.limit == FIRST_CREDIT_BYTES + 1000
+    assert sent.raise_by(64 * MIB) == 2 * MIB - FIRST_CREDIT_BYTES - 1000
+    assert (sent.hunger, sent.raise_by(1)) == (0, 0)
+    sent.release()
+    assert budget.free == BUDGET
+
+
+def test_paced_limit_never_passes_what_the_budget_gives() -> None:
+    """Tokens are no window."""
+    sent = Direction(Budget(BUDGET), CAP, is_paced=True)
+    sent.grant(2**53)
+    assert FIRST_CREDIT_BYTES + sent.raise_by(2**53) == CAP
+
+
+def test_paced_limit_starts_where_the_receiver_stands_after_a_resume() -> None:
+    """The bytes that are sent again need credit too."""
+    sent = Direction(Budget(BUDGET), CAP, 10 * MIB, 9 * MIB, is_paced=True)
+    assert sent.grant(10 * MIB + MIB) == 10 * MIB + FIRST_CREDIT_BYTES
+    assert sent.begun_at == 10 * MIB
+
+
+def test_paced_limit_rises_no_more_after_the_eof() -> None:
+    """Nobody would use it."""
+    sent = Direction(Budget(BUDGET), CAP, is_paced=True)
+    sent.grant(MIB)
+    sent.on_eof(0)
+    assert (sent.hunger, sent.raise_by(100)) == (0, 0)

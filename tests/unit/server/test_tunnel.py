@@ -9,7 +9,7 @@ import pytest
 
 from server.errors import TunnelRefused
 from server.outbox import Outbox
-from server.tunnel import Channels, Tunnel
+from server.tunnel import Channels, Record, Tunnel
 from server.wire import CLOSE_NORMAL, CLOSE_RESTART, FLUSH_S, OP_TEXT, TunnelError
 
 KIB = 1024
@@ -478,3 +478,48 @@ def test_attempt_is_logged_and_no_token_when_a_tunnel_is_resumed(
         pair.tunnel.log_start()
     lines = [record.getMessage() for record in caplog.records]
     assert lines == ["tunnel resumed attempt=3 client=gw tunnel=abababab user=token-x"]
+
+
+def test_client_is_full_when_it_has_as_many_tunnels_as_it_may_have() -> None:
+    """One that ends makes room at once, and a `resume` does not count beside its own channel."""
+    client = FakeClientLeg()
+    client.channels.tunnels_at_most = 2
+    first = Pair(client=client)
+    Pair(client=client, first={**OPEN, "tunnel_id": "cd" * 16})
+    newcomer = {**OPEN, "tunnel_id": "ef" * 16}
+    with pytest.raises(TunnelRefused, match=r"as may be .2.") as caught:
+        Pair(client=client, first=newcomer, is_opened=False)
+    assert caught.value.code == "client_full"
+    Pair(client=client, first=RESUME)  # Of the first one's id.
+    with pytest.raises(TunnelRefused):
+        Pair(client=client, first=newcomer, is_opened=False)
+    first.tunnel.user_lost()
+    for tunnel in list(client.channels.tunnels.values())[:1]:
+        tunnel.user_lost()
+    Pair(client=client, first=newcomer, is_opened=False)
+
+
+def test_record_is_told_of_the_start_and_of_the_end_once() -> None:
+    """Whatever ends it, and also what was never opened."""
+    told: list[tuple[str, bool]] = []
+
+    class Noting(Record):
+        def accepted(self, tunnel: Tunnel) -> None:
+            told.append(("accepted", tunnel.is_opened))
+
+        def ended(self, tunnel: Tunnel, reason: str) -> None:
+            told.append((reason, tunnel.is_opened))
+
+    for answer in ("opened", "refused"):
+        client = FakeClientLeg()
+        tunnel = Tunnel(client, FakeUserLeg(), dict(OPEN), "token-x", "*", record=Noting())
+        with client.channels.lock:
+            tunnel.assign_locked(CAP)
+        if answer == "opened":
+            tunnel.on_client_control({"type": "opened", "limit": 300_000, "grace_s": 0})
+        else:
+            refused = {"type": "refused", "code": "target_refused", "message": ""}
+            tunnel.on_client_control(refused)
+        tunnel.user_lost()
+        tunnel.client_lost("client_lost")
+    assert told == [("accepted", True), ("user_lost", True), ("target_refused", False)]

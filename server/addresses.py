@@ -1,0 +1,89 @@
+"""Whose address a request comes from, when proxies stand in between. No I/O.
+
+X-Forwarded-For is what anybody may write. Only what a trusted peer has added to its end
+counts: each proxy appends the address that it saw.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import NamedTuple
+
+# A web server on this machine, which ends TLS.
+DEFAULT_TRUSTED_PROXIES = "127.0.0.0/8,::1,unix"
+# How a peer is called that has no address: it came by a socket file.
+UNIX = "unix"
+# The smallest part of IPv6 that is given to one customer: who has one has all of it.
+_IPV6_PREFIX = 64
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Networks(NamedTuple):
+    """Peers that are trusted: by network, and by socket file."""
+
+    networks: tuple[Network, ...]
+    has_unix: bool
+
+    def has(self, address: Address) -> bool:
+        """Whether the address is in one of the networks."""
+        return any(
+            address.version == network.version and address in network for network in self.networks
+        )
+
+
+def parse_networks(text: str) -> Networks:
+    """Read `10.0.0.0/8, ::1, unix`. Raises ValueError with a sentence."""
+    networks: list[Network] = []
+    has_unix = False
+    for word in text.replace(",", " ").split():
+        if word == UNIX:
+            has_unix = True
+            continue
+        try:
+            networks.append(ipaddress.ip_network(word))
+        except ValueError as exc:
+            raise ValueError(str(exc)) from None
+    return Networks(tuple(networks), has_unix)
+
+
+def _parse(text: str) -> Address | None:
+    """Return an address as one would write it; None for what is none, or names an interface."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv6Address):
+        return None if address.scope_id else address.ipv4_mapped or address
+    return address
+
+
+def source_address(peer: str | None, forwarded: str, trusted: Networks) -> str:
+    """Return the address that a request comes from.
+
+    `peer` is who connected, None or empty by a socket file; `forwarded` is X-Forwarded-For,
+    all lines of it joined by commas. From the right, over trusted proxies: the first address
+    that is none of them is the source. What is no address ends the walk.
+    """
+    address = _parse(peer) if peer else None
+    if not peer:
+        source, is_trusted = UNIX, trusted.has_unix
+    elif address is None:
+        source, is_trusted = peer, False
+    else:
+        source, is_trusted = str(address), trusted.has(address)
+    for text in reversed(forwarded.split(",")):
+        hop = _parse(text.strip()) if is_trusted else None
+        if hop is None:
+            break
+        source, is_trusted = str(hop), trusted.has(hop)
+    return source
+
+
+def block_of(source: str) -> str:
+    """Return what a source is counted under: itself, or its /64 for IPv6."""
+    address = _parse(source)
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((address, _IPV6_PREFIX), strict=False))
+    return source if address is None else str(address)

@@ -1,0 +1,206 @@
+"""The audit log: one JSON object a line, to a file or stdout (docs/limits.md, "Audit log").
+
+Any thread puts, and never waits, neither for the disk nor for a lock. One thread,
+`audit:writer`, writes; the relay starts, stops and joins it, and each put wakes it. What does
+not fit its queue is lost, and is counted in a line of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import queue
+import select
+import stat
+import sys
+import threading
+import time
+from datetime import datetime, timezone
+from itertools import count
+from typing import Any
+
+from server.logs import ROOT_NAME
+
+_log = logging.getLogger(f"{ROOT_NAME}.audit")
+
+STDOUT = "-"
+# Lines that wait, at most: some 4 MB, and minutes of a busy relay.
+MAX_WAITING = 10_000
+# Between two tries when the disk is full, or nobody reads the FIFO.
+_RETRY_S = 1.0
+# How long a pipe that is full is waited for before the queue is looked at again.
+_POLL_S = 0.1
+
+
+def utc_now() -> str:
+    """Return the time as ISO 8601 in UTC, with milliseconds."""
+    now = datetime.now(timezone.utc)
+    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class AuditLog:
+    """Writes events to `path` (`-`: stdout; empty: nowhere)."""
+
+    def __init__(self, path: str, *, max_waiting: int = MAX_WAITING) -> None:
+        self._path = path
+        self._max_waiting = max_waiting
+        # SimpleQueue.put is one step of the interpreter: the timer may come in here.
+        self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        # One for each line lost, and one for each look of the writer: next() is one step of
+        # the interpreter too, where += would be two.
+        self._losses = count(1)
+        self._is_stopped = threading.Event()
+        # A daemon: a disk that blocks cannot be woken, and must not keep the process alive.
+        self._thread = threading.Thread(target=self._run, name="audit:writer", daemon=True)
+        # The writer's own from here on.
+        self._fd = -1
+        # The line being written, and what a short write has left of it.
+        self._line = b""
+        self._rest = b""
+        self._looks = 0
+        self._told = 0
+        self._told_at = float("-inf")
+        self._failure = ""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is written at all."""
+        return bool(self._path)
+
+    def start(self) -> None:
+        """Start the writer; in the worker process, after any fork. stop() and join() end it."""
+        if self.is_on:
+            self._thread.start()
+
+    def put(self, event: str, **fields: Any) -> None:
+        """Queue one event, with the time as it is now. Never waits."""
+        if not self.is_on:
+            return
+        if self._queue.qsize() >= self._max_waiting:
+            next(self._losses)
+        else:
+            self._queue.put({"time": utc_now(), "event": event, **fields})
+
+    def stop(self) -> None:
+        """Let the writer end behind what is queued, as far as it can be written at once."""
+        self._is_stopped.set()
+        self._queue.put(None)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until it has ended."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    # The writer's thread.
+
+    def _run(self) -> None:
+        line: dict[str, Any] | None = None
+        try:
+            while not (self._is_stopped.is_set() and self._queue.empty()):
+                line = self._queue.get()
+                if line is not None:
+                    self._write_patiently(_encode(line))
+                self._tell_losses()
+        except _GiveUpError:
+            left = 1
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    left += self._queue.get_nowait() is not None
+            _log.error("audit lines lost at the end count=%d", left)
+        except Exception:
+            _log.exception("audit log failed")
+        finally:
+            self._close()
+
+    def _tell_losses(self) -> None:
+        """Write how many lines were lost since it was last said; not more often than needed."""
+        self._looks += 1
+        lost = next(self._losses) - self._looks - self._told
+        now = time.monotonic()
+        if lost and (self._queue.empty() or now - self._told_at >= _RETRY_S):
+            self._write_patiently(_encode({"time": utc_now(), "event": "lost", "count": lost}))
+            self._told += lost
+            self._told_at = now
+
+    def _write_patiently(self, line: bytes) -> None:
+        """Write a whole line, however long that takes; raises _GiveUpError when stopped."""
+        self._line = self._rest = line
+        while True:
+            try:
+                self._open_again_if_moved()
+                while self._rest:
+                    self._wait_writable()
+                    # At most what a pipe takes as one: after poll() it then does not block.
+                    sent = os.write(self._fd, self._rest[: select.PIPE_BUF])
+                    self._rest = self._rest[sent:]
+            except OSError as exc:
+                self._note_failure(exc)
+            else:
+                self._note_success()
+                return
+            if self._is_stopped.wait(_RETRY_S):
+                raise _GiveUpError
+
+    def _wait_writable(self) -> None:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        while not (events := poll.poll(_POLL_S * 1000)):
+            if self._is_stopped.is_set():
+                raise _GiveUpError
+        if events[0][1] & (select.POLLERR | select.POLLNVAL):
+            raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    def _open_again_if_moved(self) -> None:
+        """Open the file, again where it was rotated away."""
+        if self._path == STDOUT:
+            self._fd = sys.stdout.fileno() if self._fd < 0 else self._fd
+            return
+        if self._fd >= 0:
+            with contextlib.suppress(FileNotFoundError):
+                there, here = os.stat(self._path), os.fstat(self._fd)
+                if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
+                    return
+            self._close()
+        # Not blocking: a FIFO that nobody reads is an error and no wait.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        self._fd = os.open(self._path, flags, 0o600)
+        # What a full disk has cut off stays alone on its line.
+        self._rest = b"\n" + self._line if self._ends_within_a_line() else self._line
+
+    def _ends_within_a_line(self) -> bool:
+        found = os.fstat(self._fd)
+        if not stat.S_ISREG(found.st_mode) or not found.st_size:
+            return False
+        with contextlib.suppress(OSError), open(self._path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+        return False  # It may only be written to.
+
+    def _close(self) -> None:
+        if self._fd >= 0 and self._path != STDOUT:
+            os.close(self._fd)
+        self._fd = -1
+
+    def _note_failure(self, exc: OSError) -> None:
+        if exc.errno in (errno.EPIPE, errno.ENXIO):
+            self._close()  # The FIFO's reader has left.
+        if not self._failure:
+            self._failure = exc.strerror or type(exc).__name__
+            _log.warning("audit log cannot be written path=%s error=%s", self._path, self._failure)
+
+    def _note_success(self) -> None:
+        if self._failure:
+            self._failure = ""
+            _log.warning("audit log is written again path=%s", self._path)
+
+
+class _GiveUpError(Exception):
+    """The server stops, and a line cannot be written."""
+
+
+def _encode(event: dict[str, Any]) -> bytes:
+    # ASCII: no character of a peer can look like another line.
+    return json.dumps(event, separators=(",", ":")).encode("ascii") + b"\n"

@@ -1,0 +1,45 @@
+"""Limits of the server as a proxy user meets them: one sentence, an exit code, or just slower."""
+
+import hashlib
+import time
+from pathlib import Path
+
+from tests.support.processes import running_relay, start_proxy
+from tests.support.targets import EchoTarget, SourceTarget, pseudo_random_sha256
+
+KIB = 1024
+
+
+def test_paced_download_is_whole_and_takes_its_time(tmp_path: Path) -> None:
+    """1.5 MiB at 512 KiB a second: a second's worth at once, then the rate."""
+    size = 1536 * KIB
+    env = {"HTTP_NETWORK_RELAY_BYTES_PER_SECOND": str(512 * KIB)}
+    with (
+        running_relay(tmp_path, env=env) as relay,
+        SourceTarget(size) as target,
+        start_proxy(relay.server.url, port=target.port) as proxy,
+    ):
+        begun = time.monotonic()
+        received = proxy.receive_exactly(size, timeout_s=20)
+        assert 1.8 < time.monotonic() - begun < 5
+        assert hashlib.sha256(received).hexdigest() == pseudo_random_sha256(size)
+        proxy.close_stdin()
+        assert proxy.wait() == 0
+
+
+def test_user_reads_why_when_a_limit_is_reached(tmp_path: Path) -> None:
+    """One line, and the exit code of docs/limits.md."""
+    env = {"HTTP_NETWORK_RELAY_IDLE_TIMEOUT": "2", "HTTP_NETWORK_RELAY_TUNNELS_PER_USER": "1"}
+    with (
+        running_relay(tmp_path, env=env) as relay,
+        EchoTarget() as target,
+        start_proxy(relay.server.url, port=target.port) as idle,
+    ):
+        idle.send(b"hello")
+        assert idle.receive_exactly(5) == b"hello"
+        with start_proxy(relay.server.url, port=target.port) as second:
+            assert second.wait() == 6
+            assert "as many tunnels are open with this token as may be (1)" in second.text
+        assert idle.wait() == 1
+        assert "nothing went through the tunnel for 2 s" in idle.text
+        relay.client.wait_for_line("tunnel closed .*reason=idle_timeout")

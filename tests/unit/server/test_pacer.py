@@ -1,0 +1,379 @@
+"""A user's bytes paced by credit, and tunnels that are idle or too old.
+
+The server's Tunnel stands between two real ends (client/stream.py), which check every ack. The
+pacer's thread does not run: a test looks for it, with a clock of its own.
+"""
+
+import json
+import threading
+from typing import Any
+
+import pytest
+
+from client.stream import Ack, Stream
+from server.config import Config
+from server.credit import FIRST_CREDIT_BYTES
+from server.guard import Guard, TunnelRecord
+from server.outbox import Outbox
+from server.pacer import Pacer
+from server.tunnel import Tunnel
+from server.wire import MIN_WINDOW_BYTES
+from tests.support.waiting import eventually
+from tests.unit.server.test_tunnel import CAP, OPEN, RESUME, FakeClientLeg, FakeUserLeg, taken
+
+KIB = 1024
+MIB = 1024 * KIB
+RATE = 100 * KIB
+ENDLESS = b"x" * 64 * KIB
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Ends:
+    """A tunnel through the server, with both of its ends: `user` and `client`."""
+
+    def __init__(self, bench: "Bench", user: str, number: int) -> None:
+        self.bench = bench
+        self.client_leg, self.user_leg = bench.client_leg, FakeUserLeg()
+        self.user, self.client = Stream(CAP), Stream(CAP)
+        control = {**OPEN, "tunnel_id": f"{number:032x}", "limit": MIN_WINDOW_BYTES}
+        record = TunnelRecord(bench.guard, control, user, "addr")
+        self.tunnel = Tunnel(self.client_leg, self.user_leg, control, user, "*", record=record)
+        with self.client_leg.channels.lock:
+            frame = self.tunnel.assign_locked(CAP)
+        self.client.out.limit = json.loads(frame.payload)["limit"]
+        self.tunnel.on_client_control({"type": "opened", "limit": MIN_WINDOW_BYTES, "grace_s": 0})
+        self.arrived = {"up": 0, "down": 0}
+        self.ended: list[dict[str, Any]] = []
+
+    def say(self, way: str, data: bytes) -> None:
+        """The source has these bytes."""
+        (self.user if way == "up" else self.client).out.take(data)
+
+    def pass_on(self) -> None:
+        """Let everything reach the other side that may; the consumers take all at once."""
+        for way, sender, receiver in (
+            ("up", self.user, self.client),
+            ("down", self.client, self.user),
+        ):
+            while (piece := sender.out.next_piece()) is not None:
+                if way == "up":
+                    self.tunnel.on_user_data(bytes(piece))
+                else:
+                    self.tunnel.on_client_data(memoryview(bytes(piece)))
+                receiver.into.on_data(len(piece), self.bench.clock.now)
+                self.arrived[way] += len(piece)
+                ack = receiver.into.on_delivered(len(piece), self.bench.clock.now, drained=True)
+                if ack is not None:
+                    self._ack(way, ack)
+            if (count := sender.out.next_eof()) is not None:
+                control = {"type": "eof", "count": count}
+                if way == "up":
+                    self.tunnel.on_user_control(control)
+                else:
+                    self.tunnel.on_client_control(control)
+                receiver.into.on_eof(count)
+                ack = receiver.into.on_eof_delivered(self.bench.clock.now)
+                assert ack is not None
+                self._ack(way, ack)
+
+    def _ack(self, way: str, ack: Ack) -> None:
+        control = {
+            "type": "ack",
+            "delivered": ack.delivered,
+            "limit": ack.limit,
+            "eof": ack.eof,
+        }
+        if way == "up":
+            self.tunnel.on_client_control(control)
+        else:
+            self.tunnel.on_user_control(control)
+        self.read()
+
+    def read(self) -> None:
+        """The ends take in what the server has for them; a limit that fell would raise."""
+        for outbox, end in (
+            (self.user_leg.outbox, self.user),
+            (self.client_leg.outbox, self.client),
+        ):
+            for frame in taken(outbox):
+                if not isinstance(frame, dict) or frame.get("channel", self.tunnel.channel) != (
+                    self.tunnel.channel
+                ):
+                    continue
+                if frame["type"] == "opened":
+                    end.out.limit = frame["limit"]
+                elif frame["type"] == "ack":
+                    end.out.on_ack(Ack(frame["delivered"], frame["limit"], frame["eof"]))
+                elif frame["type"] in ("reset", "refused"):
+                    self.ended.append(frame)
+
+
+class Bench:
+    """A guard whose pacer is looked at by hand."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.clock = Clock()
+        config = Config(**settings)
+        self.guard = Guard(config)
+        self.guard.pacer = Pacer(config, clock=self.clock)
+        self.client_leg = FakeClientLeg()
+        self.tunnels: list[Ends] = []
+
+    def open(self, user: str = "u") -> Ends:
+        # A client's leg of its own for each: its outbox is then read by one.
+        self.client_leg = FakeClientLeg()
+        self.tunnels.append(Ends(self, user, len(self.tunnels)))
+        return self.tunnels[-1]
+
+    def run(self, seconds: float, step_s: float = 0.05) -> None:
+        """Let time pass."""
+        for _ in range(round(seconds / step_s)):
+            self.clock.now += step_s
+            # Until nothing moves at this moment.
+            while True:
+                before = [dict(ends.arrived) for ends in self.tunnels]
+                self.guard.pacer.look()
+                for ends in self.tunnels:
+                    ends.read()
+                    ends.pass_on()
+                if before == [ends.arrived for ends in self.tunnels]:
+                    break
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_bytes_come_at_the_rate_when_there_are_always_more(way: str) -> None:
+    """A second's worth at once, then the rate, to the byte and not above it."""
+    bench = Bench(bytes_per_s=RATE)
+    ends = bench.open()
+    for _ in range(40):
+        ends.say(way, ENDLESS)
+    bench.run(10)
+    bound = RATE * 10 + RATE
+    assert bound - 64 * KIB < ends.arrived[way] <= bound
+
+
+def test_rate_holds_for_all_tunnels_of_a_user_and_each_gets_its_share() -> None:
+    """Eight downloads are as fast as one; another user is not concerned."""
+    bench = Bench(bytes_per_s=RATE)
+    mine, other = [bench.open() for _ in range(8)], bench.open("other")
+    for ends in [*mine, other]:
+        for _ in range(60):
+            ends.say("down", ENDLESS)
+    bench.run(20)
+    total = sum(ends.arrived["down"] for ends in mine)
+    assert RATE * 20 * 0.9 < total <= RATE * 21
+    shares = [ends.arrived["down"] for ends in mine]
+    assert max(shares) - min(shares) <= 80 * KIB
+    assert RATE * 20 * 0.9 < other.arrived["down"] <= RATE * 21
+
+
+def test_keystrokes_pass_when_a_download_of_the_same_user_takes_all() -> None:
+    """A tunnel that needs little is never without credit."""
+    bench = Bench(bytes_per_s=RATE)
+    bulk, shell = bench.open(), bench.open()
+    for _ in range(100):
+        bulk.say("down", ENDLESS)
+    for _ in range(200):
+        shell.say("down", b"k" * 1000)
+        shell.pass_on()
+        assert not shell.client.out._unsent
+        bench.run(0.1)
+    assert shell.arrived["down"] == 200_000
+
+
+def test_bytes_are_not_slowed_when_they_stay_below_the_rate() -> None:
+    """Megabytes pass within a moment if the tokens are there, with windows that grow."""
+    bench = Bench(bytes_per_s=64 * MIB)
+    ends = bench.open()
+    for _ in range(16 * 20):
+        ends.say("up", ENDLESS)
+    bench.run(0.05)
+    assert ends.arrived["up"] == 20 * MIB
+
+
+def test_new_tunnels_are_no_way_around_the_rate() -> None:
+    """Their first credit is a debt of their user."""
+    bench = Bench(bytes_per_s=RATE)
+    for _ in range(100):
+        ends = bench.open()
+        for _ in range(4):
+            ends.say("down", ENDLESS)
+        ends.read()
+        ends.pass_on()
+        ends.tunnel.user_lost()
+        bench.run(0.1)
+    # The first credit of each is all that passes: no token is left for more.
+    assert all(ends.arrived["down"] <= FIRST_CREDIT_BYTES for ends in bench.tunnels[10:])
+    late = bench.open()
+    late.say("down", ENDLESS)
+    late.say("down", ENDLESS)
+    bench.run(5)
+    assert late.arrived["down"] == FIRST_CREDIT_BYTES
+
+
+def test_credit_that_was_not_used_is_given_back() -> None:
+    """A hundred short sessions cost what they carried."""
+    bench = Bench(bytes_per_s=RATE)
+    for _ in range(100):
+        ends = bench.open()
+        ends.say("down", b"x" * 100)
+        bench.run(0.05)
+        ends.tunnel.user_lost()
+    bulk = bench.open()
+    for _ in range(20):
+        bulk.say("down", ENDLESS)
+    bench.run(1)
+    assert bulk.arrived["down"] > RATE * 1.5
+
+
+def test_eof_and_reset_are_never_held_when_the_tokens_are_used_up() -> None:
+    """The eof follows its last byte, its ack comes at once, and a reset overtakes."""
+    bench = Bench(bytes_per_s=RATE)
+    bulk, short = bench.open(), bench.open()
+    for _ in range(100):
+        bulk.say("down", ENDLESS)
+    bench.run(2)
+    short.say("up", b"bye")
+    short.user.out.end()
+    short.client.out.end()
+    short.pass_on()
+    assert short.user.out.eof_acked
+    assert short.tunnel.is_over
+    bulk.tunnel.on_client_control({"type": "reset", "code": "client_stopped", "message": ""})
+    bulk.read()
+    assert [end["code"] for end in bulk.ended] == ["client_stopped"]
+
+
+def test_pacer_keeps_nothing_of_tunnels_that_ended() -> None:
+    """Neither entries nor tokens, once the debt is paid."""
+    bench = Bench(bytes_per_s=RATE, max_age_s=3600)
+    for number in range(50):
+        bench.open(f"user-{number}").tunnel.user_lost()
+    bench.run(2)
+    assert not bench.guard.pacer._entries
+    assert not bench.guard.pacer._meters
+    assert len(bench.guard.pacer._ages) == 50
+
+
+def test_end_that_comes_before_the_note_of_the_start_leaves_nothing() -> None:
+    """Two readers leave notes in whatever order."""
+    bench = Bench(bytes_per_s=RATE)
+    ends = bench.open()
+    ends.tunnel.user_lost()
+    notes = bench.guard.pacer._notes
+    notes.reverse()
+    assert [note[0] for note in notes] == ["ended", "opened"]
+    bench.run(2)
+    assert not bench.guard.pacer._entries
+    assert not bench.guard.pacer._meters
+
+
+def test_limits_leave_in_order_when_two_threads_raise_them() -> None:
+    """An ack that is counted but not yet queued holds the pacer up: else a limit would fall."""
+    bench = Bench(bytes_per_s=RATE)
+    ends = bench.open()
+    ends.read()
+    limits: list[int] = []
+    counted, raised = threading.Event(), threading.Event()
+
+    class SlowOutbox(Outbox):
+        def put_ack(self, channel: int, frame: Any) -> None:
+            if not counted.is_set():
+                counted.set()
+                assert not raised.wait(0.1)
+            limits.append(json.loads(frame.payload)["limit"])
+            super().put_ack(channel, frame)
+
+    def raise_limit() -> None:
+        counted.wait(5)
+        ends.tunnel.raise_limit(False, 1000)
+        raised.set()
+
+    ends.client_leg.outbox = SlowOutbox()
+    thread = threading.Thread(target=raise_limit)
+    thread.start()
+    ack = {"type": "ack", "delivered": 0, "limit": MIN_WINDOW_BYTES, "eof": False}
+    ends.tunnel.on_user_control(ack)
+    thread.join()
+    assert limits == [FIRST_CREDIT_BYTES, FIRST_CREDIT_BYTES + 1000]
+
+
+# Idle, and too old.
+
+
+def test_tunnel_ends_when_it_was_idle_for_too_long() -> None:
+    """Both ends are reset with the code and a sentence; the budget is free again."""
+    bench = Bench(idle_timeout_s=60)
+    ends = bench.open()
+    bench.run(59, 0.5)
+    assert not ends.tunnel.is_over
+    bench.run(2, 0.5)
+    assert [end["code"] for end in ends.ended] == ["idle_timeout"] * 2
+    assert "60 s" in ends.ended[0]["message"]
+    assert ends.tunnel.is_over
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_tunnel_is_not_idle_when_a_byte_goes_either_way(way: str) -> None:
+    """One a minute is enough; half-closed tunnels count alike."""
+    bench = Bench(idle_timeout_s=60)
+    ends = bench.open()
+    (ends.client if way == "up" else ends.user).out.end()
+    for _ in range(10):
+        ends.say(way, b"k")
+        bench.run(50, 0.5)
+    assert not ends.tunnel.is_over
+
+
+def test_tunnel_ends_when_it_is_too_old_however_busy() -> None:
+    """With a code of its own."""
+    bench = Bench(idle_timeout_s=60, max_age_s=100)
+    ends = bench.open()
+    for _ in range(99):
+        ends.say("up", b"k")
+        bench.run(1, 0.5)
+    assert not ends.tunnel.is_over
+    bench.run(2, 0.5)
+    assert [end["code"] for end in ends.ended] == ["max_age"] * 2
+
+
+def test_age_goes_on_when_a_tunnel_is_resumed() -> None:
+    """To drop the leg and come back is no way to stay for ever."""
+    bench = Bench(max_age_s=100)
+    bench.open()
+    bench.run(80, 0.5)
+    bench.tunnels[0].tunnel.user_lost()
+    bench.run(10, 0.5)
+    leg = FakeClientLeg()
+    control = {**RESUME, "tunnel_id": f"{0:032x}"}
+    record = TunnelRecord(bench.guard, control, "u", "addr")
+    tunnel = Tunnel(leg, FakeUserLeg(), control, "u", "*", record=record)
+    with leg.channels.lock:
+        tunnel.assign_locked(CAP)
+    resumed = {"type": "resumed", "received": 0, "delivered": 0, "limit": 300_000}
+    tunnel.on_client_control(resumed)
+    bench.run(9, 0.5)
+    assert not tunnel.is_over
+    bench.run(2, 0.5)
+    assert tunnel.is_over
+
+
+def test_thread_runs_only_when_a_limit_needs_it() -> None:
+    """None by default; stop() and join() end it, also one that never ran."""
+    for settings, is_on in (({}, False), ({"idle_timeout_s": 1.0}, True)):
+        pacer = Pacer(Config(**settings))  # type: ignore[arg-type]
+        pacer.start()
+        names = [thread.name for thread in threading.enumerate()]
+        assert ("pacer:tunnels" in names) == is_on
+        pacer.stop()
+        pacer.join(1)
+        eventually(lambda: "pacer:tunnels" not in [t.name for t in threading.enumerate()])
