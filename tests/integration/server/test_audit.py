@@ -66,10 +66,10 @@ def test_each_event_is_one_line_with_who_what_and_why(tmp_path: Path) -> None:
         assert event.pop("time").endswith("Z")
         for name in ("secs", "user"):
             event.pop(name, None)
-    ask = {"client": "device", "rule": None}
+    ask = {"client": "device", "rule": "*"}
     tunnel = {**ask, "tunnel": "a" * 32, "target": "127.0.0.1:22"}
     far, near = {"address": "203.0.113.7"}, {"address": "127.0.0.1"}
-    zero = {**ask, "tunnel": "0" * 31 + "1", "target": "[::1]:22"}
+    zero = {**ask, "rule": None, "tunnel": "0" * 31 + "1", "target": "[::1]:22"}
     other = {**ask, "tunnel": "b" * 32, "target": "db.lan:5432"}
     wanted: list[dict[str, Any]] = [
         {"event": "login_failed", "kind": "client", "name": "device", "reason": "unauthorized"}
