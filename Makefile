@@ -43,7 +43,7 @@ setup-debian: ## install the Debian packages that the end-to-end tests use
 run: $(STAMP) ## start a server and a client named demo here, and print an ssh line (PORT=8000 SSH_PORT=22)
 	@exec $(BIN)/python deploy/demo.py --port $(PORT) --ssh-port $(SSH_PORT)
 
-test: $(STAMP) ## run every test but those of survival and soak (3 minutes at most)
+test: $(STAMP) ## run every test but those of survival and soak (about 5 minutes)
 	$(BIN)/python -m pytest $(ARGS)
 
 survival: $(STAMP) ## the flaky-link oracle and restarts under real ssh (RELAY_ORACLE_HITS=300 RELAY_ORACLE_SEED=1)

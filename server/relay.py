@@ -227,8 +227,14 @@ class Relay:
 
     def _enforce_all(self) -> None:
         """The credentials have changed: end what they do not allow any more."""
+        failure: Exception | None = None
         for leg in self._legs:
-            self._enforce(leg)
+            try:
+                self._enforce(leg)
+            except Exception as exc:
+                failure = exc  # The others have their turn first; then all are asked again.
+        if failure is not None:
+            raise failure
 
     def _enforce(self, leg: Leg) -> None:
         if leg.login is None:
