@@ -51,6 +51,10 @@ _LINES_KEPT = 10_000
 # What ran in this test, for the report of a failure; tests/conftest.py empties it.
 started: list["Proc"] = []
 
+# Every long secret that a program of this run was given: none may show in any output.
+secrets_used: set[str] = set()
+_SHORTEST_SECRET = 16
+
 
 def child_environment(
     extra: Mapping[str, str] | None = None, *, checking_tls_file: Path | None = None
@@ -217,6 +221,10 @@ class Proc:
                 stream.close()
         os.close(self._wake_reader)
         os.close(self._wake_writer)
+        # Whoever writes a secret into a URL is past help: the access log has it.
+        said = re.sub(r"\?secret=\S*", "", self.text)
+        leaked = [secret[:4] + "..." for secret in secrets_used if secret in said]
+        assert not leaked, f"{self!r} has written secrets: {leaked}"
 
     def __enter__(self: P) -> P:
         return self
@@ -471,10 +479,22 @@ class Server(Proc):
             raise AssertionError(f"the server ended with status {status}:\n{self.text}")
 
 
+def note_secrets(*secrets: object) -> None:
+    """See to it that no process shows these."""
+    long = (text for text in secrets if isinstance(text, str) and len(text) >= _SHORTEST_SECRET)
+    secrets_used.update(text for text in long if not text.startswith("sha256:"))
+
+
 def write_credentials(folder: Path, credentials: object = CREDENTIALS) -> Path:
     """Write `folder`/credentials.json with mode 0600; a str is written as it is."""
     path = folder / "credentials.json"
     text = credentials if isinstance(credentials, str) else json.dumps(credentials)
+    if isinstance(credentials, dict):
+        users = credentials.get("proxy_users", [])
+        entries = [*credentials.get("clients", {}).values()]
+        entries += users.values() if isinstance(users, dict) else users
+        for entry in entries:
+            note_secrets(*(entry["secrets"] if isinstance(entry, dict) else [entry]))
     path.touch(mode=0o600)
     path.write_text(text)
     return path
@@ -530,6 +550,7 @@ def start_client(
     wait: bool = True,
 ) -> Proc:
     """Start `python -m client` and wait until it says that it registered."""
+    note_secrets(secret)
     own = {"HTTP_NETWORK_RELAY_CLIENT_SECRET": secret}
     if ping_interval_s is not None:
         own["HTTP_NETWORK_RELAY_PING_INTERVAL"] = str(ping_interval_s)
@@ -571,6 +592,7 @@ def proxy_env(
     checking_tls_file: Path | None = None,
 ) -> dict[str, str]:
     """The proxy command's environment; also ssh's, which hands it on."""
+    note_secrets(token)
     own = {} if token is None else {"HTTP_NETWORK_RELAY_SECRET_KEY": token}
     if ping_interval_s is not None:
         own["HTTP_NETWORK_RELAY_PING_INTERVAL"] = str(ping_interval_s)

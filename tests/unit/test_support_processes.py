@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import debian, raw
 from tests.support.certs import Certs
-from tests.support.processes import Pipes, Proc, child_environment
+from tests.support.processes import Pipes, Proc, child_environment, note_secrets
 from tests.support.targets import EchoTarget, RecordingTarget
 from tests.support.waiting import eventually
 
@@ -49,6 +49,16 @@ def test_proc_ends_its_group_when_left() -> None:
             return True
 
     eventually(is_gone)
+
+
+def test_proc_fails_its_test_when_it_has_written_a_secret() -> None:
+    """Of any test: what a program was given is looked for in all that it wrote."""
+    secret = "made-up-for-this-test"
+    note_secrets(secret)
+    proc = Proc([*PYTHON, f"print('token={secret}')"])
+    assert proc.wait() == 0
+    with pytest.raises(AssertionError, match="has written secrets"):
+        proc.close()
 
 
 def test_pipes_carry_bytes_both_ways_when_open() -> None:
