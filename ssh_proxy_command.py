@@ -1240,8 +1240,9 @@ def dial_tcp(
     A new address is tried every 250 ms, or at once when one fails. `is_cancelled` is
     asked as often. `allows` says of each address whether it may be dialled. Raises DialError.
     """
-    infos = [info for info in resolve(host, port, deadline, is_cancelled) if allows(info[4][0])]
-    if not infos:
+    found = resolve(host, port, deadline, is_cancelled)
+    infos = [info for info in found if allows(info[4][0])]
+    if found and not infos:
         raise DialError("denied", f"the client does not dial {host}:{port}")
     last: OSError | None = None
     next_at = 0.0

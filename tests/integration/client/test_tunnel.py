@@ -503,7 +503,7 @@ def test_reset_during_the_dial_closes_the_late_socket(
     dialled, go_on = threading.Event(), threading.Event()
     real = client.tunnel.dial_tcp
 
-    def dial(host: str, port: int, deadline: float, _: Any) -> socket.socket:
+    def dial(host: str, port: int, deadline: float, *_: Any) -> socket.socket:
         sock = real(host, port, deadline)
         dialled.set()
         assert go_on.wait(5.0)
