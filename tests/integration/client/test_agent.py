@@ -218,7 +218,8 @@ def test_leg_that_carried_a_tunnel_starts_the_backoff_anew() -> None:
         if count <= 5:
             drop(visitor)
             return
-        visitor.upgrade(frame(OP_TEXT, json.dumps({**OPEN, "port": target.port}).encode()))
+        opening = {**OPEN, "port": target.port, "tunnel_id": f"{count:032x}"}
+        visitor.upgrade(frame(OP_TEXT, json.dumps(opening).encode()))
         assert json.loads(visitor.read_frame()[1])["type"] == "opened"
 
     with RecordingTarget() as target:
