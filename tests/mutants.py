@@ -106,7 +106,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "2: small pieces do not cost an entry each",
         "client/outbox.py",
-        "if queue and len(queue[-1]) + len(data) <= MAX_DATA_BYTES:",
+        "if queue and len(queue[-1]) + len(data) <= max_bytes:",
         "if False:",
         ("tests/unit/client/test_outbox.py",),
     ),
@@ -129,7 +129,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "3: a client that dials reads on",
-        "client/leg.py",
+        "client/tunnels.py",
         "            tunnel.thread.start()\n",
         "            tunnel.thread.start()\n            tunnel.thread.join(3)\n",
         ("tests/integration/client/test_leg.py",),
@@ -180,8 +180,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "5: channels take turns",
         "client/outbox.py",
-        "            self._turns.append(channel)\n        else:\n            del self._channels[channel]\n        return frame, None",
-        "            self._turns.appendleft(channel)\n        else:\n            del self._channels[channel]\n        return frame, None",
+        "            self._turns.append(channel)\n        else:\n            del self._channels[channel]\n        return frame",
+        "            self._turns.appendleft(channel)\n        else:\n            del self._channels[channel]\n        return frame",
         ("tests/unit/client/test_outbox.py",),
     ),
     Mutant(
@@ -291,8 +291,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "wire: the final ack",
         "client/tunnel_end.py",
-        "            self._stream.into.eof_acked = True\n            self._changed.notify_all()",
-        "            self._stream.into.eof_acked = True\n            self._ended = RelayError('eof', '')",
+        "            self._link.put_ack(ack)\n            # Only now",
+        "            # Only now",
         (
             "tests/integration/client/test_tunnel.py::test_bytes_go_both_ways_and_both_eofs_end_the_tunnel",
         ),
@@ -387,6 +387,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "if is_same and not self._is_fresh:",
         "if is_same:",
         ("tests/unit/server/test_watch.py",),
+    ),
+    Mutant(
         "resume: only the newest channel is heard",
         "client/tunnel_end.py",
         "if link is not self._link or self._ended is not None:",
