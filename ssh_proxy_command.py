@@ -66,6 +66,9 @@ RELAY_HEADER_VALUE = "v1"
 INSTANCE_HEADER = "HTTP-Network-Relay-Instance"
 # On the request of a user leg that comes to resume this tunnel.
 TUNNEL_HEADER = "HTTP-Network-Relay-Tunnel"
+# A client or proxy command asks to send frames whose masking key is zero; the server agrees.
+MASK_HEADER = "HTTP-Network-Relay-Mask"
+MASK_ZERO = "zero"
 
 OP_TEXT = 0x1
 OP_BINARY = 0x2
@@ -96,6 +99,7 @@ FLUSH_S = 1.0
 
 CLOSE_NORMAL = 1000
 CLOSE_PROTOCOL_ERROR = 1002
+CLOSE_NOT_UTF8 = 1007
 CLOSE_REVOKED = 1008
 CLOSE_TOO_BIG = 1009
 CLOSE_INTERNAL_ERROR = 1011
@@ -232,12 +236,12 @@ def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> dic
     return control
 
 
-def decode_text(payload: bytes) -> str:
+def decode_text(payload: bytes | bytearray) -> str:
     """Return a text message as text; raises LegError if it is not UTF-8."""
     try:
         return payload.decode("utf-8")
     except UnicodeDecodeError as exc:
-        raise LegError("a text message is not UTF-8") from exc
+        raise LegError("a text message is not UTF-8", CLOSE_NOT_UTF8) from exc
 
 
 def encode_control(kind: str, channel: int = 0, **fields: Any) -> bytes:
@@ -257,7 +261,7 @@ def encode_channel(channel: int) -> bytes:
     return channel.to_bytes(CHANNEL_BYTES, "big")
 
 
-def split_channel(message: bytes) -> int:
+def split_channel(message: bytes | bytearray) -> int:
     """Return the channel of a binary message of a client leg; its bytes follow at 4."""
     if len(message) < CHANNEL_BYTES:
         raise LegError("a binary message is shorter than its channel")
@@ -493,7 +497,7 @@ def resume_timeout(flag: str | None, environ: Mapping[str, str]) -> int:
 #
 # What waits to be written on one leg, in the order of docs/protocol.md, "Order".
 #
-# Any thread puts, and never waits for the network; the leg's writer alone takes.
+# Any thread puts, and never waits for the network; who takes and sends is the Outlet's matter.
 # The fast lane is bounded by its slots, the data by the windows of the tunnels.
 
 
@@ -532,11 +536,19 @@ class _Channel:
 
 
 class Outbox:
-    """A fair outbox: a fast lane of fixed slots, then channels by turns."""
+    """A fair outbox: a fast lane of fixed slots, then channels by turns.
+
+    What is put calls the leg's writer, but for data and acks: who has put them calls push()
+    when it holds no lock.
+    """
 
     def __init__(self) -> None:
-        # Guards everything below; woken when there is something to take.
+        # Both are the Outlet's as soon as the leg is up: it sends what waits, and data at once.
+        self.push: Callable[[], None] = self.call_writer
+        self.put_data_now: Callable[[int, bytes, Any], None] = self.put_data
+        # Guards everything below; woken when the writer is called.
         self._ready = threading.Condition()
+        self._is_called = False
         self._fast: dict[Hashable, Frame] = {}
         self._cancellable: dict[int, Hashable] = {}
         self._channels: dict[int, _Channel] = {}
@@ -562,7 +574,7 @@ class Outbox:
     def put_ack(self, channel: int, frame: Frame) -> None:
         """Queue an ack; it replaces one of the same channel that is still here."""
         with self._ready:
-            self._put_fast_locked(("ack", channel), frame)
+            self._put_fast_locked(("ack", channel), frame, calls=False)
 
     def put_leg(self, kind: str, frame: Frame) -> None:
         """Queue a message of the leg itself (pong, going_away): one slot a kind."""
@@ -587,7 +599,6 @@ class Outbox:
             entry = self._channel_locked(channel, head)
             if entry is not None and not entry.last:
                 append_merged(entry.data, data)
-                self._ready.notify()
 
     def put_eof(self, channel: int, frame: Frame) -> None:
         """Queue the eof behind the channel's data."""
@@ -595,7 +606,7 @@ class Outbox:
             entry = self._channel_locked(channel, b"")
             if entry is not None and not entry.last:
                 entry.last.append(frame)
-                self._ready.notify()
+                self._call_locked()
 
     def put_end(self, channel: int, frame: Frame, *, in_turn: bool = False) -> None:
         """Queue a channel's reset or detached; whatever still waits of it is deleted.
@@ -616,7 +627,7 @@ class Outbox:
             else:
                 self._drop_locked(channel)
                 self._put_fast_locked(("end", channel), frame)
-            self._ready.notify()
+            self._call_locked()
 
     def drop(self, channel: int) -> None:
         """Delete what waits of a channel that has ended: nobody would act on it."""
@@ -637,7 +648,7 @@ class Outbox:
                 self._close = frame
                 if not flush:
                     self._clear_locked()
-            self._ready.notify()
+            self._call_locked()
 
     def stop(self) -> None:
         """End the writer now; nothing more is taken."""
@@ -646,26 +657,41 @@ class Outbox:
             self._clear_locked()
             self._ready.notify_all()
 
-    def is_empty(self) -> bool:
-        """Whether nothing waits."""
-        with self._ready:
-            return not self._fast and not self._turns
+    # Who sends.
 
-    # The writer.
+    @property
+    def has_frames(self) -> bool:
+        """Whether something waits, but for the close. Needs no lock."""
+        return bool(self._fast or self._turns)
 
-    def take(self) -> Frame | None:
-        """Wait for the next frame; None once stop() was called or the close was taken."""
+    @property
+    def is_clear(self) -> bool:
+        """Whether nothing waits and the leg goes on. Needs no lock."""
+        return not (self._fast or self._turns or self._close is not None or self._is_over)
+
+    def take(self, *, with_close: bool = False) -> Frame | None:
+        """Return the next frame, None: nothing waits. The close only for the writer."""
         with self._ready:
-            while True:
-                if self._is_over:
-                    return None
-                frame = self._next_locked()
-                if frame is not None:
-                    return frame
-                if self._close is not None:
-                    self._is_over = True
-                    return self._close
+            if self._is_over:
+                return None
+            frame = self._next_locked()
+            if frame is None and with_close and self._close is not None:
+                self._is_over = True
+                return self._close
+            return frame
+
+    def call_writer(self) -> None:
+        """Let the writer send what waits."""
+        with self._ready:
+            self._call_locked()
+
+    def wait_call(self) -> bool:
+        """Wait until the writer is called; False when the close was taken, or stop() called."""
+        with self._ready:
+            while not self._is_called and not self._is_over:
                 self._ready.wait()
+            self._is_called = False
+            return not self._is_over
 
     def _next_locked(self) -> Frame | None:
         if self._fast:
@@ -692,10 +718,15 @@ class Outbox:
             del self._channels[channel]
         return frame
 
-    def _put_fast_locked(self, key: Hashable, frame: Frame) -> None:
+    def _put_fast_locked(self, key: Hashable, frame: Frame, *, calls: bool = True) -> None:
         if self._close is None and not self._is_over:
             self._fast[key] = frame
-            self._ready.notify()
+            if calls:
+                self._call_locked()
+
+    def _call_locked(self) -> None:
+        self._is_called = True
+        self._ready.notify()
 
     def _channel_locked(self, channel: int, head: bytes) -> _Channel | None:
         if self._close is not None or self._is_over:
@@ -722,23 +753,23 @@ class Outbox:
 
 # duplex
 #
-# One socket, TLS or plain, for one reading and one writing thread at once.
+# One socket, TLS or plain, for one reading and one sending thread at once.
 #
-# Two locks, taken in this order (rule 4 of the design):
-#
-# - `_send_lock` from a frame's first byte to its last, waits included: whole frames;
-# - `_tls_lock`, TLS only, for one non-blocking read or write and never across a wait:
-#   OpenSSL's connection object must not be entered by two threads (CPython does not
-#   guard it), and nothing seen from outside tells when it was.
-#
-# The reader never takes `_send_lock`.
+# Who sends is the Outlet's matter. What is guarded here is TLS alone: `_tls_lock` is held for
+# one non-blocking read or write and never across a wait (rule 4 of the design). OpenSSL's
+# connection object must not be entered by two threads (CPython does not guard it), and nothing
+# seen from outside tells when it was.
 
 
 # The largest TLS record: a longer write would hold `_tls_lock` for several of them.
 _TLS_WRITE_BYTES = 16 * 1024
+# Linux and macOS: try, do not wait, whatever the socket's mode. 0: there is no such thing.
+DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 # OpenSSL may want the other direction's event (a key update). The other thread may
 # take that event away, so such a wait is short and then tries again.
 _CROSS_WAIT_S = 0.05
+# So long without a byte: a stream that was under way has stopped, for now.
+PAUSE_S = 0.002
 
 
 def wait_ready(sock: socket.socket, *, write: bool, timeout_s: float | None) -> bool:
@@ -759,60 +790,91 @@ class Duplex:
         self._is_tls = isinstance(sock, ssl.SSLSocket)
         # Plain sockets block in the kernel, where two threads are safe.
         sock.settimeout(0.0 if self._is_tls else None)
-        self._send_lock = threading.Lock()  # Makes frames whole.
         self._tls_lock = threading.Lock()  # Guards the OpenSSL object.
         # When any byte last came, monotonic. Written by the reader, read by the timer.
         self.heard_at = time.monotonic()
 
-    def recv(self, size: int) -> bytes:
-        """Return 1 to `size` bytes, b"" at the end of the stream. Raises OSError."""
-        data = self._recv_tls(size) if self._is_tls else self._sock.recv(size)
-        self.heard_at = time.monotonic()
-        return data
+    def recv(self, size: int, on_pause: Callable[[], None] | None = None) -> bytes:
+        """Return 1 to `size` bytes, b"" at the end of the stream. Raises OSError.
 
-    def _recv_tls(self, size: int) -> bytes:
+        Calls `on_pause`, if given, once nothing has come for PAUSE_S, and waits on.
+        """
+        if self._is_tls:
+            data = self._recv_tls(size, on_pause)
+        else:
+            if on_pause is not None and not self._wait_pause():
+                on_pause()
+            data = self._sock.recv(size)
+        self.heard_at = time.monotonic()
+        return data  # type: ignore[no-any-return]
+
+    def _wait_pause(self) -> bool:
+        return wait_ready(self._sock, write=False, timeout_s=PAUSE_S)
+
+    def recv_into(self, view: memoryview) -> int:
+        """As recv(), into `view`; returns how many bytes, 0 at the end of the stream."""
+        count = self._recv_tls(view) if self._is_tls else self._sock.recv_into(view)
+        self.heard_at = time.monotonic()
+        return int(count)
+
+    def _recv_tls(self, where: Any, on_pause: Callable[[], None] | None = None) -> Any:
         while True:
             # Try first: bytes that OpenSSL has decrypted already are invisible to poll.
             try:
                 with self._tls_lock:
-                    return self._sock.recv(size)
+                    if isinstance(where, int):
+                        return self._sock.recv(where)
+                    return self._sock.recv_into(where)
             except ssl.SSLWantReadError:
-                wait_ready(self._sock, write=False, timeout_s=None)
+                if on_pause is None:
+                    wait_ready(self._sock, write=False, timeout_s=None)
+                elif not self._wait_pause():
+                    on_pause()
+                    on_pause = None
             except ssl.SSLWantWriteError:
                 wait_ready(self._sock, write=True, timeout_s=_CROSS_WAIT_S)
 
-    def send(self, *parts: Any) -> None:
-        """Write all bytes of `parts` as one unit. Raises OSError; woken by abort()."""
-        with self._send_lock:
-            if self._is_tls:
-                self._send_tls(memoryview(b"".join(parts)))
-            elif hasattr(self._sock, "sendmsg"):
-                self._send_parts(parts)
-            else:
-                self._sock.sendall(b"".join(parts))
+    def send_now(self, header: bytes, payload: Any) -> memoryview | None:
+        """Write as much as the socket takes without waiting; return the rest, None if none.
 
-    def _send_parts(self, parts: Any) -> None:
-        """Write without joining: a header and its payload cross as they are."""
-        sent = self._sock.sendmsg(parts)
-        for part in parts:
-            if sent < len(part):
-                self._sock.sendall(memoryview(part)[sent:])
-                sent = 0
-            else:
-                sent -= len(part)
+        The rest must be written before anything else. Raises OSError.
+        """
+        if self._is_tls:
+            return self._send_tls(memoryview(header + payload), waits=False)
+        if not DONT_WAIT:
+            return memoryview(header + payload)
+        try:
+            # Without joining them: both cross as they are.
+            sent = self._sock.sendmsg((header, payload), (), DONT_WAIT)
+        except BlockingIOError:
+            sent = 0
+        if sent >= len(header):
+            rest = memoryview(payload)[sent - len(header) :]
+            return rest if rest else None
+        return memoryview(header + payload)[sent:]
 
-    def _send_tls(self, view: memoryview) -> None:
+    def send(self, data: memoryview) -> None:
+        """Write all of it, however long that takes. Raises OSError; woken by abort()."""
+        if self._is_tls:
+            self._send_tls(data, waits=True)
+        else:
+            self._sock.sendall(data)
+
+    def _send_tls(self, view: memoryview, *, waits: bool) -> memoryview | None:
         while view:
             try:
                 # The very same slice after a Want*: OpenSSL insists on it.
                 with self._tls_lock:
                     sent = self._sock.send(view[:_TLS_WRITE_BYTES])
-            except ssl.SSLWantWriteError:
-                wait_ready(self._sock, write=True, timeout_s=None)
-            except ssl.SSLWantReadError:
-                wait_ready(self._sock, write=False, timeout_s=_CROSS_WAIT_S)
+            except (ssl.SSLWantWriteError, ssl.SSLWantReadError) as exc:
+                if not waits:
+                    return view
+                is_write = isinstance(exc, ssl.SSLWantWriteError)
+                timeout_s = None if is_write else _CROSS_WAIT_S
+                wait_ready(self._sock, write=is_write, timeout_s=timeout_s)
             else:
                 view = view[sent:]
+        return None
 
     def abort(self) -> None:
         """Wake both threads for good: their next or present call ends or fails. Any thread."""
@@ -824,6 +886,309 @@ class Duplex:
         """Free the descriptor; only when neither thread can enter any more."""
         with contextlib.suppress(OSError):
             self._sock.close()
+
+
+# framing
+#
+# WebSocket frames (RFC 6455, 5.2) that are made and read without the library.
+#
+# Whole messages go out with a header written by hand, and whole messages are taken off the
+# leg here. All other frames are left to the library, as they came: pings, closes, fragments,
+# and whatever breaks the rules.
+
+
+# A frame that says it is masked, but changes nothing: see docs/protocol.md, "Masking".
+ZERO_KEY = bytes(4)
+# The longest binary message of either leg.
+MAX_MESSAGE_BYTES = CHANNEL_BYTES + MAX_DATA_BYTES
+# One read takes many small frames, or most of a large one; the rest of that is read to where
+# it stays, without another copy. From 128 KiB on glibc would map memory for each read anew.
+_READ_BYTES = 64 * 1024
+_FIN = 0x80
+_MASK = 0x80
+_MESSAGES = {_FIN | opcode: opcode for opcode in (OP_TEXT, OP_BINARY)}
+# What stands for a size of two or eight bytes: the least size that needs them, and how many.
+_LONG_SIZES = {126: (126, 2), 127: (2**16, 8)}
+# First bytes of frames that are whole messages, without an extension's bits.
+_WHOLE = frozenset(_FIN | opcode for opcode in (OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG))
+
+
+@functools.lru_cache(maxsize=256)
+def _xor_table(key: int) -> bytes:
+    return bytes(value ^ key for value in range(256))
+
+
+def mask(data: bytearray, key: bytes) -> None:
+    """Mask or unmask in place (RFC 6455, 5.3), 3-4 times as fast as the library."""
+    for index, byte in enumerate(key):
+        data[index::4] = data[index::4].translate(_xor_table(byte))
+
+
+def frame_header(opcode: int, size: int, key: bytes | None = None) -> bytes:
+    """Return the header of one whole frame, a masked one if there is a `key`."""
+    bit, tail = (0, b"") if key is None else (_MASK, key)
+    if size < 126:
+        return struct.pack("!BB", _FIN | opcode, bit | size) + tail
+    if size < 2**16:
+        return struct.pack("!BBH", _FIN | opcode, bit | 126, size) + tail
+    return struct.pack("!BBQ", _FIN | opcode, bit | 127, size) + tail
+
+
+class FrameReader:
+    """What comes in on a leg. The reader's thread alone uses it."""
+
+    def __init__(self, duplex: Duplex, begun: bytes = b"", *, is_masked: bool) -> None:
+        self._duplex = duplex
+        self._is_masked = is_masked
+        # Read, and not taken from `_at` on.
+        self._ahead = begun
+        self._at = 0
+        # How much of the frame that is the library's it has not read yet.
+        self._others = 0
+
+    def read_message(
+        self, on_pause: Callable[[], None] | None = None
+    ) -> tuple[int, bytearray] | None:
+        """Wait for a frame and take it, if it is a whole message: its opcode and payload.
+
+        None: it is the library's, by read(), and so is the end of the stream. `on_pause`: as
+        in Duplex.recv. Raises OSError.
+        """
+        # In one piece: it runs for each message of each leg.
+        if self._others:
+            return None
+        if len(self._ahead) - self._at < 2 and not self._fill(2, on_pause):
+            self._others = sys.maxsize
+            return None
+        first, size = self._ahead[self._at], self._ahead[self._at + 1]
+        if first not in _WHOLE or (size >= _MASK) != self._is_masked:
+            # From what is not a whole message on, the stream is the library's.
+            self._others = sys.maxsize
+            return None
+        size &= ~_MASK
+        least, count_bytes = _LONG_SIZES.get(size, (0, 0))
+        header_bytes = 2 + count_bytes + (4 if self._is_masked else 0)
+        if len(self._ahead) - self._at < header_bytes and not self._fill(header_bytes):
+            self._others = sys.maxsize
+            return None
+        if count_bytes:
+            size = int.from_bytes(self._ahead[self._at + 2 : self._at + 2 + count_bytes], "big")
+            if size < least:  # It would have fitted into a shorter form: an error.
+                self._others = sys.maxsize
+                return None
+        opcode = _MESSAGES.get(first)
+        if opcode is None or size > MAX_MESSAGE_BYTES:
+            self._others = header_bytes + size
+            return None
+        self._at += header_bytes
+        key = self._ahead[self._at - 4 : self._at] if self._is_masked else ZERO_KEY
+        data = self._take(size)
+        if data is None:
+            self._others = sys.maxsize
+            return None
+        if key != ZERO_KEY:
+            mask(data, key)
+        return opcode, data
+
+    def read(self, size: int) -> bytes:
+        """As socket.recv, for the library: bytes of the frame that read_message() left."""
+        if not self._fill(1):
+            return b""
+        data = self._ahead[self._at : self._at + min(size, self._others)]
+        self._at += len(data)
+        self._others -= len(data)
+        return data
+
+    def _fill(self, size: int, on_pause: Callable[[], None] | None = None) -> bool:
+        """Have `size` bytes ahead; False if the stream ends before."""
+        while len(self._ahead) - self._at < size:
+            data = self._duplex.recv(_READ_BYTES, on_pause)
+            if not data:
+                return False
+            self._ahead = self._ahead[self._at :] + data
+            self._at = 0
+        return True
+
+    def _take(self, size: int) -> bytearray | None:
+        """Return the next `size` bytes; None if the stream ends before."""
+        begun = min(size, len(self._ahead) - self._at)
+        begin = memoryview(self._ahead)[self._at : self._at + begun]
+        self._at += begun
+        if begun == size:
+            return bytearray(begin)
+        data = bytearray(size)
+        data[:begun] = begin
+        with memoryview(data) as view:
+            while begun < size:
+                count = self._duplex.recv_into(view[begun:])
+                if not count:
+                    return None
+                begun += count
+        return data
+
+
+# outlet
+#
+# Who sends what an outbox holds: whoever has put something, or the leg's writer thread.
+#
+# To hand each message to another thread costs more than to send it. So push() sends at once
+# what the socket takes without waiting; only what it does not take is the writer's.
+
+
+# What one push() sends for others at most: then it has its own work to do, and the writer
+# goes on.
+_PUSH_BYTES = 256 * 1024
+
+
+class Outlet:
+    """Sends the frames of one outbox, in its order.
+
+    `_send_lock` is held from a frame's taking to its last byte, waits included, but for a
+    frame that push() has begun and the socket has not taken whole: its rest is kept, and goes
+    out before anything else. Taken before the outbox's lock and the duplex's. Who does not
+    get it at once leaves: the one inside looks again after it has let go.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        duplex: Duplex,
+        on_lost: Callable[[], None],
+        make_key: Callable[[], bytes | None],
+    ) -> None:
+        """`make_key` returns a masking key for each frame; None: it is not masked.
+
+        `on_lost` is called when the socket fails under push(), by any thread.
+        """
+        self._outbox = outbox
+        self._duplex = duplex
+        self._on_lost = on_lost
+        self._make_key = make_key
+        self._send_lock = threading.Lock()
+        self._rest: memoryview | None = None
+        self._is_stopped = False
+
+    def start(self) -> None:
+        """From now on who puts sends."""
+        self._outbox.push = self.push
+        self._outbox.put_data_now = self.put_data_now
+
+    def put_data_now(self, channel: int, head: bytes, data: Any) -> None:
+        """As put_data of the outbox, but sent at once if nothing waits. Any thread; never waits."""
+        if not self._outbox.is_clear or not self._send_lock.acquire(blocking=False):
+            self._outbox.put_data(channel, head, data)
+            return
+        try:
+            is_first = self._outbox.is_clear and self._rest is None and not self._is_stopped
+            if is_first:
+                self._rest = self._duplex.send_now(*self._encode(OP_BINARY, head, data))
+        except OSError:
+            self._on_lost()
+            return
+        finally:
+            self._send_lock.release()
+        if not is_first:
+            self._outbox.put_data(channel, head, data)
+        elif self._rest is not None:
+            self._outbox.call_writer()
+
+    def push(self) -> None:
+        """Send what waits, as far as the socket takes it now. Any thread that holds no lock."""
+        # A rest is the writer's, who has been called.
+        while self._outbox.has_frames and self._rest is None:
+            if not self._send_lock.acquire(blocking=False):
+                return
+            try:
+                is_done = self._push_some()
+            except OSError:
+                # The peer is gone: the leg's reader finds out, and tells.
+                self._on_lost()
+                return
+            finally:
+                self._send_lock.release()
+            if not is_done:
+                self._outbox.call_writer()
+                return
+
+    def _push_some(self) -> bool:
+        """Return whether all was sent; the rest, if any, is the writer's."""
+        sent = 0
+        while self._rest is None and not self._is_stopped:
+            if sent >= _PUSH_BYTES:
+                return False
+            frame = self._outbox.take()
+            if frame is None:
+                return True
+            sent += len(frame.payload)
+            self._rest = self._duplex.send_now(*self._encode(*frame))
+        return False
+
+    def run(self) -> None:
+        """Send what push() could not, until the close has gone out. Raises OSError."""
+        while self._outbox.has_frames or self._outbox.wait_call():
+            with self._send_lock:
+                self._send_rest()
+                while (frame := self._outbox.take(with_close=True)) is not None:
+                    self._rest = self._duplex.send_now(*self._encode(*frame))
+                    self._send_rest()
+
+    def stop(self) -> None:
+        """Let nobody send any more; after it the socket may be freed."""
+        with self._send_lock:
+            self._is_stopped = True
+
+    def _send_rest(self) -> None:
+        if self._rest is not None:
+            self._duplex.send(self._rest)
+            self._rest = None
+
+    def _encode(self, opcode: int, head: bytes, payload: Any) -> tuple[bytes, Any]:
+        size = len(head) + len(payload)
+        key = self._make_key()
+        header = frame_header(opcode, size, key)
+        if key is None or key == ZERO_KEY:
+            return header + head, payload
+        data = bytearray(head)
+        data += payload
+        mask(data, key)
+        return header, data
+
+
+# gather
+#
+# When to let a source's bytes come together before they are read.
+#
+# A source that writes small pieces in quick succession costs three programs a wake-up for each,
+# which is most of what such a stream costs. No thread and no I/O: it only says how long to wait.
+
+
+# Pieces smaller than this may be keystrokes and their echoes, which never wait.
+_LEAST_BYTES = 4 * 1024
+# The next piece came so soon, so many times in a row: it goes on like this.
+_SOON_S = 0.001
+_TIMES = 4
+# What comes together meanwhile: a whole message at 200 Mbit/s.
+_GATHER_S = 0.0025
+
+
+class Gather:
+    """Watches the reads of one source. Used by the thread that reads it."""
+
+    def __init__(self) -> None:
+        # Since when the next read was possible.
+        self._ready_at = float("-inf")
+        self._times = 0
+
+    def wait_s(self, size: int, wanted: int, now: float) -> float:
+        """Return the seconds to wait before the next read, after one of `size` bytes at `now`.
+
+        `wanted` is what was asked for: a source that fills it is as fast as we are.
+        """
+        goes_on = size >= _LEAST_BYTES and now - self._ready_at < _SOON_S
+        self._times = self._times + 1 if goes_on else 0
+        waits_s = _GATHER_S if self._times >= _TIMES and size < wanted else 0.0
+        self._ready_at = now + waits_s
+        return waits_s
 
 
 # stream
@@ -1048,6 +1413,11 @@ class Receiver:
         """
         self.eof_delivered = True
         return self._ack(now) if self._eof_came else None
+
+    @property
+    def owes_ack(self) -> bool:
+        """Whether an ack is due as soon as nothing more comes."""
+        return self.delivered - self._acked >= _DRAINED_ACK_BYTES
 
     def _ack(self, now: float) -> Ack:
         before = self.limit
@@ -1564,9 +1934,6 @@ def _start_tls(
 
 # The whole way from the name lookup to the 101.
 DIAL_SERVER_S = 20.0
-# Large reads: at 64 KiB a frame four of them cross in one system call.
-_READ_BYTES = 256 * 1024
-_MAX_MESSAGE_BYTES = CHANNEL_BYTES + MAX_DATA_BYTES
 # Of an answer to the handshake: a head, and the body of a refusal.
 _MAX_ANSWER_BYTES = 64 * 1024
 # A machine that slept, or came into another network, pings at once and waits this long.
@@ -1602,29 +1969,6 @@ def websocket_client() -> Any:
     if CLOSE_RESTART not in known:
         websocket._abnf.VALID_CLOSE_STATUS = (*known, CLOSE_RESTART)
     return websocket
-
-
-@functools.lru_cache(maxsize=256)
-def _xor_table(key: int) -> bytes:
-    return bytes(value ^ key for value in range(256))
-
-
-def masked(key: bytes, head: bytes, payload: Any) -> bytearray:
-    """Return head + payload, masked (RFC 6455, 5.3), 3-4 times as fast as the library."""
-    data = bytearray(head)
-    data += payload
-    for index, byte in enumerate(key):
-        data[index::4] = data[index::4].translate(_xor_table(byte))
-    return data
-
-
-def frame_header(opcode: int, size: int, key: bytes) -> bytes:
-    """Return the header of one whole masked frame (RFC 6455, 5.2)."""
-    if size < 126:
-        return struct.pack("!BB", 0x80 | opcode, 0x80 | size) + key
-    if size < 65536:
-        return struct.pack("!BBH", 0x80 | opcode, 0x80 | 126, size) + key
-    return struct.pack("!BBQ", 0x80 | opcode, 0x80 | 127, size) + key
 
 
 class _HandshakeSocket:
@@ -1697,15 +2041,29 @@ def connect(
     deadline = time.monotonic() + DIAL_SERVER_S
     sock = dial_server(endpoint, context, environ, deadline, is_cancelled)
     shim = _HandshakeSocket(sock, deadline, is_cancelled)
+    # Nobody on the way can read what is masked; so it need not be, if the server agrees.
+    asks_for_zero = endpoint.is_tls or endpoint.is_loopback
+    if asks_for_zero:
+        headers = [*headers, f"{MASK_HEADER}: {MASK_ZERO}"]
     try:
-        _upgrade(library, endpoint, headers, shim)
+        answered = _upgrade(library, endpoint, headers, shim).get(MASK_HEADER.lower())
     except BaseException:
         sock.close()
         raise
-    return Transport(library, sock, shim.buffer, ping_interval_s)
+    make_key = _zero_key if asks_for_zero and answered == MASK_ZERO else _random_key
+    return Transport(library, sock, shim.buffer, ping_interval_s, make_key)
 
 
-def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) -> None:
+def _zero_key() -> bytes:
+    return ZERO_KEY
+
+
+def _random_key() -> bytes:
+    return os.urandom(4)
+
+
+def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) -> Mapping[str, str]:
+    """Make the handshake; return the headers of its answer, names in lower case."""
     where = f"{endpoint.host}:{endpoint.port}"
     web_socket = library.WebSocket()
     refusal: tuple[int, Mapping[str, str], bytes | None] | None = None
@@ -1749,7 +2107,7 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
             f"{where} does not speak HTTP: {printable(repr(exc))}; check --server-url",
         ) from exc
     if refusal is None and status == 101:
-        return
+        return dict(web_socket.getheaders())
     if status is None:  # A blank line for a status line.
         raise RelayError("not_a_relay", f"{where} does not speak HTTP; check --server-url")
     answer, body = (refusal[1], refusal[2]) if refusal else (web_socket.getheaders() or {}, None)
@@ -1818,15 +2176,22 @@ def _far_peer(sock: Any) -> Any:
 class Transport:
     """A leg that is up. `outbox` is what it sends."""
 
-    def __init__(self, library: Any, sock: Any, begun: bytes, ping_interval_s: float) -> None:
+    def __init__(
+        self,
+        library: Any,
+        sock: Any,
+        begun: bytes,
+        ping_interval_s: float,
+        make_key: Callable[[], bytes] = _random_key,
+    ) -> None:
         self.outbox = Outbox()
         self._library = library
         self._duplex = Duplex(sock)
+        self._outlet = Outlet(self.outbox, self._duplex, self.abort, make_key)
+        self._reader = FrameReader(self._duplex, begun, is_masked=False)
         self._frames = library.frame_buffer(None, True)
-        # The library reads by this one method; ours bounds a frame and reads ahead.
+        # The library reads by this one method; ours bounds a frame.
         self._frames.recv_strict = self._read_exactly
-        self._read_ahead = begun
-        self._read_at = 0
         self._parts = bytearray()  # Of a message in fragments.
         self._parts_opcode = 0
         self._writer: threading.Thread | None = None
@@ -1849,16 +2214,21 @@ class Transport:
         writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
         writer.start()  # May fail on a machine out of threads; stop() joins what runs.
         self._writer = writer
+        self._outlet.start()
 
     # The reader.
 
-    def receive(self) -> tuple[int, Any]:
+    def receive(self, on_pause: Callable[[], None] | None = None) -> tuple[int, Any]:
         """Wait for the next message: (OP_TEXT or OP_BINARY, payload), or (OP_CLOSE, code).
 
-        A lost connection is a close without a code (1006). Raises LegError.
+        A lost connection is a close without a code (1006). Calls `on_pause`, if given, when
+        nothing comes for PAUSE_S. Raises LegError.
         """
         while True:
             try:
+                message = self._reader.read_message(on_pause)
+                if message is not None:
+                    return message
                 frame = self._frames.recv_frame()
             except (OSError, EOFError):
                 return OP_CLOSE, 1006
@@ -1874,9 +2244,9 @@ class Transport:
                 self.outbox.close(Frame(OP_CLOSE, b"", payload[:2]), flush=False)
                 return OP_CLOSE, int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
             elif opcode != OP_PONG:
-                message = self._assemble(opcode, payload, is_last=bool(frame.fin))
-                if message is not None:
-                    return message
+                whole = self._assemble(opcode, payload, is_last=bool(frame.fin))
+                if whole is not None:
+                    return whole
 
     def _assemble(self, opcode: int, payload: bytes, *, is_last: bool) -> tuple[int, Any] | None:
         """Put fragments together; some proxies make them."""
@@ -1887,7 +2257,7 @@ class Transport:
                 return opcode, payload
             self._parts_opcode = opcode
         self._parts += payload
-        if len(self._parts) > _MAX_MESSAGE_BYTES:
+        if len(self._parts) > MAX_MESSAGE_BYTES:
             raise LegError("a message is too long", CLOSE_TOO_BIG)
         if not is_last:
             return None
@@ -1896,29 +2266,21 @@ class Transport:
         return message
 
     def _read_exactly(self, size: int) -> bytes:
-        if size > _MAX_MESSAGE_BYTES:
+        if size > MAX_MESSAGE_BYTES:
             raise LegError("a frame is too long", CLOSE_TOO_BIG)
-        while len(self._read_ahead) - self._read_at < size:
-            data = self._duplex.recv(_READ_BYTES)
-            if not data:
+        data = b""
+        while len(data) < size:
+            piece = self._reader.read(size - len(data))
+            if not piece:
                 raise EOFError
-            self._read_ahead = self._read_ahead[self._read_at :] + data
-            self._read_at = 0
-        start = self._read_at
-        self._read_at += size
-        return self._read_ahead[start : self._read_at]
+            data += piece
+        return data
 
     # The writer.
 
     def _write(self) -> None:
         try:
-            while True:
-                frame = self.outbox.take()
-                if frame is None:
-                    return
-                key = os.urandom(4)
-                data = masked(key, frame.head, frame.payload)
-                self._duplex.send(frame_header(frame.opcode, len(data), key), data)
+            self._outlet.run()
         except OSError:
             # The reader sees the same loss and tells.
             self.abort()
@@ -1993,6 +2355,7 @@ class Transport:
         self.abort()
         if self._writer is not None:
             self._writer.join()
+        self._outlet.stop()
         self._duplex.close()
 
 
@@ -2025,11 +2388,11 @@ class Link:
         self.outbox.put_first(self.channel, self._text(kind, **fields))
 
     def put_data(self, data: Any) -> None:
-        """Send stream bytes."""
-        self.outbox.put_data(self.channel, self._head, data)
+        """Send stream bytes, with the next push()."""
+        self.outbox.put_data_now(self.channel, self._head, data)
 
     def put_ack(self, ack: Ack) -> None:
-        """Send an ack."""
+        """Send an ack, with the next push()."""
         self.outbox.put_ack(self.channel, self._text("ack", **ack._asdict()))
 
     def put_eof(self, count: int) -> None:
@@ -2040,6 +2403,10 @@ class Link:
         """Send a reset, behind the data where what came before it counts."""
         frame = self._text("reset", code=error.code, message=str(error))
         self.outbox.put_end(self.channel, frame, in_turn=error.code in _IN_TURN)
+
+    def push(self) -> None:
+        """Send data and acks that were put. Hold no lock."""
+        self.outbox.push()
 
     def drop(self) -> None:
         """Delete what waits to be sent."""
@@ -2070,6 +2437,13 @@ class TunnelEnd:
         self._stream = Stream(max_window_bytes)
         # Bytes that wait for the consumer.
         self._inbound: deque[Any] = deque()
+        # Hands on what the consumer takes without waiting, if there is such a way.
+        self._hand_on: Callable[[Any], int] | None = None
+        # Held while a reader does so: its file stays open meanwhile. Before all other locks.
+        self._inside = threading.Lock()
+        # Who is handing bytes on; those behind them wait for it.
+        self._reader_hands_on = False
+        self._consumer_hands_on = False
         # None: detached, or being resumed.
         self._link: Link | None = link
         self._is_open = False
@@ -2185,14 +2559,51 @@ class TunnelEnd:
             self._stream.out.limit = limit
             return True
 
-    def on_data(self, link: Link, data: Any) -> None:
-        """Queue stream bytes for the consumer."""
+    def on_data(self, link: Link, data: Any) -> bool:
+        """Hand stream bytes on, or queue them for the consumer.
+
+        Return whether on_pause() is to be called when nothing more comes.
+        """
         with self._changed:
             if self._is_deaf_locked(link, "data"):
-                return
+                return False
             self._stream.into.on_data(len(data), time.monotonic())
-            append_merged(self._inbound, data)
-            self._changed.notify_all()
+            is_busy = self._consumer_hands_on or self._reader_hands_on or self._inbound
+            if self._hand_on is None or is_busy:
+                append_merged(self._inbound, data)
+                self._changed.notify_all()
+                return False
+            self._reader_hands_on = True
+        # Here and now, if that needs no waiting: another thread costs more.
+        count = self._hand_on_now(data)
+        with self._changed:
+            self._reader_hands_on = False
+            if count < len(data):
+                self._inbound.appendleft(memoryview(data)[count:])
+            if self._has_news_locked():
+                self._changed.notify_all()
+            # More may be on its way, by this thread: only a pause means that all is drained.
+            has_ack, now_link = self._delivered_locked(count, drained=False), self._link
+            owes_ack = self._stream.into.owes_ack
+        if has_ack and now_link is not None:
+            now_link.push()
+        return owes_ack
+
+    def on_pause(self, link: Link) -> None:
+        """Nothing more comes for the moment: send the ack that is due then."""
+        with self._changed:
+            if link is not self._link or self._inbound or not self._stream.into.owes_ack:
+                return
+            has_ack = self._delivered_locked(0, drained=True)
+        if has_ack:
+            link.push()
+
+    def _hand_on_now(self, data: Any) -> int:
+        with self._inside:
+            try:
+                return self._hand_on(data) if self._hand_on is not None else 0
+            except OSError:
+                return 0  # The consumer's thread meets it as well, and tells.
 
     def on_eof(self, link: Link, count: int) -> None:
         """Note that no byte follows."""
@@ -2203,6 +2614,7 @@ class TunnelEnd:
             if self._stream.into.eof_delivered:  # A resume made the peer say it again.
                 self._ack_eof_locked()
             self._changed.notify_all()
+        link.push()
         self._on_change()
 
     def on_ack(self, link: Link, ack: Ack) -> None:
@@ -2210,10 +2622,16 @@ class TunnelEnd:
         with self._changed:
             if self._is_deaf_locked(link, "ack"):
                 return
+            was_out_of_credit = self._stream.out.credit == 0
             self._stream.out.on_ack(ack)
             self._flush_locked()
-            self._changed.notify_all()
-        self._on_change()
+            # Who sends on has no need to be woken.
+            is_news = was_out_of_credit or self.is_over
+            if is_news:
+                self._changed.notify_all()
+        link.push()
+        if is_news:
+            self._on_change()
 
     def on_end(self, error: RelayError, *, deliver_s: float = FLUSH_S) -> None:
         """End the tunnel without a word to the peer.
@@ -2290,6 +2708,7 @@ class TunnelEnd:
                 return
             self._stream.out.check_resume(peer)
             self._attach_locked(link, peer)
+        link.push()
         self._on_change()
 
     def accept_resume(self, link: Link, peer: Position, attempt: int) -> None:
@@ -2309,6 +2728,7 @@ class TunnelEnd:
             old, self._link = self._link, None
             link.put_first("resumed", **self._stream.into.resume()._asdict())
             self._attach_locked(link, peer)
+        link.push()
         if old is not None:
             old.put_reset(RelayError("superseded", "the tunnel was resumed on another channel"))
 
@@ -2348,36 +2768,62 @@ class TunnelEnd:
     def next_chunk(self) -> Any:
         """Wait for bytes to hand on; b"" is the eof, None the end of the tunnel."""
         with self._changed:
+            self._consumer_hands_on = False
             self._wait_locked(self._has_news_locked)
             if self._ended is not None and time.monotonic() >= self._deliver_until:
                 return None
             if self._inbound:
+                self._consumer_hands_on = True
                 return self._inbound.popleft()
             return b"" if self._eof_is_due_locked() else None
 
     def _has_news_locked(self) -> bool:
+        if self._reader_hands_on:
+            return False  # What comes next would overtake it. That is over in no time.
         return bool(self._inbound) or self._ended is not None or self._eof_is_due_locked()
 
     def _eof_is_due_locked(self) -> bool:
         into = self._stream.into
         return into.eof_at is not None and not into.eof_delivered and not self._inbound
 
+    def hand_on_by(self, hand_on: Callable[[Any], int] | None) -> None:
+        """Let the leg's reader hand bytes on, by what never waits and returns how many it took.
+
+        What is not taken, or fails, is left to the consumer's thread. None: not any more; when
+        this returns, nobody is inside.
+        """
+        with self._inside:
+            self._hand_on = hand_on
+
     def delivered(self, size: int) -> None:
-        """Say that `size` bytes of a chunk were handed on; sends the ack that is due."""
+        """Say that a chunk, of `size` bytes, was handed on; sends the ack that is due."""
         with self._changed:
-            into = self._stream.into
-            if self._link is None:
-                into.delivered += size  # The resume, or what follows it, says so.
-                return
-            ack = into.on_delivered(size, time.monotonic(), drained=not self._inbound)
-            if ack is not None and self._ended is None:
-                self._link.put_ack(ack)
+            self._consumer_hands_on = False
+            drained = not self._inbound
+            has_ack, link = self._delivered_locked(size, drained=drained), self._link
+        if has_ack and link is not None:
+            link.push()
+
+    def _delivered_locked(self, size: int, *, drained: bool) -> bool:
+        """Count what was handed on; whether an ack is to be pushed."""
+        into = self._stream.into
+        if self._link is None:
+            into.delivered += size  # The resume, or what follows it, says so.
+            return False
+        ack = into.on_delivered(size, time.monotonic(), drained=drained)
+        if ack is None or self._ended is not None:
+            return False
+        self._link.put_ack(ack)
+        return True
 
     def delivered_eof(self) -> None:
         """Say that the eof was handed on; its ack goes at once, or when it can."""
         with self._changed:
             self._ack_eof_locked()
             self._changed.notify_all()
+            link = self._link
+        if link is not None:
+            link.push()
         self._on_change()
 
     def _ack_eof_locked(self) -> None:
@@ -2418,6 +2864,9 @@ class TunnelEnd:
             if self._ended is None:
                 self._stream.out.take(data)
                 self._flush_locked()
+            link = self._link
+        if link is not None:
+            link.push()
 
     def send_eof(self) -> bool:
         """End our direction; False if the consumer failed before, so that a reset is due."""
@@ -2971,14 +3420,16 @@ class Session:
     def _read(self, transport: Transport) -> None:
         """Read a leg until the tunnel has ended or the leg is lost."""
         end, link = self._end, self._link
+        pause = functools.partial(end.on_pause, link)
+        on_pause: Callable[[], None] | None = None
         while True:
             try:
-                opcode, payload = transport.receive()
+                opcode, payload = transport.receive(on_pause)
                 if opcode == OP_CLOSE:
                     end.detach(link, self._lost(transport, payload))
                     return
                 if opcode == OP_BINARY:
-                    end.on_data(link, payload)
+                    on_pause = pause if end.on_data(link, payload) else None
                 elif self._on_control(payload):
                     return
             except TunnelError as exc:
@@ -2989,7 +3440,7 @@ class Session:
                 end.detach(link, error)
                 return
 
-    def _on_control(self, payload: bytes) -> bool:
+    def _on_control(self, payload: bytes | bytearray) -> bool:
         """Hand one control to the tunnel; whether the leg has no more to say."""
         control = parse_control(decode_text(payload), TO_USER, has_channel=False)
         kind, end, link = control["type"], self._end, self._link
@@ -3118,6 +3569,8 @@ class Pumps:
         # 128+n once the user has gone. Written by the timer or a pump, the first wins.
         self.exit_code: int | None = None
         self._watches_stdout = CAN_POLL
+        self._quick_stdout: _QuickStdout | None = None
+        self._gather = Gather()
         # Where there is no poll.
         self._woken = threading.Event()
         self._left = threading.Event()
@@ -3125,10 +3578,16 @@ class Pumps:
             self._wake_r, self._wake_w = os.pipe()
             os.set_blocking(self._wake_r, False)
             os.set_blocking(self._wake_w, False)
+        # What pump-up waits with, and for what it was made. Its own.
+        self._poll: Any = None
+        self._polled: tuple[bool, bool] | None = None
 
     def start(self, end: TunnelEnd) -> None:
         """Start both threads; join() joins them."""
         self._end = end
+        with contextlib.suppress(OSError):
+            self._quick_stdout = _QuickStdout()
+            end.hand_on_by(self._quick_stdout.write)
         # Daemon: a write to stdout cannot be woken, nor on Windows a read of stdin.
         self._up = threading.Thread(target=self._pump_up, name="pump-up", daemon=True)
         self._down = threading.Thread(target=self._pump_down, name="pump-down", daemon=True)
@@ -3181,6 +3640,8 @@ class Pumps:
         data = os.read(STDIN, size)
         if data:
             self._end.send(data)
+            if wait_s := self._gather.wait_s(len(data), size, time.monotonic()):
+                time.sleep(wait_s)
         else:
             self._end.send_eof()
         return bool(data)
@@ -3192,13 +3653,10 @@ class Pumps:
                 self._woken.wait()
                 self._woken.clear()
             return want_stdin
-        poll = select.poll()
-        poll.register(self._wake_r, select.POLLIN)
-        if want_stdin:
-            poll.register(STDIN, select.POLLIN)
-        if self._watches_stdout:
-            poll.register(STDOUT, 0)  # POLLERR and POLLHUP are told unasked.
-        ready = dict(poll.poll())
+        wanted = (want_stdin, self._watches_stdout)
+        if wanted != self._polled:
+            self._polled, self._poll = wanted, self._make_poll(*wanted)
+        ready = dict(self._poll.poll())
         if self._wake_r in ready:
             os.read(self._wake_r, 4096)
         if ready.get(STDOUT, 0) & select.POLLNVAL:
@@ -3206,6 +3664,15 @@ class Pumps:
         elif STDOUT in ready and self._watches_stdout:
             self.leave(EXIT_SIGPIPE)
         return STDIN in ready
+
+    def _make_poll(self, want_stdin: bool, watches_stdout: bool) -> Any:
+        poll = select.poll()
+        poll.register(self._wake_r, select.POLLIN)
+        if want_stdin:
+            poll.register(STDIN, select.POLLIN)
+        if watches_stdout:
+            poll.register(STDOUT, 0)  # POLLERR and POLLHUP are told unasked.
+        return poll
 
     def _say_goodbye(self) -> None:
         """Take what stdin still holds without waiting, then tell the client."""
@@ -3230,12 +3697,51 @@ class Pumps:
             if chunk == b"":
                 self._watches_stdout = False
                 self.wake()
+                self._close_quick_stdout()
                 _close_stdout()
                 end.delivered_eof()
         except BrokenPipeError:
             self.leave(EXIT_SIGPIPE)
         except OSError as exc:
             end.reset(RelayError("internal_error", f"writing stdout failed: {exc.strerror}"))
+        finally:
+            self._close_quick_stdout()
+
+    def _close_quick_stdout(self) -> None:
+        self._end.hand_on_by(None)
+        if self._quick_stdout is not None:
+            self._quick_stdout.close()
+
+
+class _QuickStdout:
+    """Writes what stdout takes at once, by a description of its own: the shared one stays as is."""
+
+    def __init__(self) -> None:
+        """Raises OSError where there is no such way."""
+        mode = os.fstat(STDOUT).st_mode
+        self._is_socket = stat.S_ISSOCK(mode)
+        if self._is_socket and DONT_WAIT:
+            self._file: Any = socket.socket(fileno=os.dup(STDOUT))
+        elif stat.S_ISFIFO(mode) and sys.platform == "linux":
+            self._file = open(  # noqa: SIM115  # close() closes it.
+                f"/proc/self/fd/{STDOUT}", "wb", buffering=0, opener=_open_now
+            )
+        else:
+            raise OSError(errno.ENOTSUP, "stdout is neither a pipe nor a socket")
+
+    def write(self, data: Any) -> int:
+        """Return how many bytes it took; raises OSError."""
+        if self._is_socket:
+            return int(self._file.send(data, DONT_WAIT))
+        return self._file.write(data) or 0  # None: it would have to wait.
+
+    def close(self) -> None:
+        """Let it go; nobody is inside write() any more."""
+        self._file.close()
+
+
+def _open_now(path: str, flags: int) -> int:
+    return os.open(path, flags & ~(os.O_CREAT | os.O_TRUNC) | os.O_NONBLOCK)
 
 
 def _write_stdout(chunk: Any) -> None:

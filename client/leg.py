@@ -37,6 +37,8 @@ class Leg:
         # May hold channels that have ended; each new one prunes them.
         self._channels: dict[int, tuple[Tunnel, Link]] = {}
         self._highest_channel = 0
+        # Those whose on_pause() is to be called.
+        self._owing: dict[int, tuple[Tunnel, Link]] = {}
         # Set when the server is about to go or the leg has ended: time for the next leg.
         self.is_leaving = threading.Event()
         # From the server's `going_away`: spread the return over so many seconds.
@@ -61,7 +63,7 @@ class Leg:
 
     def _read(self) -> int:
         while True:
-            opcode, payload = self._transport.receive()
+            opcode, payload = self._transport.receive(self._on_pause if self._owing else None)
             if opcode == OP_CLOSE:
                 return int(payload)
             try:
@@ -72,13 +74,24 @@ class Leg:
             except TunnelError as exc:
                 self._fail_tunnel(exc)
 
-    def _on_data(self, message: bytes) -> None:
+    def _on_data(self, message: bytes | bytearray) -> None:
         channel = split_channel(message)
         found = self._find(channel)
-        if found is not None:
-            self._hand(*found, "data", {"data": memoryview(message)[CHANNEL_BYTES:]})
+        if found is None:
+            return
+        tunnel, link = found
+        try:
+            if tunnel.end.on_data(link, memoryview(message)[CHANNEL_BYTES:]):
+                self._owing[channel] = found
+        except TunnelError as exc:
+            raise TunnelError(str(exc), channel, exc.code) from exc
 
-    def _on_control(self, payload: bytes) -> None:
+    def _on_pause(self) -> None:
+        for tunnel, link in self._owing.values():
+            tunnel.end.on_pause(link)
+        self._owing.clear()
+
+    def _on_control(self, payload: bytes | bytearray) -> None:
         control = parse_control(decode_text(payload), TO_CLIENT, has_channel=True)
         kind = control["type"]
         if kind == "going_away":
@@ -95,9 +108,7 @@ class Leg:
     def _hand(self, tunnel: Tunnel, link: Link, kind: str, control: dict[str, Any]) -> None:
         end = tunnel.end
         try:
-            if kind == "data":
-                end.on_data(link, control["data"])
-            elif kind == "ack":
+            if kind == "ack":
                 end.on_ack(link, Ack(control["delivered"], control["limit"], control["eof"]))
             elif kind == "eof":
                 end.on_eof(link, control["count"])

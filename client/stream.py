@@ -233,6 +233,11 @@ class Receiver:
         self.eof_delivered = True
         return self._ack(now) if self._eof_came else None
 
+    @property
+    def owes_ack(self) -> bool:
+        """Whether an ack is due as soon as nothing more comes."""
+        return self.delivered - self._acked >= _DRAINED_ACK_BYTES
+
     def _ack(self, now: float) -> Ack:
         before = self.limit
         self.limit = min(MAX_COUNT, max(before, self.delivered + self.window))

@@ -9,7 +9,6 @@ the timer calls tick(); any thread may put into the outbox, close() or abort().
 from __future__ import annotations
 
 import contextlib
-import functools
 import ipaddress
 import json
 import os
@@ -24,13 +23,15 @@ from typing import Any
 from client.dial import Endpoint, dial_server, printable, source_address, wait_until
 from client.duplex import Duplex
 from client.errors import ERRORS, RelayError
+from client.framing import MAX_MESSAGE_BYTES, ZERO_KEY, FrameReader
 from client.outbox import Frame, Outbox
+from client.outlet import Outlet
 from client.wire import (
-    CHANNEL_BYTES,
     CLOSE_RESTART,
     CLOSE_TOO_BIG,
     FLUSH_S,
-    MAX_DATA_BYTES,
+    MASK_HEADER,
+    MASK_ZERO,
     OP_CLOSE,
     OP_PING,
     OP_PONG,
@@ -42,9 +43,6 @@ from client.wire import (
 
 # The whole way from the name lookup to the 101.
 DIAL_SERVER_S = 20.0
-# Large reads: at 64 KiB a frame four of them cross in one system call.
-_READ_BYTES = 256 * 1024
-_MAX_MESSAGE_BYTES = CHANNEL_BYTES + MAX_DATA_BYTES
 # Of an answer to the handshake: a head, and the body of a refusal.
 _MAX_ANSWER_BYTES = 64 * 1024
 # A machine that slept, or came into another network, pings at once and waits this long.
@@ -80,29 +78,6 @@ def websocket_client() -> Any:
     if CLOSE_RESTART not in known:
         websocket._abnf.VALID_CLOSE_STATUS = (*known, CLOSE_RESTART)
     return websocket
-
-
-@functools.lru_cache(maxsize=256)
-def _xor_table(key: int) -> bytes:
-    return bytes(value ^ key for value in range(256))
-
-
-def masked(key: bytes, head: bytes, payload: Any) -> bytearray:
-    """Return head + payload, masked (RFC 6455, 5.3), 3-4 times as fast as the library."""
-    data = bytearray(head)
-    data += payload
-    for index, byte in enumerate(key):
-        data[index::4] = data[index::4].translate(_xor_table(byte))
-    return data
-
-
-def frame_header(opcode: int, size: int, key: bytes) -> bytes:
-    """Return the header of one whole masked frame (RFC 6455, 5.2)."""
-    if size < 126:
-        return struct.pack("!BB", 0x80 | opcode, 0x80 | size) + key
-    if size < 65536:
-        return struct.pack("!BBH", 0x80 | opcode, 0x80 | 126, size) + key
-    return struct.pack("!BBQ", 0x80 | opcode, 0x80 | 127, size) + key
 
 
 class _HandshakeSocket:
@@ -175,15 +150,29 @@ def connect(
     deadline = time.monotonic() + DIAL_SERVER_S
     sock = dial_server(endpoint, context, environ, deadline, is_cancelled)
     shim = _HandshakeSocket(sock, deadline, is_cancelled)
+    # Nobody on the way can read what is masked; so it need not be, if the server agrees.
+    asks_for_zero = endpoint.is_tls or endpoint.is_loopback
+    if asks_for_zero:
+        headers = [*headers, f"{MASK_HEADER}: {MASK_ZERO}"]
     try:
-        _upgrade(library, endpoint, headers, shim)
+        answered = _upgrade(library, endpoint, headers, shim).get(MASK_HEADER.lower())
     except BaseException:
         sock.close()
         raise
-    return Transport(library, sock, shim.buffer, ping_interval_s)
+    make_key = _zero_key if asks_for_zero and answered == MASK_ZERO else _random_key
+    return Transport(library, sock, shim.buffer, ping_interval_s, make_key)
 
 
-def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) -> None:
+def _zero_key() -> bytes:
+    return ZERO_KEY
+
+
+def _random_key() -> bytes:
+    return os.urandom(4)
+
+
+def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) -> Mapping[str, str]:
+    """Make the handshake; return the headers of its answer, names in lower case."""
     where = f"{endpoint.host}:{endpoint.port}"
     web_socket = library.WebSocket()
     refusal: tuple[int, Mapping[str, str], bytes | None] | None = None
@@ -227,7 +216,7 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
             f"{where} does not speak HTTP: {printable(repr(exc))}; check --server-url",
         ) from exc
     if refusal is None and status == 101:
-        return
+        return dict(web_socket.getheaders())
     if status is None:  # A blank line for a status line.
         raise RelayError("not_a_relay", f"{where} does not speak HTTP; check --server-url")
     answer, body = (refusal[1], refusal[2]) if refusal else (web_socket.getheaders() or {}, None)
@@ -296,15 +285,22 @@ def _far_peer(sock: Any) -> Any:
 class Transport:
     """A leg that is up. `outbox` is what it sends."""
 
-    def __init__(self, library: Any, sock: Any, begun: bytes, ping_interval_s: float) -> None:
+    def __init__(
+        self,
+        library: Any,
+        sock: Any,
+        begun: bytes,
+        ping_interval_s: float,
+        make_key: Callable[[], bytes] = _random_key,
+    ) -> None:
         self.outbox = Outbox()
         self._library = library
         self._duplex = Duplex(sock)
+        self._outlet = Outlet(self.outbox, self._duplex, self.abort, make_key)
+        self._reader = FrameReader(self._duplex, begun, is_masked=False)
         self._frames = library.frame_buffer(None, True)
-        # The library reads by this one method; ours bounds a frame and reads ahead.
+        # The library reads by this one method; ours bounds a frame.
         self._frames.recv_strict = self._read_exactly
-        self._read_ahead = begun
-        self._read_at = 0
         self._parts = bytearray()  # Of a message in fragments.
         self._parts_opcode = 0
         self._writer: threading.Thread | None = None
@@ -327,16 +323,21 @@ class Transport:
         writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
         writer.start()  # May fail on a machine out of threads; stop() joins what runs.
         self._writer = writer
+        self._outlet.start()
 
     # The reader.
 
-    def receive(self) -> tuple[int, Any]:
+    def receive(self, on_pause: Callable[[], None] | None = None) -> tuple[int, Any]:
         """Wait for the next message: (OP_TEXT or OP_BINARY, payload), or (OP_CLOSE, code).
 
-        A lost connection is a close without a code (1006). Raises LegError.
+        A lost connection is a close without a code (1006). Calls `on_pause`, if given, when
+        nothing comes for PAUSE_S. Raises LegError.
         """
         while True:
             try:
+                message = self._reader.read_message(on_pause)
+                if message is not None:
+                    return message
                 frame = self._frames.recv_frame()
             except (OSError, EOFError):
                 return OP_CLOSE, 1006
@@ -352,9 +353,9 @@ class Transport:
                 self.outbox.close(Frame(OP_CLOSE, b"", payload[:2]), flush=False)
                 return OP_CLOSE, int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
             elif opcode != OP_PONG:
-                message = self._assemble(opcode, payload, is_last=bool(frame.fin))
-                if message is not None:
-                    return message
+                whole = self._assemble(opcode, payload, is_last=bool(frame.fin))
+                if whole is not None:
+                    return whole
 
     def _assemble(self, opcode: int, payload: bytes, *, is_last: bool) -> tuple[int, Any] | None:
         """Put fragments together; some proxies make them."""
@@ -365,7 +366,7 @@ class Transport:
                 return opcode, payload
             self._parts_opcode = opcode
         self._parts += payload
-        if len(self._parts) > _MAX_MESSAGE_BYTES:
+        if len(self._parts) > MAX_MESSAGE_BYTES:
             raise LegError("a message is too long", CLOSE_TOO_BIG)
         if not is_last:
             return None
@@ -374,29 +375,21 @@ class Transport:
         return message
 
     def _read_exactly(self, size: int) -> bytes:
-        if size > _MAX_MESSAGE_BYTES:
+        if size > MAX_MESSAGE_BYTES:
             raise LegError("a frame is too long", CLOSE_TOO_BIG)
-        while len(self._read_ahead) - self._read_at < size:
-            data = self._duplex.recv(_READ_BYTES)
-            if not data:
+        data = b""
+        while len(data) < size:
+            piece = self._reader.read(size - len(data))
+            if not piece:
                 raise EOFError
-            self._read_ahead = self._read_ahead[self._read_at :] + data
-            self._read_at = 0
-        start = self._read_at
-        self._read_at += size
-        return self._read_ahead[start : self._read_at]
+            data += piece
+        return data
 
     # The writer.
 
     def _write(self) -> None:
         try:
-            while True:
-                frame = self.outbox.take()
-                if frame is None:
-                    return
-                key = os.urandom(4)
-                data = masked(key, frame.head, frame.payload)
-                self._duplex.send(frame_header(frame.opcode, len(data), key), data)
+            self._outlet.run()
         except OSError:
             # The reader sees the same loss and tells.
             self.abort()
@@ -471,4 +464,5 @@ class Transport:
         self.abort()
         if self._writer is not None:
             self._writer.join()
+        self._outlet.stop()
         self._duplex.close()

@@ -7,6 +7,7 @@ Both live on while the tunnel has no leg; the writer notices when the grace is o
 from __future__ import annotations
 
 import contextlib
+import functools
 import hmac
 import logging
 import os
@@ -18,8 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 from client.dial import dial_tcp
-from client.duplex import wait_ready
+from client.duplex import DONT_WAIT, wait_ready
 from client.errors import DialError, RelayError
+from client.gather import Gather
 from client.rules import Host, RuleError, TargetRule, canonical_host
 from client.tunnel_end import Link, TunnelEnd
 
@@ -30,8 +32,6 @@ DIAL_TARGET_S = 10.0
 _STUCK_WRITE_S = 0.25
 # After its eof a target that has gone is noticed so soon.
 _WATCH_S = 0.5
-# Linux and macOS: try, do not wait, whatever the socket's mode.
-_DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 _REFUSED_CODES = {
     "refused": "target_refused",
     "timeout": "target_timeout",
@@ -115,9 +115,12 @@ class Tunnel:
                 log.info("tunnel refused %s reason=%s: %s", self.about, exc.kind, exc)
                 self._refuse(RelayError(_REFUSED_CODES[exc.kind], str(exc)))
             return None
+        if DONT_WAIT:
+            self.end.hand_on_by(functools.partial(_send_now, sock))
         if not self.end.on_open(
             self._opening["limit"], min(self._grace_s, self._opening["grace_s"])
         ):
+            self.end.hand_on_by(None)
             sock.close()  # The user went away during the dial.
             return None
         self._first_link.put_first("opened", limit=self.end.first_limit, grace_s=self._grace_s)
@@ -138,12 +141,14 @@ class Tunnel:
     # Target to leg.
 
     def _read(self, sock: socket.socket) -> None:
-        end = self.end
+        end, gather = self.end, Gather()
         try:
             while size := end.wait_credit():
                 data = sock.recv(size)
                 if data:
                     end.send(data)
+                    if wait_s := gather.wait_s(len(data), size, time.monotonic()):
+                        time.sleep(wait_s)
                 elif end.send_eof():
                     break
                 else:
@@ -196,7 +201,7 @@ class Tunnel:
         view = memoryview(chunk)
         while view:
             try:
-                view = view[sock.send(view, _DONT_WAIT) :]
+                view = view[sock.send(view, DONT_WAIT) :]
             except BlockingIOError:
                 if self.end.must_stop():
                     return False
@@ -219,6 +224,7 @@ class Tunnel:
             linger_0 = struct.pack("ii", 1, 0)
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_0)
+        self.end.hand_on_by(None)
         sock.close()
         down, up = self.end.counts
         reason = ended.code if ended is not None else "eof"
@@ -230,6 +236,10 @@ class Tunnel:
             down,
             time.monotonic() - self._begun,
         )
+
+
+def _send_now(sock: socket.socket, data: Any) -> int:
+    return sock.send(data, DONT_WAIT)
 
 
 def refuse(link: Link, error: RelayError) -> None:

@@ -45,11 +45,11 @@ class Link:
         self.outbox.put_first(self.channel, self._text(kind, **fields))
 
     def put_data(self, data: Any) -> None:
-        """Send stream bytes."""
-        self.outbox.put_data(self.channel, self._head, data)
+        """Send stream bytes, with the next push()."""
+        self.outbox.put_data_now(self.channel, self._head, data)
 
     def put_ack(self, ack: Ack) -> None:
-        """Send an ack."""
+        """Send an ack, with the next push()."""
         self.outbox.put_ack(self.channel, self._text("ack", **ack._asdict()))
 
     def put_eof(self, count: int) -> None:
@@ -60,6 +60,10 @@ class Link:
         """Send a reset, behind the data where what came before it counts."""
         frame = self._text("reset", code=error.code, message=str(error))
         self.outbox.put_end(self.channel, frame, in_turn=error.code in _IN_TURN)
+
+    def push(self) -> None:
+        """Send data and acks that were put. Hold no lock."""
+        self.outbox.push()
 
     def drop(self) -> None:
         """Delete what waits to be sent."""
@@ -90,6 +94,13 @@ class TunnelEnd:
         self._stream = Stream(max_window_bytes)
         # Bytes that wait for the consumer.
         self._inbound: deque[Any] = deque()
+        # Hands on what the consumer takes without waiting, if there is such a way.
+        self._hand_on: Callable[[Any], int] | None = None
+        # Held while a reader does so: its file stays open meanwhile. Before all other locks.
+        self._inside = threading.Lock()
+        # Who is handing bytes on; those behind them wait for it.
+        self._reader_hands_on = False
+        self._consumer_hands_on = False
         # None: detached, or being resumed.
         self._link: Link | None = link
         self._is_open = False
@@ -205,14 +216,51 @@ class TunnelEnd:
             self._stream.out.limit = limit
             return True
 
-    def on_data(self, link: Link, data: Any) -> None:
-        """Queue stream bytes for the consumer."""
+    def on_data(self, link: Link, data: Any) -> bool:
+        """Hand stream bytes on, or queue them for the consumer.
+
+        Return whether on_pause() is to be called when nothing more comes.
+        """
         with self._changed:
             if self._is_deaf_locked(link, "data"):
-                return
+                return False
             self._stream.into.on_data(len(data), time.monotonic())
-            append_merged(self._inbound, data)
-            self._changed.notify_all()
+            is_busy = self._consumer_hands_on or self._reader_hands_on or self._inbound
+            if self._hand_on is None or is_busy:
+                append_merged(self._inbound, data)
+                self._changed.notify_all()
+                return False
+            self._reader_hands_on = True
+        # Here and now, if that needs no waiting: another thread costs more.
+        count = self._hand_on_now(data)
+        with self._changed:
+            self._reader_hands_on = False
+            if count < len(data):
+                self._inbound.appendleft(memoryview(data)[count:])
+            if self._has_news_locked():
+                self._changed.notify_all()
+            # More may be on its way, by this thread: only a pause means that all is drained.
+            has_ack, now_link = self._delivered_locked(count, drained=False), self._link
+            owes_ack = self._stream.into.owes_ack
+        if has_ack and now_link is not None:
+            now_link.push()
+        return owes_ack
+
+    def on_pause(self, link: Link) -> None:
+        """Nothing more comes for the moment: send the ack that is due then."""
+        with self._changed:
+            if link is not self._link or self._inbound or not self._stream.into.owes_ack:
+                return
+            has_ack = self._delivered_locked(0, drained=True)
+        if has_ack:
+            link.push()
+
+    def _hand_on_now(self, data: Any) -> int:
+        with self._inside:
+            try:
+                return self._hand_on(data) if self._hand_on is not None else 0
+            except OSError:
+                return 0  # The consumer's thread meets it as well, and tells.
 
     def on_eof(self, link: Link, count: int) -> None:
         """Note that no byte follows."""
@@ -223,6 +271,7 @@ class TunnelEnd:
             if self._stream.into.eof_delivered:  # A resume made the peer say it again.
                 self._ack_eof_locked()
             self._changed.notify_all()
+        link.push()
         self._on_change()
 
     def on_ack(self, link: Link, ack: Ack) -> None:
@@ -230,10 +279,16 @@ class TunnelEnd:
         with self._changed:
             if self._is_deaf_locked(link, "ack"):
                 return
+            was_out_of_credit = self._stream.out.credit == 0
             self._stream.out.on_ack(ack)
             self._flush_locked()
-            self._changed.notify_all()
-        self._on_change()
+            # Who sends on has no need to be woken.
+            is_news = was_out_of_credit or self.is_over
+            if is_news:
+                self._changed.notify_all()
+        link.push()
+        if is_news:
+            self._on_change()
 
     def on_end(self, error: RelayError, *, deliver_s: float = FLUSH_S) -> None:
         """End the tunnel without a word to the peer.
@@ -310,6 +365,7 @@ class TunnelEnd:
                 return
             self._stream.out.check_resume(peer)
             self._attach_locked(link, peer)
+        link.push()
         self._on_change()
 
     def accept_resume(self, link: Link, peer: Position, attempt: int) -> None:
@@ -329,6 +385,7 @@ class TunnelEnd:
             old, self._link = self._link, None
             link.put_first("resumed", **self._stream.into.resume()._asdict())
             self._attach_locked(link, peer)
+        link.push()
         if old is not None:
             old.put_reset(RelayError("superseded", "the tunnel was resumed on another channel"))
 
@@ -368,36 +425,62 @@ class TunnelEnd:
     def next_chunk(self) -> Any:
         """Wait for bytes to hand on; b"" is the eof, None the end of the tunnel."""
         with self._changed:
+            self._consumer_hands_on = False
             self._wait_locked(self._has_news_locked)
             if self._ended is not None and time.monotonic() >= self._deliver_until:
                 return None
             if self._inbound:
+                self._consumer_hands_on = True
                 return self._inbound.popleft()
             return b"" if self._eof_is_due_locked() else None
 
     def _has_news_locked(self) -> bool:
+        if self._reader_hands_on:
+            return False  # What comes next would overtake it. That is over in no time.
         return bool(self._inbound) or self._ended is not None or self._eof_is_due_locked()
 
     def _eof_is_due_locked(self) -> bool:
         into = self._stream.into
         return into.eof_at is not None and not into.eof_delivered and not self._inbound
 
+    def hand_on_by(self, hand_on: Callable[[Any], int] | None) -> None:
+        """Let the leg's reader hand bytes on, by what never waits and returns how many it took.
+
+        What is not taken, or fails, is left to the consumer's thread. None: not any more; when
+        this returns, nobody is inside.
+        """
+        with self._inside:
+            self._hand_on = hand_on
+
     def delivered(self, size: int) -> None:
-        """Say that `size` bytes of a chunk were handed on; sends the ack that is due."""
+        """Say that a chunk, of `size` bytes, was handed on; sends the ack that is due."""
         with self._changed:
-            into = self._stream.into
-            if self._link is None:
-                into.delivered += size  # The resume, or what follows it, says so.
-                return
-            ack = into.on_delivered(size, time.monotonic(), drained=not self._inbound)
-            if ack is not None and self._ended is None:
-                self._link.put_ack(ack)
+            self._consumer_hands_on = False
+            drained = not self._inbound
+            has_ack, link = self._delivered_locked(size, drained=drained), self._link
+        if has_ack and link is not None:
+            link.push()
+
+    def _delivered_locked(self, size: int, *, drained: bool) -> bool:
+        """Count what was handed on; whether an ack is to be pushed."""
+        into = self._stream.into
+        if self._link is None:
+            into.delivered += size  # The resume, or what follows it, says so.
+            return False
+        ack = into.on_delivered(size, time.monotonic(), drained=drained)
+        if ack is None or self._ended is not None:
+            return False
+        self._link.put_ack(ack)
+        return True
 
     def delivered_eof(self) -> None:
         """Say that the eof was handed on; its ack goes at once, or when it can."""
         with self._changed:
             self._ack_eof_locked()
             self._changed.notify_all()
+            link = self._link
+        if link is not None:
+            link.push()
         self._on_change()
 
     def _ack_eof_locked(self) -> None:
@@ -438,6 +521,9 @@ class TunnelEnd:
             if self._ended is None:
                 self._stream.out.take(data)
                 self._flush_locked()
+            link = self._link
+        if link is not None:
+            link.push()
 
     def send_eof(self) -> bool:
         """End our direction; False if the consumer failed before, so that a reset is due."""

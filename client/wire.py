@@ -20,6 +20,9 @@ RELAY_HEADER_VALUE = "v1"
 INSTANCE_HEADER = "HTTP-Network-Relay-Instance"
 # On the request of a user leg that comes to resume this tunnel.
 TUNNEL_HEADER = "HTTP-Network-Relay-Tunnel"
+# A client or proxy command asks to send frames whose masking key is zero; the server agrees.
+MASK_HEADER = "HTTP-Network-Relay-Mask"
+MASK_ZERO = "zero"
 
 OP_TEXT = 0x1
 OP_BINARY = 0x2
@@ -50,6 +53,7 @@ FLUSH_S = 1.0
 
 CLOSE_NORMAL = 1000
 CLOSE_PROTOCOL_ERROR = 1002
+CLOSE_NOT_UTF8 = 1007
 CLOSE_REVOKED = 1008
 CLOSE_TOO_BIG = 1009
 CLOSE_INTERNAL_ERROR = 1011
@@ -186,12 +190,12 @@ def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> dic
     return control
 
 
-def decode_text(payload: bytes) -> str:
+def decode_text(payload: bytes | bytearray) -> str:
     """Return a text message as text; raises LegError if it is not UTF-8."""
     try:
         return payload.decode("utf-8")
     except UnicodeDecodeError as exc:
-        raise LegError("a text message is not UTF-8") from exc
+        raise LegError("a text message is not UTF-8", CLOSE_NOT_UTF8) from exc
 
 
 def encode_control(kind: str, channel: int = 0, **fields: Any) -> bytes:
@@ -211,7 +215,7 @@ def encode_channel(channel: int) -> bytes:
     return channel.to_bytes(CHANNEL_BYTES, "big")
 
 
-def split_channel(message: bytes) -> int:
+def split_channel(message: bytes | bytearray) -> int:
     """Return the channel of a binary message of a client leg; its bytes follow at 4."""
     if len(message) < CHANNEL_BYTES:
         raise LegError("a binary message is shorter than its channel")

@@ -162,7 +162,7 @@ LIMITS = (
         True,
         "end a tunnel that is so old",
     ),
-    # No stranger holds a descriptor for longer; a slow TLS link still gets there.
+    # Nobody holds a descriptor or a slot for longer without a word; a slow TLS link gets there.
     Limit(
         "handshake_timeout_s",
         "HTTP_NETWORK_RELAY_HANDSHAKE_TIMEOUT",
@@ -173,7 +173,7 @@ LIMITS = (
         10,
         False,
         False,
-        "from accept to a whole request head",
+        "from accept to a whole request head, and from a proxy user's upgrade to its first message",
     ),
     # nginx allows for half of it by default.
     Limit(

@@ -1,14 +1,10 @@
 # Written by `make sync` from client/duplex.py, do not edit.
-"""One socket, TLS or plain, for one reading and one writing thread at once.
+"""One socket, TLS or plain, for one reading and one sending thread at once.
 
-Two locks, taken in this order (rule 4 of the design):
-
-- `_send_lock` from a frame's first byte to its last, waits included: whole frames;
-- `_tls_lock`, TLS only, for one non-blocking read or write and never across a wait:
-  OpenSSL's connection object must not be entered by two threads (CPython does not
-  guard it), and nothing seen from outside tells when it was.
-
-The reader never takes `_send_lock`.
+Who sends is the Outlet's matter. What is guarded here is TLS alone: `_tls_lock` is held for
+one non-blocking read or write and never across a wait (rule 4 of the design). OpenSSL's
+connection object must not be entered by two threads (CPython does not guard it), and nothing
+seen from outside tells when it was.
 """
 
 from __future__ import annotations
@@ -19,13 +15,18 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 # The largest TLS record: a longer write would hold `_tls_lock` for several of them.
 _TLS_WRITE_BYTES = 16 * 1024
+# Linux and macOS: try, do not wait, whatever the socket's mode. 0: there is no such thing.
+DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 # OpenSSL may want the other direction's event (a key update). The other thread may
 # take that event away, so such a wait is short and then tries again.
 _CROSS_WAIT_S = 0.05
+# So long without a byte: a stream that was under way has stopped, for now.
+PAUSE_S = 0.002
 
 
 def wait_ready(sock: socket.socket, *, write: bool, timeout_s: float | None) -> bool:
@@ -46,60 +47,91 @@ class Duplex:
         self._is_tls = isinstance(sock, ssl.SSLSocket)
         # Plain sockets block in the kernel, where two threads are safe.
         sock.settimeout(0.0 if self._is_tls else None)
-        self._send_lock = threading.Lock()  # Makes frames whole.
         self._tls_lock = threading.Lock()  # Guards the OpenSSL object.
         # When any byte last came, monotonic. Written by the reader, read by the timer.
         self.heard_at = time.monotonic()
 
-    def recv(self, size: int) -> bytes:
-        """Return 1 to `size` bytes, b"" at the end of the stream. Raises OSError."""
-        data = self._recv_tls(size) if self._is_tls else self._sock.recv(size)
-        self.heard_at = time.monotonic()
-        return data
+    def recv(self, size: int, on_pause: Callable[[], None] | None = None) -> bytes:
+        """Return 1 to `size` bytes, b"" at the end of the stream. Raises OSError.
 
-    def _recv_tls(self, size: int) -> bytes:
+        Calls `on_pause`, if given, once nothing has come for PAUSE_S, and waits on.
+        """
+        if self._is_tls:
+            data = self._recv_tls(size, on_pause)
+        else:
+            if on_pause is not None and not self._wait_pause():
+                on_pause()
+            data = self._sock.recv(size)
+        self.heard_at = time.monotonic()
+        return data  # type: ignore[no-any-return]
+
+    def _wait_pause(self) -> bool:
+        return wait_ready(self._sock, write=False, timeout_s=PAUSE_S)
+
+    def recv_into(self, view: memoryview) -> int:
+        """As recv(), into `view`; returns how many bytes, 0 at the end of the stream."""
+        count = self._recv_tls(view) if self._is_tls else self._sock.recv_into(view)
+        self.heard_at = time.monotonic()
+        return int(count)
+
+    def _recv_tls(self, where: Any, on_pause: Callable[[], None] | None = None) -> Any:
         while True:
             # Try first: bytes that OpenSSL has decrypted already are invisible to poll.
             try:
                 with self._tls_lock:
-                    return self._sock.recv(size)
+                    if isinstance(where, int):
+                        return self._sock.recv(where)
+                    return self._sock.recv_into(where)
             except ssl.SSLWantReadError:
-                wait_ready(self._sock, write=False, timeout_s=None)
+                if on_pause is None:
+                    wait_ready(self._sock, write=False, timeout_s=None)
+                elif not self._wait_pause():
+                    on_pause()
+                    on_pause = None
             except ssl.SSLWantWriteError:
                 wait_ready(self._sock, write=True, timeout_s=_CROSS_WAIT_S)
 
-    def send(self, *parts: Any) -> None:
-        """Write all bytes of `parts` as one unit. Raises OSError; woken by abort()."""
-        with self._send_lock:
-            if self._is_tls:
-                self._send_tls(memoryview(b"".join(parts)))
-            elif hasattr(self._sock, "sendmsg"):
-                self._send_parts(parts)
-            else:
-                self._sock.sendall(b"".join(parts))
+    def send_now(self, header: bytes, payload: Any) -> memoryview | None:
+        """Write as much as the socket takes without waiting; return the rest, None if none.
 
-    def _send_parts(self, parts: Any) -> None:
-        """Write without joining: a header and its payload cross as they are."""
-        sent = self._sock.sendmsg(parts)
-        for part in parts:
-            if sent < len(part):
-                self._sock.sendall(memoryview(part)[sent:])
-                sent = 0
-            else:
-                sent -= len(part)
+        The rest must be written before anything else. Raises OSError.
+        """
+        if self._is_tls:
+            return self._send_tls(memoryview(header + payload), waits=False)
+        if not DONT_WAIT:
+            return memoryview(header + payload)
+        try:
+            # Without joining them: both cross as they are.
+            sent = self._sock.sendmsg((header, payload), (), DONT_WAIT)
+        except BlockingIOError:
+            sent = 0
+        if sent >= len(header):
+            rest = memoryview(payload)[sent - len(header) :]
+            return rest if rest else None
+        return memoryview(header + payload)[sent:]
 
-    def _send_tls(self, view: memoryview) -> None:
+    def send(self, data: memoryview) -> None:
+        """Write all of it, however long that takes. Raises OSError; woken by abort()."""
+        if self._is_tls:
+            self._send_tls(data, waits=True)
+        else:
+            self._sock.sendall(data)
+
+    def _send_tls(self, view: memoryview, *, waits: bool) -> memoryview | None:
         while view:
             try:
                 # The very same slice after a Want*: OpenSSL insists on it.
                 with self._tls_lock:
                     sent = self._sock.send(view[:_TLS_WRITE_BYTES])
-            except ssl.SSLWantWriteError:
-                wait_ready(self._sock, write=True, timeout_s=None)
-            except ssl.SSLWantReadError:
-                wait_ready(self._sock, write=False, timeout_s=_CROSS_WAIT_S)
+            except (ssl.SSLWantWriteError, ssl.SSLWantReadError) as exc:
+                if not waits:
+                    return view
+                is_write = isinstance(exc, ssl.SSLWantWriteError)
+                timeout_s = None if is_write else _CROSS_WAIT_S
+                wait_ready(self._sock, write=is_write, timeout_s=timeout_s)
             else:
                 view = view[sent:]
+        return None
 
     def abort(self) -> None:
         """Wake both threads for good: their next or present call ends or fails. Any thread."""

@@ -16,6 +16,7 @@ from typing import Any
 from server.credentials import Login
 from server.logs import ROOT_NAME
 from server.outbox import Frame, Outbox
+from server.outlet import Outlet
 from server.transport import ReadEnd, Transport, close_frame
 from server.tunnel import Channels, Tunnel
 from server.wire import (
@@ -51,7 +52,7 @@ class Leg:
         transport: Transport,
         label: str,
         ping_interval_s: float,
-        wake_timer: Callable[[], None],
+        look_again: Callable[[Leg], None],
     ) -> None:
         self.label = label
         # Who was let in; set before the leg is served.
@@ -59,7 +60,7 @@ class Leg:
         self.outbox = Outbox()
         self._transport = transport
         self._ping_interval_s = ping_interval_s
-        self._wake_timer = wake_timer
+        self._look_again = look_again
         now = time.monotonic()
         # Used by the timer's thread alone.
         self._ping_at = now + ping_interval_s
@@ -72,8 +73,11 @@ class Leg:
 
     def run(self, websocket: Any) -> None:
         """Serve the upgraded WebSocket until the leg has ended and its writer is gone."""
-        writer = threading.Thread(target=self._write, name=f"leg-writer:{self.label}")
+        outlet = self._transport.outlet(self.outbox)
+        name = f"leg-writer:{self.label}"
+        writer = threading.Thread(target=self._write, args=(outlet,), name=name)
         writer.start()
+        outlet.start()
         try:
             ended = self._read(websocket)
             # The tunnels' other ends hear of it before anything here can take time.
@@ -92,6 +96,7 @@ class Leg:
         finally:
             # The timer ends a writer that is stuck, at the deadline set above.
             writer.join()
+            outlet.stop()
             self._transport.abort()
 
     def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
@@ -128,7 +133,7 @@ class Leg:
 
     def _abort_by(self, when: float) -> None:
         self._abort_at = min(self._abort_at, when)
-        self._wake_timer()
+        self._look_again(self)
 
     def _note(self, reason: str) -> None:
         self.reason = self.reason or reason
@@ -149,11 +154,10 @@ class Leg:
         self._note({"lost": "lost", "closed": "closed", "broken": "protocol_error"}[ended.value])
         return ended
 
-    def _write(self) -> None:
-        """The writer's thread: the only one that writes after the upgrade."""
+    def _write(self, outlet: Outlet) -> None:
+        """The writer's thread: sends what those who put it could not send at once."""
         try:
-            while (frame := self.outbox.take()) is not None:
-                self._transport.write(frame)
+            outlet.run()
             self._transport.finish_sending()
         except OSError:
             # The peer is gone, or abort() was called: the reader finds out now.
@@ -162,7 +166,7 @@ class Leg:
             _log.exception("leg's writer failed leg=%s", self.label)
             self._transport.abort()
 
-    def _on_message(self, message: bytes | str) -> None:
+    def _on_message(self, message: bytes | bytearray | str) -> None:
         raise NotImplementedError
 
     def lost(self) -> None:
@@ -182,10 +186,10 @@ class ClientLeg(Leg):
         transport: Transport,
         label: str,
         ping_interval_s: float,
-        wake_timer: Callable[[], None],
+        look_again: Callable[[Leg], None],
         budget_bytes: int,
     ) -> None:
-        super().__init__(transport, label, ping_interval_s, wake_timer)
+        super().__init__(transport, label, ping_interval_s, look_again)
         self.channels = Channels(budget_bytes)
         # Held from a channel's numbering until its `open` is queued, so that they go
         # out in number order; taken before the channels' lock, never under it.
@@ -205,7 +209,7 @@ class ClientLeg(Leg):
         self.outbox.close(close_frame(close_code), flush=False)
         self._abort_by(time.monotonic() + _REPLACED_FLUSH_S)
 
-    def _on_message(self, message: bytes | str) -> None:
+    def _on_message(self, message: bytes | bytearray | str) -> None:
         if isinstance(message, str):
             self._on_control(message)
             return

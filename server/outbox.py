@@ -1,7 +1,7 @@
 # Written by `make sync` from client/outbox.py, do not edit.
 """What waits to be written on one leg, in the order of docs/protocol.md, "Order".
 
-Any thread puts, and never waits for the network; the leg's writer alone takes.
+Any thread puts, and never waits for the network; who takes and sends is the Outlet's matter.
 The fast lane is bounded by its slots, the data by the windows of the tunnels.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 from server.wire import FLUSH_S, MAX_DATA_BYTES, OP_BINARY
@@ -51,11 +51,19 @@ class _Channel:
 
 
 class Outbox:
-    """A fair outbox: a fast lane of fixed slots, then channels by turns."""
+    """A fair outbox: a fast lane of fixed slots, then channels by turns.
+
+    What is put calls the leg's writer, but for data and acks: who has put them calls push()
+    when it holds no lock.
+    """
 
     def __init__(self) -> None:
-        # Guards everything below; woken when there is something to take.
+        # Both are the Outlet's as soon as the leg is up: it sends what waits, and data at once.
+        self.push: Callable[[], None] = self.call_writer
+        self.put_data_now: Callable[[int, bytes, Any], None] = self.put_data
+        # Guards everything below; woken when the writer is called.
         self._ready = threading.Condition()
+        self._is_called = False
         self._fast: dict[Hashable, Frame] = {}
         self._cancellable: dict[int, Hashable] = {}
         self._channels: dict[int, _Channel] = {}
@@ -81,7 +89,7 @@ class Outbox:
     def put_ack(self, channel: int, frame: Frame) -> None:
         """Queue an ack; it replaces one of the same channel that is still here."""
         with self._ready:
-            self._put_fast_locked(("ack", channel), frame)
+            self._put_fast_locked(("ack", channel), frame, calls=False)
 
     def put_leg(self, kind: str, frame: Frame) -> None:
         """Queue a message of the leg itself (pong, going_away): one slot a kind."""
@@ -106,7 +114,6 @@ class Outbox:
             entry = self._channel_locked(channel, head)
             if entry is not None and not entry.last:
                 append_merged(entry.data, data)
-                self._ready.notify()
 
     def put_eof(self, channel: int, frame: Frame) -> None:
         """Queue the eof behind the channel's data."""
@@ -114,7 +121,7 @@ class Outbox:
             entry = self._channel_locked(channel, b"")
             if entry is not None and not entry.last:
                 entry.last.append(frame)
-                self._ready.notify()
+                self._call_locked()
 
     def put_end(self, channel: int, frame: Frame, *, in_turn: bool = False) -> None:
         """Queue a channel's reset or detached; whatever still waits of it is deleted.
@@ -135,7 +142,7 @@ class Outbox:
             else:
                 self._drop_locked(channel)
                 self._put_fast_locked(("end", channel), frame)
-            self._ready.notify()
+            self._call_locked()
 
     def drop(self, channel: int) -> None:
         """Delete what waits of a channel that has ended: nobody would act on it."""
@@ -156,7 +163,7 @@ class Outbox:
                 self._close = frame
                 if not flush:
                     self._clear_locked()
-            self._ready.notify()
+            self._call_locked()
 
     def stop(self) -> None:
         """End the writer now; nothing more is taken."""
@@ -165,26 +172,41 @@ class Outbox:
             self._clear_locked()
             self._ready.notify_all()
 
-    def is_empty(self) -> bool:
-        """Whether nothing waits."""
-        with self._ready:
-            return not self._fast and not self._turns
+    # Who sends.
 
-    # The writer.
+    @property
+    def has_frames(self) -> bool:
+        """Whether something waits, but for the close. Needs no lock."""
+        return bool(self._fast or self._turns)
 
-    def take(self) -> Frame | None:
-        """Wait for the next frame; None once stop() was called or the close was taken."""
+    @property
+    def is_clear(self) -> bool:
+        """Whether nothing waits and the leg goes on. Needs no lock."""
+        return not (self._fast or self._turns or self._close is not None or self._is_over)
+
+    def take(self, *, with_close: bool = False) -> Frame | None:
+        """Return the next frame, None: nothing waits. The close only for the writer."""
         with self._ready:
-            while True:
-                if self._is_over:
-                    return None
-                frame = self._next_locked()
-                if frame is not None:
-                    return frame
-                if self._close is not None:
-                    self._is_over = True
-                    return self._close
+            if self._is_over:
+                return None
+            frame = self._next_locked()
+            if frame is None and with_close and self._close is not None:
+                self._is_over = True
+                return self._close
+            return frame
+
+    def call_writer(self) -> None:
+        """Let the writer send what waits."""
+        with self._ready:
+            self._call_locked()
+
+    def wait_call(self) -> bool:
+        """Wait until the writer is called; False when the close was taken, or stop() called."""
+        with self._ready:
+            while not self._is_called and not self._is_over:
                 self._ready.wait()
+            self._is_called = False
+            return not self._is_over
 
     def _next_locked(self) -> Frame | None:
         if self._fast:
@@ -211,10 +233,15 @@ class Outbox:
             del self._channels[channel]
         return frame
 
-    def _put_fast_locked(self, key: Hashable, frame: Frame) -> None:
+    def _put_fast_locked(self, key: Hashable, frame: Frame, *, calls: bool = True) -> None:
         if self._close is None and not self._is_over:
             self._fast[key] = frame
-            self._ready.notify()
+            if calls:
+                self._call_locked()
+
+    def _call_locked(self) -> None:
+        self._is_called = True
+        self._ready.notify()
 
     def _channel_locked(self, channel: int, head: bytes) -> _Channel | None:
         if self._close is not None or self._is_over:

@@ -47,7 +47,7 @@ class Relay:
         self.guard = Guard(config)
         self._registry: Registry[Leg] = Registry()
         self._held: HeldResumes[UserLeg] = HeldResumes()
-        self._timer = Timer(lambda: self._legs)
+        self._timer = Timer()
         self._is_started = False
         # One line is enough: peers retry for ever.
         self._has_complained = False
@@ -128,7 +128,7 @@ class Relay:
         A client that has its answer can be reached: a proxy user who comes in the next
         instant finds it. Its `open` waits in the outbox until serve().
         """
-        interval_s, wake = self._config.ping_interval_s, self._timer.wake
+        interval_s, look = self._config.ping_interval_s, self._timer.look
         is_spent = False
 
         def open_tunnel(leg: UserLeg, control: dict[str, Any]) -> Tunnel:
@@ -145,10 +145,11 @@ class Relay:
 
         leg: Leg
         if slot.kind == "client":
-            leg = ClientLeg(transport, slot.name, interval_s, wake, LEG_BUDGET_BYTES)
+            leg = ClientLeg(transport, slot.name, interval_s, look, LEG_BUDGET_BYTES)
             leg.channels.tunnels_at_most = self._config.tunnels_per_client
         else:
-            leg = UserLeg(transport, slot.name, interval_s, wake, open_tunnel, self._held)
+            first_s = self._config.handshake_timeout_s
+            leg = UserLeg(transport, slot.name, interval_s, look, open_tunnel, self._held, first_s)
             leg.on_refused = refused
         leg.login = slot.login
         if not self._registry.attach(slot, leg):
@@ -197,7 +198,10 @@ class Relay:
             legs = [leg for leg in self._legs if leg is not drop]
             self._legs = (*legs, add) if add is not None else tuple(legs)
             self._legs_changed.notify_all()
-        self._timer.wake()
+        if add is not None:
+            self._timer.add(add)
+        if drop is not None:
+            self._timer.drop(drop)
 
     def _open_tunnel(
         self, leg: UserLeg, control: dict[str, Any], user: str, address: str

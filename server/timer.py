@@ -5,10 +5,13 @@ It sets ping slots and shuts sockets down; it never writes and never waits for a
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from server.logs import ROOT_NAME
@@ -17,6 +20,8 @@ _log = logging.getLogger(f"{ROOT_NAME}.timer")
 
 # Between two rounds at least: what is due within it shares a round.
 _SHORTEST_WAIT_S = 0.005
+# A leg whose tick failed is tried again then.
+_AFTER_ERROR_S = 1.0
 
 
 class Timed(Protocol):
@@ -27,22 +32,37 @@ class Timed(Protocol):
 
 
 class Timer:
-    """Calls tick() of each leg when it is due."""
+    """Calls tick() of each leg when it is due.
 
-    def __init__(self, legs: Callable[[], Iterable[Timed]]) -> None:
-        # Returns an immutable snapshot, so that no lock is needed to walk over it.
-        self._legs = legs
+    The cost of a round is that of the legs that are due, however many there are.
+    """
+
+    def __init__(self) -> None:
+        # What other threads say of legs, in order. The timer's thread alone takes.
+        self._news: deque[tuple[Callable[[Timed], None], Timed]] = deque()
         self._woken = threading.Event()
         self._is_stopped = False
+        # The thread's own: when each leg is due, and the same by time, with what is outdated.
+        self._due_at: dict[Timed, float] = {}
+        self._queue: list[tuple[float, int, Timed]] = []
+        self._numbers = itertools.count()
         self._thread = threading.Thread(target=self._run, name="timer:legs")
 
     def start(self) -> None:
         """Start the thread; in the process that has the legs, after any fork."""
         self._thread.start()
 
-    def wake(self) -> None:
-        """A leg or a deadline is new: look again. Any thread."""
-        self._woken.set()
+    def add(self, leg: Timed) -> None:
+        """Tick the leg from now on. Any thread, as all below."""
+        self._tell(self._tick, leg)
+
+    def look(self, leg: Timed) -> None:
+        """A deadline of the leg is new. Nothing if it was not added, or was dropped."""
+        self._tell(self._look, leg)
+
+    def drop(self, leg: Timed) -> None:
+        """The leg is over."""
+        self._tell(self._drop, leg)
 
     def stop(self) -> None:
         """Let the thread end."""
@@ -54,17 +74,44 @@ class Timer:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
+    def _tell(self, what: Callable[[Timed], None], leg: Timed) -> None:
+        self._news.append((what, leg))
+        self._woken.set()
+
+    # The thread.
+
     def _run(self) -> None:
         while not self._is_stopped:
             self._woken.clear()
-            now = time.monotonic()
-            due_at = float("inf")
-            for leg in self._legs():
-                try:
-                    due_at = min(due_at, leg.tick(now))
-                except Exception:
-                    _log.exception("timer failed for a leg")
-            if due_at == float("inf"):
+            while self._news:
+                what, leg = self._news.popleft()
+                what(leg)
+            self._tick_due()
+            if not self._queue:
                 self._woken.wait()
             else:
-                self._woken.wait(max(_SHORTEST_WAIT_S, due_at - time.monotonic()))
+                self._woken.wait(max(_SHORTEST_WAIT_S, self._queue[0][0] - time.monotonic()))
+
+    def _tick_due(self) -> None:
+        now = time.monotonic()
+        while self._queue and self._queue[0][0] <= now:
+            due_at, _, leg = heapq.heappop(self._queue)
+            if self._due_at.get(leg) == due_at:
+                self._tick(leg)
+
+    def _tick(self, leg: Timed) -> None:
+        now = time.monotonic()
+        try:
+            due_at = leg.tick(now)
+        except Exception:
+            _log.exception("timer failed for a leg")
+            due_at = now + _AFTER_ERROR_S
+        self._due_at[leg] = due_at
+        heapq.heappush(self._queue, (due_at, next(self._numbers), leg))
+
+    def _look(self, leg: Timed) -> None:
+        if leg in self._due_at:
+            self._tick(leg)
+
+    def _drop(self, leg: Timed) -> None:
+        self._due_at.pop(leg, None)

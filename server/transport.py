@@ -1,14 +1,14 @@
 """One WebSocket of the server, over simple-websocket. The only file that knows it.
 
-The library does the handshake and takes frames apart; three things are ours:
+The library does the handshake and the unusual frames; three things are ours:
 
 - its reader thread is a class that does nothing: the handler's thread runs the library's
   loop itself, and messages are dispatched as they come, so no list of them can grow;
-- it gets LegSocket instead of the socket: what it wants to write (pongs, close frames)
-  goes through the outbox, so that only the leg's writer writes;
-- our own frames are written by hand, without joining header and payload.
+- it gets LegSocket instead of the socket: whole messages are taken off the stream before it
+  sees them, and what it wants to write (pongs, close frames) goes through the outbox;
+- our own frames are written by hand (framing.py, outlet.py).
 
-Threads: the handler (prepare, read), the leg's writer (write), any (abort).
+Threads: the handler (prepare, read), the leg's writer (write), any (push, abort).
 """
 
 from __future__ import annotations
@@ -16,27 +16,29 @@ from __future__ import annotations
 import contextlib
 import enum
 import socket
-import struct
 from collections.abc import Callable
 from typing import Any
 
 from server.duplex import Duplex
+from server.framing import MAX_MESSAGE_BYTES, FrameReader
 from server.outbox import Frame, Outbox
+from server.outlet import Outlet
 from server.wire import (
-    CHANNEL_BYTES,
-    MAX_DATA_BYTES,
+    MASK_HEADER,
+    MASK_ZERO,
     OP_CLOSE,
     OP_PONG,
+    OP_TEXT,
     RELAY_HEADER,
     RELAY_HEADER_VALUE,
     SUBPROTOCOL,
+    decode_text,
 )
 
-# Large reads tripled the receive path's speed against the library's 4096.
-_RECEIVE_BYTES = 256 * 1024
+# What the library reads at once, and what is dropped at once after the end.
+_RECEIVE_BYTES = 16 * 1024
 # What the kernel may hold unsent: more only delays the keystroke that comes behind it.
 _UNSENT_BYTES = 128 * 1024
-_FIN = 0x80
 
 
 class _NoThread:
@@ -62,7 +64,7 @@ class _NoEvent:
 SERVER_OPTIONS: dict[str, Any] = {
     "subprotocols": [SUBPROTOCOL],
     "receive_bytes": _RECEIVE_BYTES,
-    "max_message_size": MAX_DATA_BYTES + CHANNEL_BYTES,
+    "max_message_size": MAX_MESSAGE_BYTES,
     "thread_class": _NoThread,
     "event_class": _NoEvent,
 }
@@ -77,32 +79,40 @@ class ReadEnd(enum.Enum):
 
 
 class LegSocket:
-    """What the library takes for a socket: reads pass through, writes are diverted."""
+    """What the library takes for a socket: it reads what is not ours, writes are diverted."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, agrees_to_zero: bool) -> None:
         self._sock = sock
         self.duplex = Duplex(sock)
+        self._frames = FrameReader(self.duplex, is_masked=True)
+        self._agrees_to_zero = agrees_to_zero
         self.is_lost = False
-        # Set when the upgrade is done; the reader's thread alone uses it.
+        # Set when the upgrade is done; the reader's thread alone uses them.
         self.outbox: Outbox | None = None
+        self.on_message: Callable[[bytes | bytearray | str], None] = _nobody
 
     def recv(self, size: int) -> bytes:
-        """As socket.recv."""
+        """As socket.recv, but whole messages are dispatched here."""
         try:
-            data = self.duplex.recv(size)
+            while (message := self._frames.read_message()) is not None:
+                opcode, data = message
+                self.on_message(decode_text(data) if opcode == OP_TEXT else data)
+            data_for_library = self._frames.read(size)
         except OSError:
             self.is_lost = True
             raise
-        self.is_lost = not data
-        return data
+        self.is_lost = not data_for_library
+        return data_for_library
 
     def send(self, data: bytes) -> int:
         """Send the handshake's answer; later queue what the library wants to write."""
         if self.outbox is None:
             # The library cannot add headers to its 101.
-            mark = f"\r\n{RELAY_HEADER}: {RELAY_HEADER_VALUE}\r\n\r\n".encode()
+            marks = f"\r\n{RELAY_HEADER}: {RELAY_HEADER_VALUE}\r\n"
+            marks += f"{MASK_HEADER}: {MASK_ZERO}\r\n" if self._agrees_to_zero else ""
+            answer = bytes(data).replace(b"\r\n\r\n", f"{marks}\r\n".encode(), 1)
             try:
-                self.duplex.send(bytes(data).replace(b"\r\n\r\n", mark, 1))
+                self.duplex.send(memoryview(answer))
             except OSError:
                 # Gone before it was answered: a lost leg as any other, which the reader finds.
                 self.duplex.abort()
@@ -134,6 +144,10 @@ class LegSocket:
                 self._sock.setsockopt(socket.IPPROTO_TCP, lowat, _UNSENT_BYTES)
 
 
+def _nobody(_: bytes | bytearray | str) -> None:
+    raise ValueError("a message before read()")
+
+
 def _control_frames(data: bytes) -> list[Frame]:
     """Take apart what the library serialized: whole unmasked control frames."""
     frames = []
@@ -147,7 +161,8 @@ def _control_frames(data: bytes) -> list[Frame]:
 class _Dispatch:
     """Takes the place of the library's list of received messages."""
 
-    def __init__(self, on_message: Callable[[bytes | str], None]) -> None:
+    def __init__(self, on_message: Callable[[bytes | bytearray | str], None]) -> None:
+        # Messages in fragments, which come from some proxies.
         self.append = on_message
 
 
@@ -157,10 +172,11 @@ def prepare_upgrade(environ: dict[str, Any]) -> LegSocket:
     Extensions are dropped because it would agree to permessage-deflate; the others
     because it has no use for secrets.
     """
+    asked = environ.get("HTTP_" + MASK_HEADER.upper().replace("-", "_"))
     for name in [name for name in environ if name.startswith("HTTP_")]:
         if name not in _HANDSHAKE_HEADERS:
             del environ[name]
-    sock = LegSocket(environ["gunicorn.socket"])
+    sock = LegSocket(environ["gunicorn.socket"], agrees_to_zero=asked == MASK_ZERO)
     environ["gunicorn.socket"] = sock
     return sock
 
@@ -190,14 +206,14 @@ class Transport:
         return self._sock.duplex.heard_at
 
     def read(
-        self, websocket: Any, on_message: Callable[[bytes | str], None], outbox: Outbox
+        self, websocket: Any, on_message: Callable[[bytes | bytearray | str], None], outbox: Outbox
     ) -> ReadEnd:
         """Run the loop of the library's `websocket`: call `on_message` for each message.
 
         What `on_message` raises comes out here, but for OSError. Pongs and close
         replies go to `outbox`.
         """
-        self._sock.outbox = outbox
+        self._sock.outbox, self._sock.on_message = outbox, on_message
         websocket.input_buffer = _Dispatch(on_message)
         websocket._thread()
         if self._sock.is_lost:
@@ -215,11 +231,9 @@ class Transport:
             while self._sock.duplex.recv(_RECEIVE_BYTES):
                 pass
 
-    def write(self, frame: Frame) -> None:
-        """Write one frame. Raises OSError."""
-        size = len(frame.head) + len(frame.payload)
-        header = _frame_header(frame.opcode, size) + frame.head
-        self._sock.duplex.send(header, frame.payload)
+    def outlet(self, outbox: Outbox) -> Outlet:
+        """Return what sends the frames of `outbox`."""
+        return Outlet(outbox, self._sock.duplex, self.abort, _no_key)
 
     def finish_sending(self) -> None:
         """End our direction, after the close frame."""
@@ -230,13 +244,8 @@ class Transport:
         self._sock.duplex.abort()
 
 
-def _frame_header(opcode: int, size: int) -> bytes:
-    """Return the header of an unmasked, whole frame (RFC 6455, 5.2)."""
-    if size < 126:
-        return bytes((_FIN | opcode, size))
-    if size < 2**16:
-        return struct.pack("!BBH", _FIN | opcode, 126, size)
-    return struct.pack("!BBQ", _FIN | opcode, 127, size)
+def _no_key() -> None:
+    """Return that a server's frames are not masked."""
 
 
 def close_frame(code: int) -> Frame:

@@ -213,14 +213,16 @@ class Tunnel:
 
     # From the user's leg.
 
-    def on_user_data(self, data: bytes) -> None:
+    def on_user_data(self, data: bytes | bytearray) -> None:
         """Forward stream bytes to the client."""
         with self._channels.lock:
             if self._is_over:
                 return
             self._check_opened_locked()
             self.up.on_data(len(data))
-        self._client_leg.outbox.put_data(self.channel, self._prefix, data)
+        outbox = self._client_leg.outbox
+        outbox.put_data_now(self.channel, self._prefix, data)
+        outbox.push()
 
     def on_user_control(self, control: dict[str, Any]) -> None:
         """Act on a checked control of the user's end."""
@@ -254,7 +256,9 @@ class Tunnel:
                 return
             self._check_opened_locked()
             self.down.on_data(len(data))
-        self._user_leg.outbox.put_data(USER_CHANNEL, b"", data)
+        outbox = self._user_leg.outbox
+        outbox.put_data_now(USER_CHANNEL, b"", data)
+        outbox.push()
 
     def on_client_control(self, control: dict[str, Any]) -> None:
         """Act on a checked control of the client's end."""
@@ -337,6 +341,8 @@ class Tunnel:
                 outbox = self._user_leg.outbox if is_up else self._client_leg.outbox
                 channel = USER_CHANNEL if is_up else self.channel
                 outbox.put_ack(channel, _text("ack", channel, **ack))
+        if rise:
+            outbox.push()
         return rise, hunger
 
     def _on_refused(self, code: str, message: str) -> None:
@@ -377,6 +383,7 @@ class Tunnel:
                 is_finished = sent.eof_acked and taken.eof_acked and self._end_locked()
                 ack = {"delivered": taken.delivered, "limit": limit, "eof": taken.eof_acked}
             outbox.put_ack(channel, _text("ack", channel, **ack))
+        outbox.push()
         if is_finished:
             self._user_leg.expect_close()
             self._log_end("eof")

@@ -27,8 +27,6 @@ from server.wire import (
     parse_control,
 )
 
-# From the upgrade to a user leg's `open` or `resume`; a client leg has nothing to say first.
-FIRST_MESSAGE_S = 10.0
 # A user's end whose tunnel is over closes by itself, at once; this catches one that does not.
 _LATE_CLOSE_S = 10.0
 
@@ -43,14 +41,16 @@ class UserLeg(Leg):
         transport: Transport,
         label: str,
         ping_interval_s: float,
-        wake_timer: Callable[[], None],
+        look_again: Callable[[Leg], None],
         open_tunnel: OpenTunnel,
         held: HeldResumes[UserLeg],
+        first_message_s: float,
     ) -> None:
-        super().__init__(transport, label, ping_interval_s, wake_timer)
+        """`first_message_s`: from the upgrade to `open` or `resume`; a client leg has neither."""
+        super().__init__(transport, label, ping_interval_s, look_again)
         self._open_tunnel = open_tunnel
         self._held = held
-        self._first_by = time.monotonic() + FIRST_MESSAGE_S
+        self._first_by = time.monotonic() + first_message_s
         # The reader's own: the first message, once it has come.
         self._first: dict[str, Any] | None = None
         # Nothing that comes is heard any more. Set by the reader and the timer.
@@ -113,7 +113,7 @@ class UserLeg(Leg):
 
     # What comes in.
 
-    def _on_message(self, message: bytes | str) -> None:
+    def _on_message(self, message: bytes | bytearray | str) -> None:
         if self._is_refused:
             return
         tunnel = self.tunnel
@@ -121,7 +121,7 @@ class UserLeg(Leg):
             # Before its answer nothing but a reset can be right: it waits no more.
             tunnel = self._stop_waiting()
         try:
-            if isinstance(message, bytes):
+            if not isinstance(message, str):
                 if tunnel is None:
                     raise TunnelError("data before open")
                 tunnel.on_user_data(message)
@@ -153,7 +153,7 @@ class UserLeg(Leg):
         if kind == "resume":
             # Before the client is looked for, see HeldResumes.park.
             self._held_until = self._held.park(control["client"], self)
-            self._wake_timer()
+            self._look_again(self)
         self.open_wanted()
 
     # The tunnel that is wanted: opened, refused, or forgotten, once.

@@ -136,16 +136,50 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "4: frames are whole",
-        "client/duplex.py",
-        "        with self._send_lock:\n            if self._is_tls:",
-        "        if True:\n            if self._is_tls:",
-        ("tests/integration/client/test_duplex.py",),
+        "client/outlet.py",
+        "            with self._send_lock:\n                self._send_rest()\n",
+        "            if True:\n                self._send_rest()\n",
+        ("tests/integration/client/test_outlet.py",),
+    ),
+    Mutant(
+        "4: the one who sends looks again after the release",
+        "client/outlet.py",
+        "        while self._outbox.has_frames and self._rest is None:",
+        "        if self._outbox.has_frames and self._rest is None:",
+        (
+            "tests/integration/client/test_outlet.py::test_nothing_is_lost_when_a_push_finds_the_lock_taken",
+        ),
+    ),
+    Mutant(
+        "4: the rest of a frame goes first, under a push",
+        "client/outlet.py",
+        "        while self._rest is None and not self._is_stopped:",
+        "        while not self._is_stopped:",
+        (
+            "tests/integration/client/test_outlet.py::test_rest_of_a_frame_is_the_writers_and_goes_first",
+        ),
+    ),
+    Mutant(
+        "4: the rest of a frame goes first, under the writer",
+        "client/outlet.py",
+        "            with self._send_lock:\n                self._send_rest()\n",
+        "            with self._send_lock:\n",
+        (
+            "tests/integration/client/test_outlet.py::test_rest_of_a_frame_is_the_writers_and_goes_first",
+        ),
+    ),
+    Mutant(
+        "4: nobody sends on a socket that is freed",
+        "client/outlet.py",
+        "        while self._rest is None and not self._is_stopped:",
+        "        while self._rest is None:",
+        ("tests/integration/client/test_outlet.py::test_nobody_sends_after_stop",),
     ),
     Mutant(
         "4: one thread inside a TLS object, reading",
         "client/duplex.py",
-        "                with self._tls_lock:\n                    return self._sock.recv(size)",
-        "                if True:\n                    return self._sock.recv(size)",
+        "                with self._tls_lock:\n                    if isinstance(where, int):",
+        "                if True:\n                    if isinstance(where, int):",
         (
             "tests/integration/client/test_duplex.py::test_no_two_threads_are_ever_inside_one_tls_object",
         ),
@@ -162,8 +196,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "4: the same bytes again after WANT_WRITE",
         "client/duplex.py",
-        "                wait_ready(self._sock, write=True, timeout_s=None)\n            except ssl.SSLWantReadError:\n                wait_ready(self._sock, write=False, timeout_s=_CROSS_WAIT_S)\n            else:",
-        "                wait_ready(self._sock, write=True, timeout_s=None)\n                view = view[1:]\n            except ssl.SSLWantReadError:\n                wait_ready(self._sock, write=False, timeout_s=_CROSS_WAIT_S)\n            else:",
+        "                wait_ready(self._sock, write=is_write, timeout_s=timeout_s)\n",
+        "                wait_ready(self._sock, write=is_write, timeout_s=timeout_s)\n                view = view[1:]\n",
         (
             "tests/integration/client/test_duplex.py::test_same_bytes_are_offered_again_after_want_write",
         ),
@@ -172,9 +206,64 @@ MUTANTS: tuple[Mutant, ...] = (
         "4: the client's reader never writes a pong",
         "client/transport.py",
         'self.outbox.put_leg("pong", Frame(OP_PONG, b"", payload))',
-        "self._duplex._sock.send(frame_header(OP_PONG, len(payload), bytes(4)) + payload)",
+        "self._duplex.send_now(bytes((0x8A, 0x80 | len(payload))) + bytes(4), payload)",
         (
             "tests/integration/client/test_transport.py::test_pings_are_answered_while_a_large_send_is_stuck_and_no_frame_breaks",
+        ),
+    ),
+    Mutant(
+        "wire: a fragment is no message",
+        "client/framing.py",
+        "if first not in _WHOLE or",
+        "if first | _FIN not in _WHOLE or",
+        ("tests/unit/client/test_framing.py",),
+    ),
+    Mutant(
+        "wire: behind a fragment all is the library's",
+        "client/framing.py",
+        "            # From what is not a whole message on, the stream is the library's.\n            self._others = sys.maxsize\n",
+        "            self._others = 2 + size % _MASK\n",
+        ("tests/unit/client/test_framing.py",),
+    ),
+    Mutant(
+        "wire: no zero key without agreement",
+        "client/transport.py",
+        "_zero_key if asks_for_zero and answered == MASK_ZERO else _random_key",
+        "_zero_key if asks_for_zero else _random_key",
+        (
+            "tests/integration/client/test_transport.py::test_mask_of_every_frame_is_new_when_the_server_does_not_agree",
+        ),
+    ),
+    Mutant(
+        "wire: no zero key is asked for in clear to another machine",
+        "client/transport.py",
+        "asks_for_zero = endpoint.is_tls or endpoint.is_loopback",
+        "asks_for_zero = True",
+        (
+            "tests/integration/client/test_transport.py::test_mask_of_every_frame_is_new_in_clear_to_another_machine",
+        ),
+    ),
+    Mutant(
+        "wire: the server agrees to a zero key only when it is asked",
+        "server/transport.py",
+        "agrees_to_zero=asked == MASK_ZERO",
+        "agrees_to_zero=True",
+        ("tests/unit/server/test_transport.py",),
+    ),
+    Mutant(
+        "wire: what is handed on at once never overtakes what is queued",
+        "client/tunnel_end.py",
+        "is_busy = self._consumer_hands_on or self._reader_hands_on or self._inbound",
+        "is_busy = self._consumer_hands_on or self._reader_hands_on",
+        ("tests/unit/client/test_tunnel_end.py",),
+    ),
+    Mutant(
+        "wire: nor what the consumer has in its hands",
+        "client/tunnel_end.py",
+        "is_busy = self._consumer_hands_on or self._reader_hands_on or self._inbound",
+        "is_busy = self._reader_hands_on or self._inbound",
+        (
+            "tests/unit/client/test_tunnel_end.py::test_reader_waits_its_turn_while_the_consumer_is_in_a_chunk",
         ),
     ),
     Mutant(

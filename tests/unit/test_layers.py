@@ -14,8 +14,8 @@ SERVER = sorted((ROOT / "server").glob("*.py"))
 CLIENT = sorted((ROOT / "client").glob("*.py"))
 SHIPPED = [*SERVER, *CLIENT, SCRIPT, ROOT / "wsgi.py", ROOT / "gunicorn.conf.py"]
 # What the script's block is made of, and so has to run where the script does.
-BLOCK = ["wire", "errors", "backoff", "settings", "outbox", "duplex", "stream", "dial", "transport"]
-BLOCK += ["tunnel_end", "timer"]
+BLOCK = ["wire", "errors", "backoff", "settings", "outbox", "duplex", "framing", "outlet"]
+BLOCK += ["gather", "stream", "dial", "transport", "tunnel_end", "timer"]
 SCRIPT_PYTHON = (3, 9)
 # May be imported by these files alone.
 FENCED = {
@@ -26,9 +26,9 @@ FENCED = {
 }
 # client/: who may import whom, from the bottom up; an import goes down only.
 CLIENT_LEVELS = [
-    {"wire", "errors", "backoff", "duplex"},
-    {"outbox", "settings", "rules"},
-    {"dial", "stream"},
+    {"wire", "errors", "backoff", "duplex", "gather"},
+    {"outbox", "settings", "rules", "framing"},
+    {"dial", "stream", "outlet"},
     {"transport", "tunnel_end", "timer"},
     {"tunnel", "config"},
     {"tunnels"},
@@ -42,6 +42,7 @@ PURE = {
     "client/stream.py": set(),
     "client/errors.py": set(),
     "client/backoff.py": {"random"},
+    "client/gather.py": set(),
     "client/rules.py": {"dataclasses", "ipaddress", "re"},
 }
 

@@ -27,6 +27,7 @@ from server.config import Config
 from server.credentials import Credentials
 from server.credit import Budget, Direction
 from server.relay import Relay
+from tests.support.taking import take
 
 ROOT = Path(__file__).resolve().parents[2]
 VECTORS: dict[str, Any] = json.loads((ROOT / "tests" / "vectors" / "wire.json").read_text("utf-8"))
@@ -163,6 +164,7 @@ def test_server_answers_the_handshake(app: Flask, vector: dict[str, Any]) -> Non
         accepted = VECTORS["handshake"]["accepted"]
         assert {name: answer.get(name) for name in accepted["headers"]} == accepted["headers"]
         assert not set(accepted["absent"]) & set(answer.keys())
+        assert answer.get("HTTP-Network-Relay-Mask") == vector.get("mask")
     else:
         assert told["code"] == vector["code"]
         assert vector.get("says", "") in told["message"]
@@ -285,6 +287,77 @@ def test_bad_data_is_an_error_of_its_leg_or_tunnel(wire: Any, vector: dict[str, 
     with pytest.raises(expected) as caught:
         wire.split_channel(bytes.fromhex(head) + bytes(size))
     assert_error(caught.value, vector)
+
+
+# Frames.
+
+
+class Stream:
+    """Stands for a Duplex that reads: gives what came, in one piece, and takes what is sent."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.data = data
+
+    def recv(self, size: int, _on_pause: object = None) -> bytes:
+        piece, self.data = self.data[:size], self.data[size:]
+        return piece
+
+    def recv_into(self, view: memoryview) -> int:
+        piece = self.recv(len(view))
+        view[: len(piece)] = piece
+        return len(piece)
+
+    def send_now(self, header: bytes, payload: Any) -> None:
+        self.data += header + bytes(payload)
+
+    def send(self, data: memoryview) -> None:
+        raise AssertionError("send_now() took it all")
+
+
+@pytest.fixture(params=["client", "server", "script"])
+def frames_of(request: pytest.FixtureRequest) -> Any:
+    """Each of the three copies of what makes and takes frames, as one name each."""
+    if request.param == "script":
+        return load("script")
+    names = {
+        name: getattr(load(f"{request.param}.{module}"), name)
+        for module, name in [
+            ("framing", "FrameReader"), ("outlet", "Outlet"), ("outbox", "Outbox"),
+            ("outbox", "Frame"),
+        ]
+    }  # fmt: skip
+    return SimpleNamespace(**names)
+
+
+@each("frames")
+def test_frame_is_made_as_the_vector_says(frames_of: Any, vector: dict[str, Any]) -> None:
+    """Mask bit, key and payload, byte for byte."""
+    stream, outbox = Stream(), frames_of.Outbox()
+    key = None if vector["key"] is None else bytes.fromhex(vector["key"])
+    outlet = frames_of.Outlet(outbox, stream, lambda: None, lambda: key)
+    outlet.start()
+    payload = bytes.fromhex(vector["payload"])
+    # However it is cut into head and payload.
+    outbox.put_first(1, frames_of.Frame(vector["opcode"], payload[:4], payload[4:]))
+    outbox.push()
+    assert stream.data.hex() == vector["frame"]
+
+
+@each("frames")
+def test_frame_is_read_as_the_vector_says(frames_of: Any, vector: dict[str, Any]) -> None:
+    """A message is taken; any other frame is left to the library, as it came."""
+    whole = bytes.fromhex(vector["frame"])
+    is_masked = vector["key"] is not None
+    reader = frames_of.FrameReader(Stream(whole), is_masked=is_masked)
+    if vector["opcode"] in (load("client.wire").OP_TEXT, load("client.wire").OP_BINARY):
+        assert reader.read_message() == (vector["opcode"], bytes.fromhex(vector["payload"]))
+    else:
+        assert reader.read_message() is None
+        assert reader.read(1000) == whole
+    # Without the mask that a leg's way wants, it is nobody's message.
+    other = frames_of.FrameReader(Stream(whole), is_masked=not is_masked)
+    assert other.read_message() is None
+    assert other.read(1000) == whole
 
 
 # Streams.
@@ -473,7 +546,7 @@ class OutboxRun:
             self.clock.now = step["clock"]
         elif "take" in step:
             for name in step["take"]:
-                assert self.name_of(self.outbox.take()) == name
+                assert self.name_of(take(self.outbox)) == name
         else:
             getattr(self, "put_" + step["put"])(step)
 
@@ -525,9 +598,9 @@ def test_outbox_gives_frames_in_order(
     run = OutboxRun(outbox_module, clock)
     for number, step in enumerate(vector["steps"]):
         # take() would wait for ever in a test that expects too much.
-        assert "take" not in step or step["take"][-1] is None or not run.outbox.is_empty(), number
+        assert "take" not in step or step["take"][-1] is None or run.outbox.has_frames, number
         try:
             run.play(step)
         except AssertionError as exc:
             raise AssertionError(f"step {number}: {step}") from exc
-    assert run.outbox.is_empty()
+    assert not run.outbox.has_frames

@@ -22,6 +22,7 @@ from client.wire import (
     encode_channel,
     encode_control,
 )
+from tests.support.taking import take
 from tests.support.waiting import eventually
 
 
@@ -34,7 +35,7 @@ class FakeTransport:
         self.closes: list[tuple[int, str, bool]] = []
         self.gave_up = None
 
-    def receive(self) -> tuple[int, Any]:
+    def receive(self, _on_pause: object = None) -> tuple[int, Any]:
         message = self.messages.get(timeout=10.0)
         if isinstance(message, BaseException):
             raise message
@@ -102,7 +103,7 @@ class ServerSide:
         self.code = self.leg.serve()
 
     def _take(self) -> None:
-        while (frame := self.transport.outbox.take()) is not None:
+        while (frame := take(self.transport.outbox)) is not None:
             with self._changed:
                 if frame.opcode == OP_BINARY:
                     channel = int.from_bytes(frame.head, "big")

@@ -117,7 +117,7 @@ WRONG_FOR_THE_LEG: dict[str, bytes | tuple[bytes, int]] = {
 def test_leg_error_ends_the_leg_with_its_code(
     server: ServerSide, echo: EchoTarget, name: str
 ) -> None:
-    """1002, or 1009 for size; all its tunnels end, their targets with RST."""
+    """1002, 1009 for size, 1007 for text; all its tunnels end, their targets with RST."""
     server.open(1, echo.port)
     server.control("opened", 1)
     victim = echo.conversation()
@@ -125,7 +125,7 @@ def test_leg_error_ends_the_leg_with_its_code(
     payload, opcode = wrong if isinstance(wrong, tuple) else (wrong, 1)
     server.say_raw(payload, opcode)
     code = server.wait_served()
-    assert code == (1009 if name == "too long" else 1002)
+    assert code == {"too long": 1009, "not UTF-8": 1007}.get(name, 1002)
     assert [(close[0], close[2]) for close in server.transport.closes] == [(code, False)]
     assert victim.wait_ended() == "reset"
 

@@ -620,7 +620,7 @@ class Answering:
     def close(self, code: int, reason: str = "", *, flush: bool = True) -> None:
         self.closes.append(code)
 
-    def receive(self) -> tuple[int, Any]:
+    def receive(self, _on_pause: object = None) -> tuple[int, Any]:
         assert self._hook is not None, "waited for an answer that nobody needs"
         self._hook()
         text = encode_control("resumed", received=0, delivered=0, limit=WINDOW)

@@ -21,10 +21,12 @@ from wsproto.connection import Connection
 from wsproto.events import BytesMessage
 
 from client import transport as transport_module
+from client.dial import parse_server_url
 from client.duplex import wait_ready
 from client.errors import RelayError
+from client.framing import frame_header, mask
 from client.outbox import Frame
-from client.transport import Transport, connect, frame_header, masked
+from client.transport import Transport, connect
 from client.wire import (
     OP_BINARY,
     OP_CLOSE,
@@ -34,6 +36,7 @@ from client.wire import (
     LegError,
 )
 from tests.integration.client.by_hand import HandServer, Visitor, frame, hand_server, stay
+from tests.support.taking import take
 from tests.support.waiting import eventually
 
 SECRET = "Basic c2VjcmV0LW9mLXRoZS1jbGllbnQ="
@@ -462,7 +465,8 @@ def test_frame_is_read_by_another_implementation(size: int) -> None:
     payload = (bytes(range(256)) * 300)[:size]
     key = b"\x01\x80\xff\x7e"
     peer = Connection(ConnectionType.SERVER)
-    data = masked(key, payload[:3], memoryview(payload)[3:])
+    data = bytearray(payload)
+    mask(data, key)
     peer.receive_data(frame_header(OP_BINARY, len(data), key) + bytes(data))
     received = b"".join(
         bytes(event.data) for event in peer.events() if isinstance(event, BytesMessage)
@@ -470,27 +474,93 @@ def test_frame_is_read_by_another_implementation(size: int) -> None:
     assert received == payload
 
 
-def test_mask_of_every_frame_is_new() -> None:
-    """And not all zeros: a proxy between must not read what we say as HTTP (RFC 6455, 10.3)."""
+def keys_of(
+    monkeypatch: pytest.MonkeyPatch, *, url: str, agrees: str | None
+) -> tuple[list[bytes], str | None]:
+    """The keys of eight frames to a server of that URL, and what the request asked for.
+
+    The URL is a name only: the connection leads to a server of the test, in clear.
+    """
     keys: list[bytes] = []
+    asked: list[str | None] = []
     done = threading.Event()
 
     def serve(visitor: Visitor) -> None:
-        visitor.upgrade()
-        for _ in range(8):
+        visitor.upgrade(HTTP_Network_Relay_Mask=agrees)
+        try:
+            asked.append(visitor.header("HTTP-Network-Relay-Mask"))
+        except KeyError:
+            asked.append(None)
+        for number in range(8):
             head = visitor._exactly(2)
-            assert head[1] == 0x80 | 5
+            # A zero key is a key: the frame says so, and is well-formed for anybody.
+            assert head == bytes((0x82 if number % 2 else 0x81, 0x80 | 9))
             keys.append(visitor._exactly(4))
-            visitor._exactly(5)
+            data = visitor._exactly(9)
+            key = keys[-1]
+            assert bytes(byte ^ key[at % 4] for at, byte in enumerate(data)) == b"\0\0\0\1hello"
         done.set()
         visitor.wait_gone()
 
-    with hand_server(serve) as server, leg(server) as transport:
-        for number in range(8):
-            transport.outbox.put_first(number + 1, Frame(OP_BINARY, b"\0\0\0\1", b"x"))
-        assert done.wait(5.0)
+    with hand_server(serve) as server:
+        endpoint = parse_server_url(url, "/p")
+        sock = socket.create_connection(("127.0.0.1", server.port))
+        sock.settimeout(0.0)
+        monkeypatch.setattr(transport_module, "dial_server", lambda *_: sock)
+        transport = connect(endpoint, [], context=None, environ={}, ping_interval_s=20.0)
+        transport.start("test")
+        try:
+            for number in range(8):
+                opcode = OP_BINARY if number % 2 else OP_TEXT
+                transport.outbox.put_first(number + 1, Frame(opcode, b"\0\0\0\1", b"hello"))
+                if number % 3:
+                    transport.outbox.push()
+            assert done.wait(5.0)
+        finally:
+            transport.abort()
+            transport.stop()
+    return keys, asked[0]
+
+
+NEAR_URLS = ["https://relay.example", "wss://10.0.0.1", "http://127.0.0.1:8000", "ws://[::1]:8000"]
+NEAR_URLS += ["http://localhost", "https://localhost"]
+
+
+@pytest.mark.parametrize("url", NEAR_URLS)
+def test_mask_is_zero_when_nobody_can_read_it_and_the_server_agrees(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over TLS, or inside this machine; docs/protocol.md, "Masking"."""
+    keys, asked = keys_of(monkeypatch, url=url, agrees="zero")
+    assert asked == "zero"
+    assert keys == [bytes(4)] * 8
+
+
+def check_fresh(keys: list[bytes]) -> None:
     assert len(set(keys)) == 8
     assert bytes(4) not in keys
+
+
+@pytest.mark.parametrize("agrees", [None, "", "random", "zero, zero", "ZERO"])
+@pytest.mark.parametrize("url", NEAR_URLS[:3])
+def test_mask_of_every_frame_is_new_when_the_server_does_not_agree(
+    url: str, agrees: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As RFC 6455, 10.3, wants it: an older server, or words that we do not know."""
+    keys, asked = keys_of(monkeypatch, url=url, agrees=agrees)
+    assert asked == "zero"
+    check_fresh(keys)
+
+
+@pytest.mark.parametrize("agrees", [None, "zero"])
+@pytest.mark.parametrize("url", ["http://relay.example", "ws://10.0.0.1:8000"])
+def test_mask_of_every_frame_is_new_in_clear_to_another_machine(
+    url: str, agrees: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not asked for there, and an answer to what was not asked agrees to nothing."""
+    keys, asked = keys_of(monkeypatch, url=url, agrees=agrees)
+    assert asked is None
+    check_fresh(keys)
 
 
 def test_close_of_the_server_is_echoed_and_masked() -> None:
@@ -601,6 +671,7 @@ def test_pings_are_answered_while_a_large_send_is_stuck_and_no_frame_breaks() ->
     with hand_server(serve) as server, leg(server) as transport:
         for _ in range(blocks):
             transport.outbox.put_data(7, b"\0\0\0\7", block)
+        transport.outbox.push()
         eventually(lambda: not _can_write(transport))
         go_on.set()
         assert transport.receive() == (OP_TEXT, b"all")
@@ -627,6 +698,7 @@ def fill(transport: Transport) -> None:
     """Send until the writer is stuck in the kernel."""
     for channel in range(1, 200):
         transport.outbox.put_data(channel, b"\0\0\0\1", bytes(65536))
+    transport.outbox.push()
     eventually(lambda: not _can_write(transport))
 
 
@@ -658,10 +730,10 @@ def test_ping_is_due_each_interval_and_no_sooner() -> None:
     ):
         begun = transport._ping_at - 20.0
         assert transport.tick(begun + 19.9, slept=False) == pytest.approx(begun + 20.0)
-        assert transport.outbox.is_empty()
+        assert not transport.outbox.has_frames
         assert transport.tick(begun + 20.0, slept=False) == pytest.approx(begun + 40.0)
-        assert transport.outbox.take() == Frame(OP_PING, b"", b"")
-        assert transport.outbox.is_empty()
+        assert take(transport.outbox) == Frame(OP_PING, b"", b"")
+        assert not transport.outbox.has_frames
 
 
 def test_machine_that_slept_pings_at_once_and_waits_three_seconds() -> None:
@@ -672,7 +744,7 @@ def test_machine_that_slept_pings_at_once_and_waits_three_seconds() -> None:
     ):
         woke = transport._duplex.heard_at + 1000.0
         again = transport.tick(woke, slept=True)
-        assert transport.outbox.take() == Frame(OP_PING, b"", b"")
+        assert take(transport.outbox) == Frame(OP_PING, b"", b"")
         assert transport.gave_up is None
         assert again == pytest.approx(woke + 3.0)
         transport.tick(woke + 2.9, slept=False)
@@ -713,7 +785,7 @@ def test_tick_never_waits_for_the_outbox() -> None:
             assert time.monotonic() - begun < 0.05
         assert now < ticked[0] <= now + 0.05
         transport.tick(ticked[0], slept=False)
-        assert transport.outbox.take() == Frame(OP_PING, b"", b"")
+        assert take(transport.outbox) == Frame(OP_PING, b"", b"")
 
 
 def test_tick_never_waits_for_a_stuck_writer(deaf: HandServer) -> None:

@@ -17,6 +17,7 @@ from client.outbox import Outbox
 from client.rules import TargetRule
 from client.tunnel import Tunnel
 from client.tunnel_end import Link
+from tests.support.taking import take
 from tests.support.targets import EchoTarget
 from tests.support.waiting import eventually
 
@@ -70,8 +71,8 @@ def make_tunnel(outbox: Outbox, host: str, port: int, *allow: str) -> Tunnel:
 
 def first_control(outbox: Outbox) -> dict[str, Any]:
     """What goes to the server before all else."""
-    eventually(lambda: not outbox.is_empty())
-    frame = outbox.take()
+    eventually(lambda: outbox.has_frames)
+    frame = take(outbox)
     assert frame is not None
     control: dict[str, Any] = json.loads(bytes(frame.payload))
     return control

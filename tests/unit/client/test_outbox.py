@@ -6,7 +6,7 @@ import sys
 import threading
 import tracemalloc
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import client.outbox
 from client.outbox import Frame, Outbox, append_merged
 from client.wire import MAX_DATA_BYTES, OP_BINARY, OP_CLOSE, OP_TEXT
+from tests.support.taking import take
 
 CLOSE = Frame(OP_CLOSE, b"", b"\x03\xe8")
 
@@ -52,8 +53,8 @@ def put_blocks(outbox: Outbox, channel: int, count: int) -> None:
 def names(outbox: Outbox) -> list[str]:
     """All that can be taken now: the text of a control, the channel of data."""
     found = []
-    while not outbox.is_empty():
-        frame = outbox.take()
+    while outbox.has_frames:
+        frame = take(outbox)
         assert frame is not None
         is_data = frame.opcode == OP_BINARY
         found.append(str(int.from_bytes(frame.head, "big")) if is_data else frame.payload.decode())
@@ -77,7 +78,7 @@ def test_keystroke_waits_for_one_message_of_each_other_channel() -> None:
     outbox = Outbox()
     put_blocks(outbox, 1, 50)
     put_blocks(outbox, 2, 50)
-    assert outbox.take() is not None
+    assert take(outbox) is not None
     put(outbox, 3, b"k")
     assert names(outbox)[:4] == ["2", "1", "3", "2"]
 
@@ -90,7 +91,7 @@ def test_channel_that_ran_empty_goes_to_the_back() -> None:
     for _ in range(3):
         put(outbox, 2, b"k")
         for _ in range(2):
-            frame = outbox.take()
+            frame = take(outbox)
             assert frame is not None
             order.append(int.from_bytes(frame.head, "big"))
     assert order == [1, 2, 1, 2, 1, 2]
@@ -150,14 +151,14 @@ def test_end_takes_an_unsent_open_back(in_turn: bool) -> None:
     put(outbox, 1, b"x")
     outbox.put_ack(1, text("ack"))
     outbox.put_end(1, text("reset"), in_turn=in_turn)
-    assert outbox.is_empty()
+    assert not outbox.has_frames
 
 
 def test_end_is_sent_when_the_open_was_sent() -> None:
     """Taken is sent: it cannot be taken back any more."""
     outbox = Outbox()
     outbox.put_first(1, text("open"), cancellable=True)
-    assert outbox.take() == text("open")
+    assert take(outbox) == text("open")
     outbox.put_end(1, text("reset"))
     assert names(outbox) == ["reset"]
 
@@ -178,7 +179,7 @@ def test_end_in_turn_overtakes_after_a_second(clock: SimpleNamespace) -> None:
     put_blocks(outbox, 1, 30)
     outbox.put_eof(1, text("eof"))
     outbox.put_end(1, text("reset"), in_turn=True)
-    first = outbox.take()
+    first = take(outbox)
     assert first is not None
     assert first.opcode == OP_BINARY
     clock.now += 1.0
@@ -234,7 +235,7 @@ def test_close_flushes_what_is_queued_and_takes_no_more() -> None:
     outbox.put_end(1, text("late"))
     outbox.put_eof(1, text("late"))
     outbox.try_put_leg("ping", text("late"))
-    taken = [outbox.take() for _ in range(4)]
+    taken = [take(outbox) for _ in range(4)]
     assert [frame and frame.payload for frame in taken] == [b"ack", b"x", CLOSE.payload, None]
 
 
@@ -244,7 +245,7 @@ def test_close_without_flush_is_the_next_frame() -> None:
     put_blocks(outbox, 1, 5)
     outbox.put_leg("pong", text("pong"))
     outbox.close(CLOSE, flush=False)
-    assert [outbox.take(), outbox.take()] == [CLOSE, None]
+    assert [take(outbox), take(outbox)] == [CLOSE, None]
 
 
 def test_first_close_wins() -> None:
@@ -252,15 +253,15 @@ def test_first_close_wins() -> None:
     outbox = Outbox()
     outbox.close(CLOSE)
     outbox.close(Frame(OP_CLOSE, b"", b"\x03\xf1"), flush=False)
-    assert [outbox.take(), outbox.take()] == [CLOSE, None]
+    assert [take(outbox), take(outbox)] == [CLOSE, None]
 
 
 @pytest.mark.parametrize("end", ["stop", "close", "put"])
 def test_waiting_writer_is_woken(end: str) -> None:
-    """stop(), close() and any put wake a writer that waits."""
+    """stop(), close(), and a push while no Outlet has taken its place, wake a writer."""
     outbox = Outbox()
     taken: list[Frame | None] = []
-    writer = threading.Thread(target=lambda: taken.append(outbox.take()))
+    writer = threading.Thread(target=lambda: taken.append(take(outbox)))
     writer.start()
     if end == "stop":
         outbox.stop()
@@ -268,10 +269,72 @@ def test_waiting_writer_is_woken(end: str) -> None:
         outbox.close(CLOSE)
     else:
         put(outbox, 1, b"x")
+        outbox.push()
     writer.join(1.0)
     assert not writer.is_alive()
     expected: Any = {"stop": None, "close": CLOSE}.get(end, Frame(OP_BINARY, b"\0\0\0\1", b"x"))
     assert taken == [expected]
+
+
+ALL_BUT_DATA_AND_ACKS: dict[str, Callable[[Outbox], Any]] = {
+    "first": lambda outbox: outbox.put_first(1, text("it")),
+    "leg": lambda outbox: outbox.put_leg("pong", text("it")),
+    "try": lambda outbox: outbox.try_put_leg("ping", text("it")),
+    "eof": lambda outbox: outbox.put_eof(1, text("it")),
+    "end": lambda outbox: outbox.put_end(1, text("it")),
+    "end in turn": lambda outbox: outbox.put_end(1, text("it"), in_turn=True),
+}
+
+
+@pytest.mark.parametrize("put_it", ALL_BUT_DATA_AND_ACKS.values(), ids=ALL_BUT_DATA_AND_ACKS)
+def test_put_calls_the_writer(put_it: Callable[[Outbox], Any]) -> None:
+    """Who puts such a frame may hold a lock, and so cannot send."""
+    outbox = Outbox()
+    taken: list[Frame | None] = []
+    writer = threading.Thread(target=lambda: taken.append(take(outbox)))
+    writer.start()
+    put_it(outbox)
+    writer.join(1.0)
+    assert not writer.is_alive()
+    assert taken == [text("it")]
+
+
+def test_data_and_acks_call_nobody() -> None:
+    """Their push does; a call for each would wake a thread for nothing."""
+    outbox = Outbox()
+    put(outbox, 1, b"x")
+    outbox.put_ack(1, text("ack"))
+    assert not outbox._is_called
+    assert outbox.has_frames
+    outbox.push()
+    assert outbox.wait_call()
+    assert not outbox._is_called
+    assert names(outbox) == ["ack", "1"]
+
+
+def test_call_before_the_wait_is_not_lost() -> None:
+    """It counts once, however often it was made."""
+    outbox = Outbox()
+    outbox.call_writer()
+    outbox.call_writer()
+    assert outbox.wait_call()
+    outbox.stop()
+    assert not outbox.wait_call()
+    assert not outbox.wait_call()
+
+
+def test_take_leaves_the_close_to_the_writer() -> None:
+    """Whoever pushes sends no close: behind it the writer ends our direction."""
+    outbox = Outbox()
+    put(outbox, 1, b"x")
+    outbox.close(CLOSE)
+    assert outbox.wait_call()
+    assert outbox.take() == Frame(OP_BINARY, b"\0\0\0\1", b"x")
+    assert outbox.take() is None
+    assert not outbox.has_frames
+    assert outbox.take(with_close=True) == CLOSE
+    assert outbox.take(with_close=True) is None
+    assert not outbox.wait_call()
 
 
 def test_stop_forgets_all() -> None:
@@ -282,9 +345,9 @@ def test_stop_forgets_all() -> None:
     outbox.stop()
     put(outbox, 1, b"x")
     outbox.put_ack(1, text("ack"))
-    assert outbox.take() is None
-    assert outbox.take() is None
-    assert outbox.is_empty()
+    assert take(outbox) is None
+    assert take(outbox) is None
+    assert not outbox.has_frames
 
 
 # The timer.
@@ -310,7 +373,7 @@ def test_try_put_leg_wakes_the_writer() -> None:
     """A ping on an idle leg goes out at once."""
     outbox = Outbox()
     taken: list[Frame | None] = []
-    writer = threading.Thread(target=lambda: taken.append(outbox.take()))
+    writer = threading.Thread(target=lambda: taken.append(take(outbox)))
     writer.start()
     assert outbox.try_put_leg("ping", text("ping")) or not taken
     while not taken and not outbox.try_put_leg("ping", text("ping")):
@@ -331,8 +394,8 @@ def test_small_pieces_become_one_message_of_64_kib_at_most() -> None:
         sent += piece
         put(outbox, 1, piece)
     sizes, received = [], bytearray()
-    while not outbox.is_empty():
-        frame = outbox.take()
+    while outbox.has_frames:
+        frame = take(outbox)
         assert frame is not None
         sizes.append(len(frame.payload))
         received += frame.payload
@@ -349,7 +412,7 @@ def test_merging_leaves_what_was_put_as_it_was() -> None:
     put(outbox, 1, mine)
     outbox.put_data(1, b"\0\0\0\1", view)
     put(outbox, 1, b"ghi")
-    frame = outbox.take()
+    frame = take(outbox)
     assert frame is not None
     assert (bytes(frame.payload), mine, bytes(view)) == (b"abcdefghi", b"abc", b"def")
 
@@ -359,7 +422,7 @@ def test_message_that_was_taken_does_not_grow() -> None:
     outbox = Outbox()
     put(outbox, 1, b"a")
     put(outbox, 1, b"b")
-    frame = outbox.take()
+    frame = take(outbox)
     put(outbox, 1, b"c")
     assert frame is not None
     assert bytes(frame.payload) == b"ab"
@@ -415,7 +478,7 @@ def test_two_threads_put_and_a_third_takes_without_loss_or_disorder() -> None:
     taken: list[Frame] = []
 
     def drain() -> None:
-        while (frame := outbox.take()) is not None:
+        while (frame := take(outbox)) is not None:
             taken.append(frame)
 
     writer = threading.Thread(target=drain)
@@ -475,8 +538,8 @@ def test_unsent_first_message_is_taken_back_alone() -> None:
         outbox.put_first(channel, Frame(1, b"", b"%d" % channel), cancellable=True)
     outbox.cancel_first(1)
     outbox.cancel_first(7)
-    frame = outbox.take()
+    frame = take(outbox)
     assert frame is not None
     assert frame.payload == b"2"
     outbox.cancel_first(2)
-    assert outbox.is_empty()
+    assert not outbox.has_frames

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from client.outbox import Outbox
 from client.stream import Ack, Position, Receiver, Sender, Stream
 from client.wire import MAX_DATA_BYTES, MIN_WINDOW_BYTES, TunnelError
+from tests.support.taking import take
 from tests.support.targets import pseudo_random_bytes
 
 KIB = 1024
@@ -153,7 +154,7 @@ def test_small_pieces_grow_together_while_a_view_of_the_last_is_in_an_outbox() -
     assert b"".join(bytes(view) for view in views) == b"000111"
     out.on_ack(Ack(0, 100, False))
     assert sent(out) == b"12222morestill more"
-    frame = outbox.take()
+    frame = take(outbox)
     assert frame is not None
     assert bytes(frame.payload) == b"00001"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,9 +16,11 @@ import client.outbox
 import client.tunnel_end
 from client.errors import RelayError
 from client.outbox import Outbox
-from client.stream import Ack
+from client.stream import Ack, Position
 from client.tunnel_end import Link, TunnelEnd
 from client.wire import MAX_DATA_BYTES, MIN_WINDOW_BYTES, OP_BINARY, TunnelError
+from tests.support.taking import take
+from tests.support.waiting import eventually
 
 GONE = RelayError("user_gone", "gone")
 LOST = RelayError("leg_lost", "lost")
@@ -63,8 +66,8 @@ def end(link: Link) -> TunnelEnd:
 def sent(outbox: Outbox) -> list[Any]:
     """What the leg would write now: bytes, or the control's dict."""
     frames = []
-    while not outbox.is_empty():
-        frame = outbox.take()
+    while outbox.has_frames:
+        frame = take(outbox)
         assert frame is not None
         is_data = frame.opcode == OP_BINARY
         frames.append(bytes(frame.payload) if is_data else json.loads(frame.payload))
@@ -118,7 +121,7 @@ def test_send_takes_credit_and_stands_in_the_outbox(
     """One message is 64 KiB at most; the head names the channel."""
     assert end.credit() == MAX_DATA_BYTES
     end.send(b"abc")
-    frame = outbox.take()
+    frame = take(outbox)
     assert frame is not None
     assert (frame.head, frame.payload) == (channel.to_bytes(4, "big") if channel else b"", b"abc")
     for _ in range(3):
@@ -225,6 +228,231 @@ def test_bytes_after_an_end_are_dropped(end: TunnelEnd, link: Link) -> None:
     assert end.counts == (0, 0)
 
 
+# Handing on by the leg's reader.
+
+
+class Target:
+    """A consumer that takes what it is allowed to, without waiting."""
+
+    def __init__(self, end: TunnelEnd, *takes: int) -> None:
+        self.end = end
+        self.data = bytearray()
+        self.takes = list(takes)
+        self.calls = 0
+        end.hand_on_by(self.take)
+
+    def take(self, data: Any) -> int:
+        self.calls += 1
+        count = min(self.takes.pop(0), len(data)) if self.takes else len(data)
+        self.data += data[:count]
+        return count
+
+    def consume(self) -> bool:
+        """As the consumer's thread: one chunk, whole; False at the end."""
+        chunk = self.end.next_chunk()
+        if not chunk:
+            return False
+        self.data += chunk
+        self.end.delivered(len(chunk))
+        return True
+
+
+def test_reader_hands_on_what_is_taken_at_once(end: TunnelEnd, link: Link, outbox: Outbox) -> None:
+    """No thread is woken, and what is due is acked and pushed."""
+    target = Target(end)
+    pushes: list[bool] = []
+    outbox.push = lambda: pushes.append(outbox.has_frames)
+    end.on_data(link, b"abc")
+    assert (target.data, target.calls, end.counts[1]) == (b"abc", 1, 3)
+    assert not end._inbound
+    for _ in range(3):
+        end.on_data(link, bytes(MAX_DATA_BYTES))
+    acks = sent(outbox)
+    assert acks
+    assert pushes[-1]
+    assert acks[-1]["delivered"] == end.counts[1] == 3 * MAX_DATA_BYTES + 3
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_what_was_not_taken_is_the_consumers_before_all_later_bytes(
+    end: TunnelEnd, link: Link, count: int
+) -> None:
+    """A part, or nothing; the reader hands nothing on behind it."""
+    target = Target(end, count)
+    end.on_data(link, b"012345")
+    end.on_data(link, b"6789")
+    assert target.calls == 1
+    assert end.counts[1] == count
+    while end._inbound:
+        assert target.consume()
+    assert target.data == b"0123456789"
+    assert end.counts[1] == 10
+    end.on_data(link, b"again")
+    assert target.data == b"0123456789again"
+    assert target.calls == 2
+
+
+def test_what_fails_is_the_consumers(end: TunnelEnd, link: Link) -> None:
+    """Its thread meets the same error, and tells; nothing counts as delivered."""
+
+    def fail(_: Any) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    end.hand_on_by(fail)
+    end.on_data(link, b"abc")
+    assert end.counts[1] == 0
+    assert end.next_chunk() == b"abc"
+
+
+def test_reader_waits_its_turn_while_the_consumer_is_in_a_chunk(end: TunnelEnd, link: Link) -> None:
+    """From next_chunk() to delivered() the bytes behind are queued."""
+    target = Target(end, 0)
+    end.on_data(link, b"first")
+    chunk = end.next_chunk()
+    assert not end._inbound
+    end.on_data(link, b"second")
+    assert target.calls == 1
+    target.data += chunk
+    end.delivered(len(chunk))
+    # Still behind what is queued.
+    end.on_data(link, b"third")
+    assert target.calls == 1
+    assert target.consume()
+    end.on_data(link, b"fourth")
+    assert target.calls == 2
+    assert target.data == b"firstsecondthirdfourth"
+
+
+def test_consumer_waits_while_the_reader_hands_on(end: TunnelEnd, link: Link) -> None:
+    """What comes by another leg meanwhile, and an end, are behind it."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def take(data: Any) -> int:
+        inside.set()
+        assert go_on.wait(5.0)
+        return 2
+
+    end.hand_on_by(take)
+    reader, _ = waiting(lambda: end.on_data(link, b"abcd"))
+    assert inside.wait(5.0)
+    end.on_data(link, b"ef")
+    consumer, chunks = waiting(end.next_chunk)
+    consumer.join(0.05)
+    assert chunks == []
+    go_on.set()
+    consumer.join(5.0)
+    reader.join(5.0)
+    assert chunks == [b"cd"]
+    end.delivered(2)
+    assert end.next_chunk() == b"ef"
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_end_while_the_reader_hands_on_wakes_the_consumer(
+    end: TunnelEnd, link: Link, outbox: Outbox, count: int
+) -> None:
+    """What was not taken is handed on first, then it is over; nothing is said any more."""
+    target = Target(end)
+
+    def take(data: Any) -> int:
+        end.on_end(LOST)
+        target.data += data[:count]
+        return count
+
+    end.hand_on_by(take)
+    consumer, results = waiting(lambda: [target.consume(), count < 4 and target.consume()])
+    end.on_data(link, b"abcd")
+    consumer.join(5.0)
+    assert results == [[count < 4, False]]
+    assert target.data == b"abcd"
+    assert end.counts[1] == 4
+    assert sent(outbox) == []
+
+
+def test_eof_while_the_reader_hands_on_is_not_forgotten(end: TunnelEnd, link: Link) -> None:
+    """It comes by another leg, of a tunnel that was resumed: the consumer must be woken."""
+
+    def take(data: Any) -> int:
+        end.on_eof(link, 4)
+        # It has looked, in vain, and waits again.
+        eventually(lambda: end._changed._waiters)  # type: ignore[attr-defined]
+        return len(data)
+
+    end.hand_on_by(take)
+    consumer, chunks = waiting(end.next_chunk)
+    eventually(lambda: end._changed._waiters)  # type: ignore[attr-defined]
+    end.on_data(link, b"abcd")
+    consumer.join(1.0)
+    woken = list(chunks)
+    end.on_end(LOST)  # So that a thread that waits for ever ends with its test.
+    consumer.join(5.0)
+    assert woken == [b""]
+
+
+def test_ack_goes_out_by_the_leg_that_came_while_the_reader_handed_on(
+    outbox: Outbox, channel: int
+) -> None:
+    """The old one is deaf; the new one must be pushed."""
+    old, new = Link(Outbox(), channel), Link(outbox, channel)
+    end = TunnelEnd(old, MIN_WINDOW_BYTES)
+    end.on_open(MIN_WINDOW_BYTES, 60)
+    pushes: list[bool] = []
+    outbox.push = lambda: pushes.append(outbox.has_frames)
+
+    def take(data: Any) -> int:
+        assert end.detach(old, LOST)
+        end.begin_resume()
+        end.on_resumed(new, Position(0, 0, MIN_WINDOW_BYTES))
+        pushes.clear()
+        return len(data)
+
+    end.hand_on_by(take)
+    end.on_data(old, bytes(MAX_DATA_BYTES))
+    assert outbox.has_frames, "no ack is due"
+    assert pushes == [True], "the ack was put and not pushed"
+
+
+def test_no_reader_is_inside_any_more_when_hand_on_by_none_returns(
+    end: TunnelEnd, link: Link
+) -> None:
+    """The consumer's file is closed then."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def take(data: Any) -> int:
+        inside.set()
+        assert go_on.wait(5.0)
+        return len(data)
+
+    end.hand_on_by(take)
+    reader, _ = waiting(lambda: end.on_data(link, b"abc"))
+    assert inside.wait(5.0)
+    closer, _ = waiting(lambda: end.hand_on_by(None))
+    closer.join(0.05)
+    assert closer.is_alive()
+    go_on.set()
+    closer.join(5.0)
+    reader.join(5.0)
+    assert not closer.is_alive()
+    end.on_data(link, b"def")
+    assert end.next_chunk() == b"def"
+    assert end.counts[1] == 3
+
+
+def test_reader_that_decided_before_hand_on_by_none_hands_nothing_on(
+    end: TunnelEnd, link: Link
+) -> None:
+    """It looks again when it is inside."""
+    target = Target(end)
+    end._inside.acquire()
+    reader, _ = waiting(lambda: end.on_data(link, b"abc"))
+    eventually(lambda: end._reader_hands_on)
+    end._hand_on = None  # As hand_on_by(None) does inside.
+    end._inside.release()
+    reader.join(5.0)
+    assert target.calls == 0
+    assert end.next_chunk() == b"abc"
+
+
 # Ends.
 
 
@@ -322,10 +550,23 @@ def test_change_is_told_without_the_lock(outbox: Outbox) -> None:
 
     link = Link(outbox)
     end = TunnelEnd(link, MIN_WINDOW_BYTES, on_change)
-    end.on_open(10, 0)
+    end.on_open(0, 0)
     end.on_ack(link, Ack(0, 20, False))
     end.reset(LOST)
     assert told == [False, True]
+
+
+def test_ack_wakes_nobody_who_has_credit(outbox: Outbox) -> None:
+    """Most acks come to one who sends on."""
+    told: list[int] = []
+    link = Link(outbox)
+    end = TunnelEnd(link, MIN_WINDOW_BYTES, lambda: told.append(end.credit()))
+    end.on_open(10, 0)
+    end.on_ack(link, Ack(0, 20, False))
+    assert told == []
+    end.send(bytes(20))
+    end.on_ack(link, Ack(20, 50, False))
+    assert told == [30]
 
 
 # The consumer's failure.
@@ -361,6 +602,53 @@ def fast_switching() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fast_switching")
+def test_bytes_keep_their_order_whoever_hands_them_on(
+    end: TunnelEnd, link: Link, outbox: Outbox
+) -> None:
+    """Reader and consumer at once; the reader is given a part, all, nothing, or an error."""
+    chances = random.Random(7)
+    taken = bytearray()
+    whole = random.Random(8).randbytes(150_000)
+    by_reader = 0
+
+    def take(data: Any) -> int:
+        nonlocal by_reader
+        kind = chances.randrange(4)
+        if kind == 0:
+            raise BlockingIOError(11, "later")
+        count = {1: 0, 2: len(data) // 2}.get(kind, len(data))
+        taken.extend(data[:count])
+        by_reader += count
+        return count
+
+    def consume() -> None:
+        while chunk := end.next_chunk():
+            for start in range(0, len(chunk), 97):
+                taken.extend(chunk[start : start + 97])
+            end.delivered(len(chunk))
+        assert chunk == b""
+        end.hand_on_by(None)
+        end.delivered_eof()
+
+    end.hand_on_by(take)
+    consumer, finished = waiting(consume)
+    at, acks, sizes = 0, 0, random.Random(9)
+    while at < len(whole):
+        size = sizes.choice([1, 10, 500, 2000])
+        end.on_data(link, whole[at : at + size])
+        at += size
+    end.on_eof(link, len(whole))
+    consumer.join(10.0)
+    assert finished == [None]
+    assert taken == whole
+    assert 0 < by_reader < len(whole)
+    assert end.counts[1] == len(whole)
+    for frame in sent(outbox):
+        acks = max(acks, frame["delivered"])
+    assert acks == len(whole)
+
+
+@pytest.mark.usefixtures("fast_switching")
 def test_two_ends_in_six_threads_carry_all_bytes_both_ways_and_finish() -> None:
     """Producer, consumer and reader at each end, under the smallest window."""
     sizes = (700_000, 300_000)
@@ -390,7 +678,7 @@ def test_two_ends_in_six_threads_carry_all_bytes_both_ways_and_finish() -> None:
     def carry(which: int) -> None:
         """What this end's leg writes reaches the other end's reader."""
         other, link = ends[1 - which], links[1 - which]
-        while (frame := outboxes[which].take()) is not None:
+        while (frame := take(outboxes[which])) is not None:
             if frame.opcode == OP_BINARY:
                 other.on_data(link, frame.payload)
                 continue

@@ -19,6 +19,7 @@ from client.outbox import Outbox
 from client.stream import Ack, Position
 from client.tunnel_end import Link, TunnelEnd
 from client.wire import MIN_WINDOW_BYTES, OP_BINARY, TunnelError
+from tests.support.taking import take
 from tests.support.targets import pseudo_random_bytes
 from tests.support.waiting import eventually
 
@@ -70,8 +71,8 @@ def end(first: Link) -> TunnelEnd:
 def sent(link: Link) -> list[Any]:
     """What its leg would write now: bytes, or the control's dict without its channel."""
     frames = []
-    while not link.outbox.is_empty():
-        frame = link.outbox.take()
+    while link.outbox.has_frames:
+        frame = take(link.outbox)
         assert frame is not None
         if frame.opcode == OP_BINARY:
             frames.append(bytes(frame.payload))
@@ -695,7 +696,7 @@ class Line:
     def _carry(self, which: int, links: tuple[Link, Link], most: int) -> None:
         other, link = self.ends[1 - which], links[1 - which]
         for _ in range(most):
-            frame = links[which].outbox.take()
+            frame = take(links[which].outbox)
             if frame is None:
                 return
             if frame.opcode == OP_BINARY:

@@ -189,7 +189,7 @@ def test_any_bytes_are_text_or_a_leg_error(payload: bytes) -> None:
     else:
         with pytest.raises(LegError) as caught:
             decode_text(payload)
-        assert caught.value.close_code == 1002
+        assert caught.value.close_code == 1007
 
 
 @given(st.binary(max_size=20) | st.integers(0, MAX_CHANNEL).map(encode_channel))

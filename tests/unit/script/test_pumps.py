@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import random
 import select
 import socket
 import subprocess
@@ -18,6 +20,7 @@ import pytest
 
 import ssh_proxy_command as script
 from tests.support.processes import ROOT, child_environment
+from tests.support.taking import take
 from tests.support.waiting import eventually
 
 LOST = script.RelayError("leg_lost", "lost")
@@ -46,7 +49,7 @@ class Desk:
         self.pumps.start(self.end)
 
     def _take(self) -> None:
-        while (frame := self.outbox.take()) is not None:
+        while (frame := take(self.outbox)) is not None:
             with self._changed:
                 if frame.opcode == script.OP_BINARY:
                     # Behind an end nothing may come.
@@ -205,6 +208,191 @@ def test_ack_says_what_was_written_and_not_what_came(desk: Desk) -> None:
     desk.wait(lambda: desk.controls[-1]["delivered"] == 4 * 64 * 1024)
 
 
+# At once, by the leg's reader.
+
+QUICK_PIPE = pytest.mark.skipif(
+    sys.platform != "linux", reason="a second description of a pipe needs /proc"
+)
+
+
+class Stdout:
+    """A pipe or a socket as the script's stdout."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        if kind == "pipe":
+            self.reader, self.fd = os.pipe()
+        else:
+            ours, theirs = socket.socketpair()
+            self.reader, self.fd = ours.detach(), theirs.detach()
+        self.flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
+
+    def close_reader(self) -> None:
+        os.close(self.reader)
+        self.reader = -1
+
+    def close(self) -> None:
+        for fd in (self.reader, self.fd):
+            if fd >= 0:
+                os.close(fd)
+
+
+@pytest.fixture(params=[pytest.param("pipe", marks=QUICK_PIPE), "socket"])
+def stdout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stdout]:
+    """Each of the two kinds that can be written without waiting."""
+    made = Stdout(request.param)
+    monkeypatch.setattr(script, "STDOUT", made.fd)
+    yield made
+    made.close()
+
+
+def write_quickly(quick: Any, data: bytes) -> int:
+    """As the end does: what would have to wait took nothing."""
+    try:
+        return int(quick.write(data))
+    except BlockingIOError:
+        return 0
+
+
+def test_quick_stdout_writes_at_once_and_leaves_the_shared_description_alone(
+    stdout: Stdout,
+) -> None:
+    """Whoever shares it, ssh or a shell, must not meet O_NONBLOCK."""
+    quick = script._QuickStdout()
+    assert quick.write(b"abc") == 3
+    assert quick.write(memoryview(b"def")) == 3
+    assert read_exactly(stdout.reader, 6) == b"abcdef"
+    assert fcntl.fcntl(stdout.fd, fcntl.F_GETFL) == stdout.flags
+    assert os.get_blocking(stdout.fd)
+    quick.close()
+    assert fcntl.fcntl(stdout.fd, fcntl.F_GETFL) == stdout.flags
+    os.write(stdout.fd, b"still open")
+    assert read_exactly(stdout.reader, 10) == b"still open"
+
+
+def test_quick_stdout_takes_a_part_and_then_nothing_when_it_is_full(stdout: Stdout) -> None:
+    """It never waits for the reader, and goes on when that has read."""
+    quick = script._QuickStdout()
+    block, total = bytes(range(256)) * 4000, 0
+    begun = time.monotonic()
+    while count := write_quickly(quick, block[total % 256 :]):
+        total += count
+    assert time.monotonic() - begun < 1.0
+    assert total > 0
+    assert write_quickly(quick, b"x") == 0
+    assert read_exactly(stdout.reader, total) == (bytes(range(256)) * (total // 256 + 1))[:total]
+    assert quick.write(b"x") == 1
+    quick.close()
+
+
+def test_quick_stdout_tells_a_reader_that_has_gone(stdout: Stdout) -> None:
+    """EPIPE, and no signal."""
+    quick = script._QuickStdout()
+    stdout.close_reader()
+    with pytest.raises(BrokenPipeError):
+        quick.write(b"x")
+    quick.close()
+
+
+@QUICK_PIPE
+def test_no_quick_stdout_when_a_fifo_has_no_reader(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Opening it anew is refused (ENXIO); the pump finds out as ever."""
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(tmp_path / "fifo", os.O_WRONLY)
+    monkeypatch.setattr(script, "STDOUT", writer)
+    script._QuickStdout().close()
+    os.close(reader)
+    with pytest.raises(OSError, match="No such device"):
+        script._QuickStdout()
+    os.close(writer)
+
+
+@pytest.mark.parametrize("kind", ["null", "file", "terminal"])
+def test_no_quick_stdout_for_anything_else(
+    kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's own description would have its own offset, and overwrite."""
+    fds = []
+    if kind == "terminal":
+        fds += os.openpty()
+    else:
+        path = os.devnull if kind == "null" else tmp_path / "f"
+        fds.append(os.open(path, os.O_RDWR | os.O_CREAT))
+    monkeypatch.setattr(script, "STDOUT", fds[-1])
+    with pytest.raises(OSError, match="neither"):
+        script._QuickStdout()
+    for fd in fds:
+        os.close(fd)
+
+
+@QUICK_PIPE
+def test_what_comes_is_in_stdout_when_the_reader_goes_on(desk: Desk) -> None:
+    """Without pump-down."""
+    desk.end.on_data(desk.link, b"answer")
+    assert desk.end.counts[1] == 6
+    assert holds(desk.stdout_r)
+    assert read_exactly(desk.stdout_r, 6) == b"answer"
+    assert os.get_blocking(desk.stdout_w)
+
+
+def test_order_is_kept_when_stdout_fills_up(desk: Desk) -> None:
+    """The reader's part first, then pump-down's, then the reader's again."""
+    data = random.Random(3).randbytes(180_000)
+    for start in range(0, len(data), 30_000):
+        desk.end.on_data(desk.link, data[start : start + 30_000])
+    assert read_exactly(desk.stdout_r, len(data)) == data
+    eventually(lambda: desk.end.counts[1] == len(data))
+    eventually(lambda: not desk.end._consumer_hands_on)
+    desk.end.on_data(desk.link, b"more")
+    assert read_exactly(desk.stdout_r, 4) == b"more"
+
+
+def test_stdout_as_a_file_carries_all_the_same(
+    make_desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """By pump-down alone, at the offset that is shared."""
+    desk = make_desk(starts=False)
+    fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    os.write(fd, b"before ")
+    monkeypatch.setattr(script, "STDOUT", fd)
+    desk.start()
+    try:
+        assert desk.pumps._quick_stdout is None
+        desk.end.on_data(desk.link, b"answer")
+        eventually(lambda: desk.end.counts[1] == 6)
+        assert (tmp_path / "out").read_bytes() == b"before answer"
+    finally:
+        desk.end_all()
+        os.close(fd)
+
+
+SHARES = """
+import sys
+import ssh_proxy_command as script
+quick = script._QuickStdout()
+assert quick.write(b"quick") == 5
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", [pytest.param("pipe", marks=QUICK_PIPE), "socket"])
+def test_parent_that_shares_fd_1_sees_no_change(kind: str) -> None:
+    """The real descriptor, in a process of its own, while that writes."""
+    stdout = Stdout(kind)
+    command = [sys.executable, "-c", SHARES]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=child_environment(), stdin=subprocess.PIPE, stdout=stdout.fd
+    ) as process:
+        assert read_exactly(stdout.reader, 5) == b"quick"
+        assert fcntl.fcntl(stdout.fd, fcntl.F_GETFL) == stdout.flags
+        process.communicate(timeout=5)
+        assert process.returncode == 0
+    stdout.close()
+
+
 # The user goes away.
 
 
@@ -345,6 +533,10 @@ def test_broken_descriptor_is_an_internal_error(
             raise OSError(28, "No space left on device")
         return real_write(fd, data)
 
+    def write_now(self: Any, data: Any) -> int:
+        return write(desk.stdout_w, data)
+
+    monkeypatch.setattr(script._QuickStdout, "write", write_now)
     monkeypatch.setattr(
         os, "read" if which == "stdin" else "write", read if which == "stdin" else write
     )

@@ -21,12 +21,14 @@ from server.credentials import Credentials, Login, digest_of
 from server.credentials_form import parse_credentials
 from server.errors import ConfigError, TunnelRefused
 from server.leg import ClientLeg, Leg
+from server.outbox import Outbox
 from server.registry import Slot
 from server.relay import Relay
 from server.transport import ReadEnd
 from server.user_leg import UserLeg
 from server.watch import FileWatch
 from server.wire import OP_CLOSE, OP_TEXT
+from tests.support.taking import TakingOutlet
 from tests.support.waiting import eventually
 
 DAY = date(2026, 6, 1)
@@ -368,7 +370,10 @@ class Wire:
         self._is_over.wait(5)
         return ReadEnd.LOST
 
-    def write(self, frame: Any) -> None:
+    def outlet(self, outbox: Outbox) -> TakingOutlet:
+        return TakingOutlet(outbox, self._write)
+
+    def _write(self, frame: Any) -> None:
         payload = bytes(frame.payload)
         if frame.opcode == OP_TEXT:
             self.written.append(json.loads(payload))
@@ -442,5 +447,5 @@ def test_client_leg_is_closed_when_it_was_let_in_by_old_credentials(relay: Relay
     assert isinstance(slot.leg, ClientLeg)
     assert wire.written == [1008]
     assert user.leg.tunnel is None
-    assert user.leg.outbox.is_empty()
+    assert not user.leg.outbox.has_frames
     assert len(relay._held) == 1

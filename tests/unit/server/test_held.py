@@ -19,6 +19,7 @@ from server.relay import Relay
 from server.transport import ReadEnd
 from server.user_leg import UserLeg
 from server.wire import CLOSE_NORMAL, CLOSE_RESTART, FLUSH_S, OP_CLOSE, OP_TEXT
+from tests.support.taking import TakingOutlet, take
 
 INTERVAL_S = 20.0
 INSTANCE = "a" * 32
@@ -51,8 +52,8 @@ class FakeTransport:
         self.aborted.wait()
         return ReadEnd.LOST
 
-    def write(self, frame: Any) -> None:
-        del frame
+    def outlet(self, outbox: Outbox) -> TakingOutlet:
+        return TakingOutlet(outbox)
 
     def finish_sending(self) -> None:
         pass
@@ -112,8 +113,8 @@ def _switching(request: pytest.FixtureRequest) -> Iterator[None]:
 def taken(outbox: Outbox) -> list[Any]:
     """What waits there: controls as objects, a close as its code."""
     frames: list[Any] = []
-    while not outbox.is_empty():
-        frame = outbox.take()
+    while outbox.has_frames:
+        frame = take(outbox)
         assert frame is not None
         payload = bytes(frame.payload)
         is_close = frame.opcode == OP_CLOSE
@@ -416,7 +417,7 @@ def test_tunnels_end_without_a_reset_when_the_server_stops() -> None:
         assert taken(user.outbox) == [b"still works"]
         together(bench.relay.end, user.lost)
         assert [m for m in kinds(client.outbox) if m != "detached"] == []
-        frame = client.outbox.take()
+        frame = take(client.outbox)
         assert frame is not None
         assert int.from_bytes(frame.payload, "big") == CLOSE_RESTART
 

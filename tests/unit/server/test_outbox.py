@@ -4,6 +4,7 @@ import threading
 
 from server.outbox import Frame, Outbox
 from server.wire import OP_BINARY, OP_CLOSE, OP_TEXT
+from tests.support.taking import take
 
 CLOSE = Frame(OP_CLOSE, b"", b"\x03\xe8")
 
@@ -15,8 +16,8 @@ def text(word: str) -> Frame:
 def rest(outbox: Outbox) -> list[str]:
     """Take until it is empty; data as `head:size`."""
     out = []
-    while not outbox.is_empty():
-        frame = outbox.take()
+    while outbox.has_frames:
+        frame = take(outbox)
         assert frame is not None
         is_data = frame.opcode == OP_BINARY
         out.append(
@@ -68,7 +69,7 @@ def test_close_comes_last_when_it_flushes_and_at_once_when_not() -> None:
         box.put_data(1, b"a", b"late")
         box.put_leg("pong", text("late"))
         payloads = []
-        while (frame := box.take()) is not None:
+        while (frame := take(box)) is not None:
             payloads.append(bytes(frame.payload))
         assert payloads == [*before, CLOSE.payload]
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 from simple_websocket import Server as LibraryServer
-from wsproto import frame_protocol
 from wsproto.frame_protocol import FrameDecoder
 
-from server.outbox import Outbox
+from server.outbox import Frame, Outbox
 from server.transport import (
     SERVER_OPTIONS,
     LegSocket,
@@ -21,6 +20,7 @@ from server.transport import (
 )
 from server.wire import OP_CLOSE, OP_PONG, LegError
 from tests.support.raw import encode_frame
+from tests.support.taking import take
 
 ENVIRON = {
     "HTTP_HOST": "relay",
@@ -37,10 +37,10 @@ ENVIRON = {
 class Upgraded:
     """The library's server end on a socket pair, as app.py sets it up."""
 
-    def __init__(self) -> None:
+    def __init__(self, **headers: str) -> None:
         ours, self.peer = socket.socketpair()
         self._ours = ours
-        environ: dict[str, Any] = {**ENVIRON, "gunicorn.socket": ours}
+        environ: dict[str, Any] = {**ENVIRON, **headers, "gunicorn.socket": ours}
         self.sock = prepare_upgrade(environ)
         self.library = LibraryServer(environ, **SERVER_OPTIONS)
         self.transport = Transport(self.sock)
@@ -76,6 +76,34 @@ def test_upgrade_has_our_header_and_no_extension(up: Upgraded) -> None:
     assert up.answer.endswith(b"\r\n\r\n")
 
 
+@pytest.mark.parametrize(
+    ("asked", "agrees"),
+    [(None, False), ("zero", True), ("", False), ("random", False), ("zero,zero", False)],
+)
+def test_upgrade_agrees_to_a_zero_mask_when_it_is_asked_for(
+    asked: str | None, agrees: bool
+) -> None:
+    """In the 101, once; and never unasked."""
+    made = Upgraded(**({} if asked is None else {"HTTP_HTTP_NETWORK_RELAY_MASK": asked}))
+    try:
+        line = b"\r\nHTTP-Network-Relay-Mask: zero\r\n"
+        assert made.answer.count(line) == agrees
+        assert (b"Mask" in made.answer) == agrees
+        assert made.answer.endswith(b"\r\n\r\n")
+        assert made.answer.count(b"\r\n\r\n") == 1
+    finally:
+        made.close()
+
+
+def test_message_is_taken_with_any_key(up: Upgraded) -> None:
+    """Zero is one of them, agreed to or not; fragments and pings too."""
+    zero = b"\x82\x84\0\0\0\0data" + b"\x81\x82\0\0\0\0{}"
+    zero += b"\x02\x81\0\0\0\0a\x89\x81\0\0\0\0p\x80\x81\0\0\0\0b"
+    up.read(zero + encode_frame(2, b"behind"))
+    assert up.messages == [b"data", "{}", b"ab", b"behind"]
+    assert take(up.outbox) == (OP_PONG, b"", b"p")
+
+
 def test_messages_are_dispatched_as_they_come(up: Upgraded) -> None:
     """In the reader's own thread, text as str and data as bytes, and no list of them grows."""
     frames = encode_frame(1, b"{}") + encode_frame(2, b"data") + encode_frame(2, bytes(65540))
@@ -88,11 +116,11 @@ def test_pongs_and_close_replies_go_through_the_outbox(up: Upgraded) -> None:
     """The library writes nothing by itself; of many pongs the newest is enough."""
     pings = b"".join(encode_frame(9, b"%d" % number) for number in range(1000))
     assert up.read(pings + encode_frame(8, b"\x03\xe8bye")) is ReadEnd.CLOSED
-    frame = up.outbox.take()
+    frame = take(up.outbox)
     assert frame is not None
     # A close that is not flushed: the pong before it gives way.
     assert (frame.opcode, frame.payload[:2]) == (OP_CLOSE, b"\x03\xe8")
-    assert up.outbox.take() is None
+    assert take(up.outbox) is None
     up.peer.setblocking(False)
     with pytest.raises(BlockingIOError):
         up.peer.recv(1)
@@ -101,7 +129,7 @@ def test_pongs_and_close_replies_go_through_the_outbox(up: Upgraded) -> None:
 def test_pong_waits_in_its_slot_when_the_leg_goes_on(up: Upgraded) -> None:
     """With the payload of the ping."""
     up.read(encode_frame(9, b"one") + encode_frame(9, b"two"))
-    frame = up.outbox.take()
+    frame = take(up.outbox)
     assert frame == (OP_PONG, b"", b"two")
 
 
@@ -110,7 +138,6 @@ def test_pong_waits_in_its_slot_when_the_leg_goes_on(up: Upgraded) -> None:
     [
         (encode_frame(2, bytes(65541)), 1009),
         (encode_frame(2, b"x", mask=False), 1002),
-        (encode_frame(1, b"\xff"), 1007),
         (encode_frame(2, bytes(40_000), fin=False) + encode_frame(0, bytes(40_000)), 1009),
     ],
 )
@@ -119,9 +146,15 @@ def test_reading_ends_broken_when_a_frame_is_wrong(
 ) -> None:
     """With the close code that the library chose."""
     assert up.read(sent, end=False) is ReadEnd.BROKEN
-    frame = up.outbox.take()
+    frame = take(up.outbox)
     assert frame is not None
     assert (frame.opcode, frame.payload[:2]) == (OP_CLOSE, close_code.to_bytes(2, "big"))
+
+
+def test_text_that_is_not_utf8_is_a_leg_error(up: Upgraded) -> None:
+    """Found before the library sees it."""
+    with pytest.raises(LegError, match="UTF-8"):
+        up.read(encode_frame(1, b"\xff"))
 
 
 def test_error_of_the_dispatch_comes_out_of_read(up: Upgraded) -> None:
@@ -137,11 +170,10 @@ def test_error_of_the_dispatch_comes_out_of_read(up: Upgraded) -> None:
 @pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536, 65540])
 def test_frame_written_by_hand_is_what_wsproto_reads(up: Upgraded, size: int) -> None:
     """Header sizes at their bounds; head and payload in two parts."""
-    from server.outbox import Frame
-
     payload = os.urandom(size)
-    up.transport.write(Frame(2, payload[:4], memoryview(payload)[4:]))
-    up.transport.write(close_frame(1012))
+    up.outbox.put_first(1, Frame(2, payload[:4], memoryview(payload)[4:]))
+    up.outbox.close(close_frame(1012))
+    up.transport.outlet(up.outbox).run()
     up.transport.finish_sending()
     decoder = FrameDecoder(client=True)
     while data := up.peer.recv(1 << 20):
@@ -160,8 +192,9 @@ def test_library_sees_no_secret_and_closes_nothing(up: Upgraded) -> None:
     assert "HTTP_AUTHORIZATION" not in up.library.environ
     up.library.sock.close()
     assert isinstance(up.library.sock, LegSocket)
-    up.peer.sendall(b"x")
-    assert up.sock.recv(1) == b"x"
+    ping = encode_frame(9, b"x")
+    up.peer.sendall(ping)
+    assert up.sock.recv(100) == ping
 
 
 def test_control_frames_are_taken_apart() -> None:
@@ -172,16 +205,3 @@ def test_control_frames_are_taken_apart() -> None:
         (10, b"", b""),
         (8, b"", b"\x03\xe8"),
     ]
-
-
-def _plain_apply_mask(data: bytearray, key: bytes) -> bytes:
-    return bytes(byte ^ key[at % 4] for at, byte in enumerate(data))
-
-
-def _slow_masker() -> Any:
-    """wsproto's own class, whose name in its module is ours by now."""
-    namespace: dict[str, Any] = {}
-    with open(frame_protocol.__file__, encoding="utf-8") as file:
-        source = file.read().partition("class XorMaskerNull")[0]
-    exec(compile(source, "wsproto", "exec"), namespace)
-    return namespace["XorMaskerSimple"]

@@ -11,6 +11,7 @@ from server.errors import TunnelRefused
 from server.outbox import Outbox
 from server.tunnel import Channels, Record, Tunnel
 from server.wire import CLOSE_NORMAL, CLOSE_RESTART, FLUSH_S, OP_TEXT, TunnelError
+from tests.support.taking import take
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -60,8 +61,8 @@ class FakeClientLeg:
 def taken(outbox: Outbox) -> list[Any]:
     """What waits in the outbox, in order: controls as objects, data as bytes."""
     frames: list[Any] = []
-    while not outbox.is_empty():
-        frame = outbox.take()
+    while outbox.has_frames:
+        frame = take(outbox)
         assert frame is not None
         payload = bytes(frame.payload)
         frames.append(json.loads(payload) if frame.opcode == OP_TEXT else frame.head + payload)
