@@ -16,7 +16,7 @@ DEBIAN_PACKAGES := openssh-server openssh-client nginx rsync git tinyproxy opens
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-debian run test check sync survival soak mutants bench clean
+.PHONY: help setup setup-debian run test check sync survival soak fuzz mutants bench clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -61,6 +61,10 @@ sync: $(STAMP) ## write the shared block of ssh_proxy_command.py anew
 soak: $(STAMP) ## the long tests, with the full figures
 	$(BIN)/python -m pytest tests/soak $(ARGS)
 
+fuzz: $(STAMP) ## a million inputs to decoders and whole legs; Linux, glibc, Python 3.11-3.13 (RELAY_FUZZ_RUNS=1000000 RELAY_FUZZ_SEED=1)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz $(ARGS)
+
 mutants: $(STAMP) ## break each rule of the design once, and see its test fail
 	$(BIN)/python tests/mutants.py
 
@@ -68,5 +72,5 @@ bench: $(STAMP) ## measure speed, CPU and memory beside plain TCP: benchmarks/RE
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove .venv, caches and build artefacts (never credentials.json)
-	rm -rf .venv .run .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .run .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

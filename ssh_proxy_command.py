@@ -1710,7 +1710,10 @@ def proxy_for(endpoint: Endpoint, environ: Mapping[str, str]) -> Proxy | None:
     authorization = None
     if parts.username is not None:
         pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        authorization = "Basic " + base64.b64encode(pair.encode()).decode("ascii")
+        # As it stands in the environment, UTF-8 or not.
+        authorization = (
+            "Basic " + base64.b64encode(pair.encode("utf-8", "surrogateescape")).decode()
+        )
     return Proxy(host, port or 80, authorization)
 
 

@@ -22,7 +22,7 @@ from server.credentials import (
     utc_today,
 )
 from server.errors import ConfigError
-from server.positions import JsonError, Node, parse_json
+from server.positions import JsonError, Node, parse_json, quoted
 from server.rules import AccessRule, RuleError
 from server.wire import NAME_PATTERN, is_secret, matches
 
@@ -144,7 +144,7 @@ class _Form:
         if not matches(NAME_PATTERN, name):
             self._fail(
                 line,
-                f"the {what} name {name!r} must be 1 to 128 printable ASCII characters "
+                f"the {what} name {quoted(name)} must be 1 to 128 printable ASCII characters "
                 "without spaces and colons; rename it",
             )
 

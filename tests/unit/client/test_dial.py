@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,13 @@ def test_proxys_user_and_password_become_a_header() -> None:
     proxy = proxy_for(SECURE, {"https_proxy": "http://us%40r:p%3Aw@p:3128"})
     assert proxy is not None
     assert proxy.authorization == "Basic " + base64.b64encode(b"us@r:p:w").decode()
+
+
+def test_proxys_password_that_is_not_utf8_goes_as_it_stands() -> None:
+    """The environment is bytes; Python shows those of another encoding as lone surrogates."""
+    proxy = proxy_for(SECURE, {"https_proxy": os.fsdecode(b"http://user:p\xe4ss@p:3128")})
+    assert proxy is not None
+    assert proxy.authorization == "Basic " + base64.b64encode(b"user:p\xe4ss").decode()
 
 
 @pytest.mark.parametrize("name", ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"])

@@ -122,6 +122,13 @@ def test_name_that_stands_twice_is_an_error_with_the_second_line() -> None:
     assert caught.value.line == 4
 
 
+def test_name_that_is_long_is_shortened_in_the_message() -> None:
+    """A file of the wrong kind must not fill the log with one line."""
+    with pytest.raises(JsonError) as caught:
+        parse_json(b'{"%s": 1, "%s": 2}' % (b"x" * 9000, b"x" * 9000))
+    assert len(str(caught.value)) < 300
+
+
 def test_byte_order_mark_and_spaces_around_are_no_error() -> None:
     """Editors on Windows write the one, and line ends of their own."""
     node = parse_json(b'\xef\xbb\xbf\r\n [\r\n"a"\r\n]\r\n')

@@ -1,0 +1,317 @@
+"""One function a decoder: it gets bytes, and raises where the decoder breaks its word.
+
+What is promised: a documented exception for what is invalid and nothing else; what is
+valid can be written and read again; the copies of a decoder answer alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+from collections.abc import Callable, Sequence
+from datetime import date
+from typing import Any
+
+import client.dial
+import client.errors
+import client.rules
+import client.settings
+import client.wire
+import server.rules
+import server.wire
+import ssh_proxy_command as script
+from server.addresses import block_of, parse_networks, source_address
+from server.config import LIMITS, TRUSTED_PROXIES_VARIABLE, Config
+from server.credentials_form import parse_credentials
+from server.errors import ConfigError
+from server.positions import JsonError, parse_json
+from tests.fuzz.source import Source, control
+
+Decoder = Callable[[bytes], None]
+
+_WIRES: tuple[Any, ...] = (client.wire, server.wire, script)
+# What may come from a side, and whether it has a channel: all four directions.
+_SIDES = (
+    ("FROM_USER", False),
+    ("FROM_CLIENT", True),
+    ("TO_CLIENT", True),
+    ("TO_USER", False),
+)
+_TODAY = date(2026, 1, 31)
+# The longest sentence that we say about somebody's input.
+_MAX_SENTENCE_CHARS = 1000
+
+
+def check_sentence(error: BaseException) -> None:
+    """One line for a person, whatever the input was."""
+    text = str(error)
+    assert text.isprintable(), f"{text!r} is not one printable line"
+    assert len(text) <= _MAX_SENTENCE_CHARS, f"{len(text)} characters: {text[:200]!r}"
+
+
+def _alike(outcomes: Sequence[Any]) -> Any:
+    assert all(each == outcomes[0] for each in outcomes), f"copies differ: {outcomes}"
+    return outcomes[0]
+
+
+# The wire.
+
+
+def _parse(wire: Any, payload: bytes, side: tuple[str, bool]) -> Any:
+    try:
+        text = wire.decode_text(payload)
+        parsed = wire.parse_control(text, getattr(wire, side[0]), has_channel=side[1])
+    except wire.LegError as exc:
+        check_sentence(exc)
+        return "leg", str(exc), exc.close_code
+    except wire.TunnelError as exc:
+        check_sentence(exc)
+        return "tunnel", str(exc), exc.channel, exc.code
+    return parsed
+
+
+def fuzz_controls(data: bytes) -> None:
+    """decode_text and parse_control, of raw bytes or of a control that is nearly right."""
+    source = Source(data)
+    side = source.pick(_SIDES)
+    if source.number(2):
+        payload = source.rest()
+    else:
+        kind = source.pick((*sorted(client.wire.FIELDS), "newer"))
+        payload = control(source, kind, source.number(3), {})
+    parsed = _alike([_parse(wire, payload, side) for wire in _WIRES])
+    if not isinstance(parsed, dict):
+        return
+    known = {"type", "channel", "user", *client.wire.FIELDS[parsed["type"]]}
+    assert set(parsed) <= known, f"unknown fields pass: {set(parsed) - known}"
+    fields = {name: parsed[name] for name in parsed if name not in ("type", "channel")}
+    assert all(type(value) in (int, str, bool) for value in fields.values())
+    for wire in _WIRES:
+        encoded = wire.encode_control(parsed["type"], parsed.get("channel", 0), **fields)
+        assert len(encoded) <= wire.MAX_CONTROL_BYTES
+        assert _parse(wire, encoded, side) == parsed, "it does not read as it was written"
+
+
+def fuzz_data(data: bytes) -> None:
+    """split_channel."""
+
+    def split(wire: Any) -> Any:
+        try:
+            return wire.split_channel(data)
+        except wire.LegError as exc:
+            return "leg", str(exc), exc.close_code
+        except wire.TunnelError as exc:
+            return "tunnel", str(exc), exc.channel, exc.code
+
+    found = _alike([split(wire) for wire in _WIRES])
+    if len(data) < client.wire.CHANNEL_BYTES:
+        assert found[0] == "leg"
+    elif client.wire.CHANNEL_BYTES < len(data) <= 65540:
+        assert client.wire.encode_channel(found) == data[:4]
+    else:
+        assert found[0] == "tunnel"
+
+
+# Rules, credentials, addresses, settings.
+
+
+def _outcome(error: type[Exception], function: Callable[..., Any], *args: Any) -> tuple[Any, str]:
+    """Return what came, or None and the sentence; any other exception comes out."""
+    try:
+        return function(*args), ""
+    except error as exc:
+        check_sentence(exc)
+        return None, str(exc)
+
+
+def fuzz_rules(data: bytes) -> None:
+    """canonical_host, TargetRule.parse and AccessRule.parse, and what the rules then say."""
+    source = Source(data)
+    host_text, port = source.text(source.number(64)), source.number(65536)
+    text = source.text(400)
+    modules: tuple[Any, ...] = (client.rules, server.rules)
+    hosts = [_outcome(rules.RuleError, rules.canonical_host, host_text) for rules in modules]
+    host, _ = _alike(hosts)
+    if host is not None:
+        assert client.rules.canonical_host(str(host)) == host, "canonical is not stable"
+    for name in ("TargetRule", "AccessRule"):
+        found = []
+        for rules in modules:
+            kind = getattr(rules, name)
+            rule, said = _outcome(rules.RuleError, kind.parse, text)
+            if rule is None:
+                found.append((None, said))
+                continue
+            assert rule.text == text
+            target = rule if name == "TargetRule" else rule.target
+            assert 1 <= target.lowest_port <= target.highest_port <= 65535
+            assert kind.parse(rule.text) == rule
+            asked = (host_text, port) if name == "TargetRule" else ("lab-1", host_text, port)
+            is_match = rule.matches(*asked)
+            assert not (is_match and host is None), "what is no host matches"
+            if rule.is_everything and host is not None and port and name == "TargetRule":
+                assert is_match
+            found.append((is_match, repr(rule)))
+        _alike(found)
+
+
+def _plain_json(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"), parse_int=float)
+    except (ValueError, RecursionError):
+        return None
+
+
+def fuzz_credentials(data: bytes) -> None:
+    """The credentials file: the JSON with its lines, and what it says."""
+    try:
+        node = parse_json(data)
+    except JsonError as exc:
+        check_sentence(exc)
+        assert 1 <= exc.line <= data.count(b"\n") + 1
+    else:
+        assert repr(node.plain()) == repr(_plain_json(data))
+    try:
+        credentials = parse_credentials("FILE", data, today=_TODAY)
+    except ConfigError as exc:
+        check_sentence(exc)
+        assert str(exc).startswith("FILE: line ")
+        _check_no_secret(exc, data)
+        return
+    said = _plain_json(data)
+    for name, entry in said["clients"].items():
+        assert credentials.has_client(name)
+        secrets = entry["secrets"] if isinstance(entry, dict) else [entry]
+        for secret in secrets:
+            if not secret.startswith("sha256:") and "expires" not in entry:
+                assert credentials.check_client(name, secret), "its own secret is refused"
+        assert not credentials.check_client(name, "wrong")
+    for user in credentials._users:
+        for host in ("127.0.0.1", "::1", "a.lan", "", "127.1"):
+            credentials.may_open(user, "lab-1", host, 22)
+
+
+def _check_no_secret(error: ConfigError, data: bytes) -> None:
+    """What the seeds have for secrets begins with this; no message may have it."""
+    assert "hush" not in str(error), f"a secret in {error}"
+
+
+def fuzz_addresses(data: bytes) -> None:
+    """X-Forwarded-For, --trusted-proxies, and the block that an address is counted under."""
+    source = Source(data)
+    peer: str | None = source.text(source.number(50)) or None
+    trusted_text = source.text(source.number(100))
+    forwarded = source.text(400)
+    networks, _ = _outcome(ValueError, parse_networks, trusted_text)
+    trusted = networks if networks is not None else parse_networks("127.0.0.0/8,::1,unix")
+    found = source_address(peer, forwarded, trusted)
+    if found not in (peer, "unix"):
+        assert str(ipaddress.ip_address(found)) == found, "neither the peer nor an address"
+    block = block_of(found)
+    assert block_of(found) == block
+    # Nobody but a trusted peer is believed.
+    nobody = parse_networks("")
+    assert source_address(peer, forwarded, nobody) == source_address(peer, "", nobody)
+
+
+def fuzz_settings(data: bytes) -> None:
+    """URLs, proxies, no_proxy and numbers, of the client and of the proxy command."""
+    source = Source(data)
+    url, proxy = source.text(source.number(200)), source.text(source.number(100))
+    no_proxy, value = source.text(source.number(100)), source.text(source.number(40))
+    endpoint, said = _usage(client.dial, client.errors, url)
+    assert _usage(script, script, url) == (endpoint, said), "the copies differ"
+    if endpoint is not None:
+        assert endpoint.is_loopback in (True, False)
+        again = client.dial.parse_server_url(endpoint.url, "/path")
+        assert again == endpoint, f"{endpoint.url} reads as {again}"
+        assert endpoint.url.isascii() or not endpoint.host.isascii()
+        name = "https_proxy" if endpoint.is_tls else "http_proxy"
+        with contextlib.suppress(client.errors.RelayError):
+            client.dial.proxy_for(endpoint, {name: proxy, "no_proxy": no_proxy})
+    client.dial.bypasses_proxy(url[:60], 443, no_proxy)
+    for check in ("ping_interval", "max_window", "resume_timeout"):
+        _outcome(client.errors.RelayError, getattr(client.settings, check), value, {})
+        _outcome(script.RelayError, getattr(script, check), value, {})
+    words = [word for word in (no_proxy, proxy, value, url) if not word.startswith("-")]
+    environ = {"HTTP_NETWORK_RELAY_SECRET_KEY": value, "HTTP_NETWORK_RELAY_SERVER_URL": "ws://h"}
+    _outcome(script.RelayError, script.read_settings, words, environ)
+    for limit in LIMITS:
+        config = Config.from_env({limit.variable: value, TRUSTED_PROXIES_VARIABLE: no_proxy})
+        _outcome(ConfigError, config.validate)
+
+
+def _usage(module: Any, errors: Any, url: str) -> tuple[Any, str]:
+    return _outcome(errors.RelayError, module.parse_server_url, url, "/path")
+
+
+# What each begins with when it is guided by coverage; all are valid or nearly so.
+SEEDS: dict[str, list[bytes]] = {
+    "controls": [
+        b"\0\1" + client.wire.encode_control("ack", delivered=7, limit=9, eof=True),
+        b"\1\1" + client.wire.encode_control("opened", 1, limit=9, grace_s=120),
+        b"\2\1" + client.wire.encode_control("going_away", spread_ms=10),
+        b"\2\1"
+        + client.wire.encode_control(
+            "resume",
+            3,
+            client="lab-1",
+            host="10.0.0.1",
+            port=22,
+            protocol="tcp",
+            user="anna",
+            tunnel_id="0" * 32,
+            resume_token="0" * 64,
+            limit=2**18,
+            grace_s=120,
+            attempt=1,
+            received=0,
+            delivered=0,
+        ),
+        b"\3\1" + client.wire.encode_control("refused", code="busy", message="later \u00e9"),
+        b"\0\0",
+        # What once raised something else, or may again.
+        b'\0\1{"type":"ack","delivered":1.0,"limit":2.5,"eof":true}',
+        b"\0\1" + b"[" * 4000,
+    ],
+    "data": [b"\0\0\0\1data", b"\0\0", b"\xff" * 4],
+    "rules": [
+        b"\x09127.0.0.1\0\x16lab-*:127.0.0.1:22",
+        b"\x05a.lan\0\x16*.lan:8000-8010",
+        b"\x03::1\0\x16*:[fd00::/8]:*",
+        b"\x3f" + b"a." * 31 + b"b\0\x16*:*:65536",
+        b"\x01a\0\x16a:22-70000",
+        b"\x0410.1\0\x1610.0.0.0/8:*",
+    ],
+    "credentials": [
+        b'{"clients": {"lab-1": "hush-1"}, "proxy_users": ["hush-2"]}',
+        b'{"clients": {"lab-1": {"secrets": ["hush-1", "sha256:' + b"0" * 64 + b'"],\n'
+        b'"expires": "2026-12-31"}},\n"proxy_users": {"anna": {"secrets": ["hush-2"],'
+        b'"allow": ["lab-1:127.0.0.1:22", "*:[::1]:*"], "expires": "2026-12-31"}}}',
+        b'\xef\xbb\xbf{"clients": {}, "clients": {}, "proxy_users": []}',
+        b"[" * 2000,
+        b'{"clients": {"' + b"x" * 3000 + b'": "hush-1"}, "proxy_users": []}',
+        b'{"clients": 1e999, "proxy_users": NaN}',
+    ],
+    "addresses": [
+        b"\x09127.0.0.1\x0b10.0.0.0/8,1.2.3.4, 10.1.1.1",
+        b"\x03::1\x04unix\x00::ffff:1.2.3.4,fe80::1%eth0",
+        b"\0\x04unix1.1.1.1",
+        b"\x03::1\x03::11.1.1.1, 2001:DB8:0::1",
+    ],
+    "settings": [
+        b"\x15https://relay.example\x0chttp://p:3128\x09.a,b:1,::10.5",
+        b"\x13ws://127.0.0.1:80/x\x03p:1\x01*262144",
+        b"\x0bwss://[::1]\x11http://u:\xe4@p:3128\x00" + b"1",
+        b"\x0bwss://[::1]\x13http://u:p%40@[::1]\x0b10.0.0.0/8,120",
+    ],
+}
+DECODERS: dict[str, Decoder] = {
+    "controls": fuzz_controls,
+    "data": fuzz_data,
+    "rules": fuzz_rules,
+    "credentials": fuzz_credentials,
+    "addresses": fuzz_addresses,
+    "settings": fuzz_settings,
+}

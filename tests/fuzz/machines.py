@@ -1,0 +1,434 @@
+"""What legs do with messages, in one thread: the relay of a server, the tunnels of a client.
+
+The objects are the product's own; what is left out are threads and sockets. Pests say what the
+input makes them say, nearly right or wrong, and a good tunnel beside them must not notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+from client.errors import RelayError
+from client.leg import Leg
+from client.outbox import Frame, Outbox
+from client.tunnel import Tunnel
+from client.tunnels import Tunnels
+from client.wire import (
+    FIELDS,
+    FROM_CLIENT,
+    OP_BINARY,
+    OP_CLOSE,
+    OP_TEXT,
+    TO_CLIENT,
+    TO_USER,
+    LegError,
+    TunnelError,
+    encode_channel,
+    encode_control,
+    parse_control,
+)
+from server.config import Config
+from server.credentials import Credentials, Login
+from server.leg import ClientLeg
+from server.relay import Relay
+from server.user_leg import UserLeg
+from server.wire import LegError as ServerLegError
+from tests.fuzz.decoders import Decoder
+from tests.fuzz.source import IDS, Source, control
+
+USERS = ("token-good", "token-pest")
+_WINDOW = 2**18
+
+
+def opening(tunnel_id: str, client: str = "good", port: int = 22, **more: Any) -> dict[str, Any]:
+    """Return the fields of an `open` that nothing is wrong with."""
+    return {
+        "client": client,
+        "host": "127.0.0.1",
+        "port": port,
+        "protocol": "tcp",
+        "tunnel_id": tunnel_id,
+        "resume_token": "0" * 64,
+        "limit": _WINDOW,
+        "grace_s": 120,
+        **more,
+    }
+
+
+class View(NamedTuple):
+    """What a pest may know of a channel: whether it is open, and what came from the other side."""
+
+    is_open: bool = False
+    came: int = 0
+    eof_came: bool = False
+
+
+def view_of(leg: Any, channel: int) -> View:
+    """Look into the product's leg, so that most of what a pest says can be right."""
+    if isinstance(leg, Leg):
+        found = leg._channels.get(channel)
+        if found is None:
+            return View()
+        end = found[0].end
+        return View(
+            end.is_open and end.is_at(found[1]), end._stream.out.sent, end._stream.out.eof_sent
+        )
+    is_client = isinstance(leg, ClientLeg)
+    tunnel = leg.channels.tunnels.get(channel) if is_client else leg.tunnel
+    if tunnel is None or tunnel.is_over:
+        return View()
+    flow = tunnel.up if is_client else tunnel.down
+    return View(tunnel.is_opened, flow.forwarded, flow.eof_count is not None)
+
+
+class Pest:
+    """Says messages on one leg: most can be right, some are not."""
+
+    def __init__(self, leg: Any, known: dict[str, Any]) -> None:
+        # The product's: a user's or a client's at the server, or the client's own.
+        self.leg = leg
+        self._known = known
+        self._is_user = isinstance(leg, UserLeg)
+        self._is_server = isinstance(leg, Leg)
+        # Channels that there are, 1 to this one.
+        self.channels = 0
+        # By channel: stream bytes said, and acked.
+        self._said: dict[int, int] = {}
+        self._acked: dict[int, int] = {}
+        self._answered: set[int] = set()
+        self._ended: set[int] = set()
+
+    def say(self, source: Source) -> tuple[int, bytes] | None:
+        """Return the opcode and the payload of its next message; None: it waits for an answer."""
+        if isinstance(self.leg, ClientLeg):
+            self.channels = self.leg.channels.highest
+        if not self.channels or (self._is_server and source.is_rare(5)):
+            if isinstance(self.leg, ClientLeg):
+                return None  # Nobody asks for anything.
+            kind = source.pick(("open", "open", "open", "resume"))
+            self.channels += 1
+            return OP_TEXT, self._control(source, kind, self.channels)
+        channel = 1 + source.number(self.channels)
+        if source.is_rare(150):
+            channel = source.pick((self.channels + 1, 2**32 - 1, 0))
+        if source.is_rare(40):
+            return OP_TEXT, self._control(source, source.pick(sorted(FIELDS)), channel)
+        if isinstance(self.leg, ClientLeg) and channel not in self._answered:
+            self._answered.add(channel)
+            asked = self.leg.channels.tunnels.get(channel)
+            is_resume = asked is not None and asked.asked["type"] == "resume"
+            kind = "resumed" if is_resume else "opened"
+            kind = "refused" if source.is_rare(8) else kind
+            return OP_TEXT, self._control(source, kind, channel)
+        view = view_of(self.leg, channel)
+        if not view.is_open and not source.is_rare(64):
+            return None
+        has_ended = channel in self._ended and not source.is_rare(40)
+        if not has_ended and source.is_rare(2):
+            return OP_BINARY, self._data(source, channel)
+        kinds = ["ack"] * 12 + ["reset"]
+        if not has_ended:
+            kinds += ["eof"] * 3
+        if self._is_server:
+            kinds += ["detached", "going_away"]
+        kind = source.pick(kinds)
+        if kind == "eof":
+            self._ended.add(channel)
+        return OP_TEXT, self._control(source, kind, channel, view)
+
+    def _data(self, source: Source, channel: int) -> bytes:
+        size = source.pick((1, 1, 100, 100, 4000, 65536))
+        if source.is_rare(64):
+            size = source.pick((0, 65537))
+        self._said[channel] = self._said.get(channel, 0) + size
+        head = b"" if self._is_user else encode_channel(channel)
+        return head + bytes(size)
+
+    def _control(self, source: Source, kind: str, channel: int, view: View | None = None) -> bytes:
+        view = view or View()
+        known: dict[str, Any] = {"limit": _WINDOW, "received": 0, "delivered": 0, "attempt": 1}
+        known["count"] = self._said.get(channel, 0)
+        if kind == "ack":
+            delivered = max(self._acked.get(channel, 0), source.pick((view.came, view.came // 2)))
+            self._acked[channel] = delivered
+            is_last = view.eof_came and delivered == view.came
+            known.update(delivered=delivered, limit=delivered + _WINDOW, eof=is_last)
+        if kind in ("open", "resume"):
+            known.update(self._known, tunnel_id=source.pick(IDS), attempt=1 + source.number(100))
+        if source.is_rare(24):
+            del known[source.pick(sorted(known))]
+        return control(source, kind, 0 if self._is_user else channel, known)
+
+
+def drained(outbox: Any) -> Iterator[Any]:
+    """Take all that waits in an outbox, the server's or the client's."""
+    while not outbox.is_empty():
+        frame = outbox.take()
+        if frame is None:
+            return
+        yield frame
+
+
+# The server.
+
+
+class Clock:
+    """Takes the place of a transport: nothing is written, nobody is silent."""
+
+    heard_at = 2.0**40
+
+    def __init__(self) -> None:
+        self.is_aborted = False
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+class ServedLegs:
+    """A relay without threads: a good client with a good tunnel, a pest client, pest users."""
+
+    def __init__(self) -> None:
+        tokens = {"good": "token-1", "pest": "token-2"}
+        credentials = Credentials.plain({"good": "a", "pest": "b"}, tokens.values())
+        self.relay = Relay(Config(opens_per_s=0), credentials)
+        self.relay._registry.set_capacity(100)
+        self.logins: dict[str, Login] = {}
+        for name, token in tokens.items():
+            login = credentials.login_user(token)
+            assert login is not None
+            self.logins[name] = login
+        self.good = self._client("good", "a")
+        self.pest = self._client("pest", "b")
+        self.user = self._user("good")
+        self.users = [self._user("pest") for _ in range(4)]
+        self.user._on_message(encode_control("open", **opening("f" * 32)).decode())
+        self.channel = self.good.channels.highest
+        text = encode_control("opened", self.channel, limit=2**40, grace_s=120)
+        self.good._on_message(text.decode())
+        list(drained(self.good.outbox))
+        list(drained(self.user.outbox))
+        self.moved = 0
+
+    def _client(self, name: str, secret: str) -> ClientLeg:
+        login = self.relay.credentials.login_client(name, secret)
+        assert login is not None
+        slot = self.relay.admit_client(login, "0" * 32, "127.0.0.1")
+        self.relay.attach(slot, Clock())  # type: ignore[arg-type]
+        assert isinstance(slot.leg, ClientLeg)
+        return slot.leg
+
+    def _user(self, name: str) -> UserLeg:
+        slot = self.relay.admit_user(self.logins[name], "127.0.0.1", "")
+        self.relay.attach(slot, Clock())  # type: ignore[arg-type]
+        assert isinstance(slot.leg, UserLeg)
+        return slot.leg
+
+    def check_good(self) -> None:
+        """Bytes both ways, and what the other legs got is nothing of it."""
+        self.moved += 5
+        self.user._on_message(b"there")
+        self.good._on_message(encode_channel(self.channel) + b"back!")
+        up = [(f.head, bytes(f.payload)) for f in drained(self.good.outbox) if self._is_good(f)]
+        down = [(f.opcode, bytes(f.payload)) for f in drained(self.user.outbox)]
+        assert up == [(encode_channel(self.channel), b"there")], up
+        assert down == [(OP_BINARY, b"back!")], down
+        for leg, channel in ((self.good, self.channel), (self.user, 0)):
+            text = encode_control("ack", channel, delivered=self.moved, limit=2**40, eof=False)
+            leg._on_message(text.decode())
+        list(drained(self.user.outbox))
+        assert self.user.tunnel is not None
+        assert not self.user.tunnel.is_over
+
+    def _is_good(self, frame: Any) -> bool:
+        """Whether it is of the good tunnel; else it must be a control that a client takes."""
+        if frame.opcode == OP_BINARY:
+            return bool(frame.head == encode_channel(self.channel))
+        if frame.opcode == OP_TEXT:
+            parse_control(bytes(frame.payload).decode(), TO_CLIENT, has_channel=True)
+        return False
+
+
+def fuzz_server_legs(data: bytes) -> None:
+    """Pest users on a good client's leg and on a pest client's leg."""
+    source = Source(data)
+    served = ServedLegs()
+    known = opening("0" * 32, "pest")
+    pests: list[tuple[Any, Pest]] = [(leg, Pest(leg, known)) for leg in served.users]
+    # The good client answers no pest: what this one asks for stays half open.
+    pests[0] = (served.users[0], Pest(served.users[0], opening("0" * 32)))
+    pests.append((served.pest, Pest(served.pest, {})))
+    gone: set[int] = set()
+    while not source.is_empty:
+        number = source.number(len(pests) + 3)
+        number = number if number < len(pests) else len(pests) - 1
+        leg, pest = pests[number]
+        said = pest.say(source)
+        if number in gone or said is None:
+            continue
+        opcode, payload = said
+        try:
+            text = payload.decode("utf-8", "replace")
+            leg._on_message(text if opcode == OP_TEXT else payload)
+        except ServerLegError as exc:
+            # As Leg.run() does, then.
+            assert exc.close_code in (1002, 1009)
+            gone.add(number)
+            leg.lost()
+        legal = TO_CLIENT if leg is served.pest else TO_USER
+        _check_said(leg.outbox, legal, has_channel=leg is served.pest)
+        if source.is_rare(40):
+            gone.add(number)
+            leg.lost()
+    served.check_good()
+    _check_counts(served)
+    served.pest.lost()
+    assert not served.pest.channels.tunnels, "a tunnel outlives its leg"
+    for leg, _ in pests:
+        leg.lost()
+    assert list(served.good.channels.tunnels) == [served.channel], "a tunnel is left"
+    served.check_good()
+    for name in ("up_budget", "down_budget"):
+        budget = getattr(served.pest.channels, name)
+        assert budget.free == 64 * 2**20, "a budget was not given back"
+
+
+def _check_said(outbox: Any, legal: frozenset[str], *, has_channel: bool) -> None:
+    """What the product says is always right."""
+    for frame in drained(outbox):
+        if frame.opcode == OP_TEXT:
+            parse_control(bytes(frame.payload).decode(), legal, has_channel=has_channel)
+        elif frame.opcode == OP_BINARY:
+            assert 1 <= len(frame.payload) <= 65536
+            assert len(frame.head) == (4 if has_channel else 0)
+
+
+def _check_counts(served: ServedLegs) -> None:
+    for leg in (served.good, served.pest):
+        for tunnel in leg.channels.tunnels.values():
+            for flow in (tunnel.up, tunnel.down):
+                assert 0 <= flow.delivered <= flow.forwarded
+                # What a resume claims to have received may lie over its limit: no credit then.
+                assert flow.forwarded <= max(flow.limit, flow.begun_at)
+
+
+# The client.
+
+
+class _Tunnel(Tunnel):
+    """A tunnel whose target answers at once; its threads' work is done by advance()."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.thread = self  # type: ignore[assignment]
+
+    def start(self) -> None:
+        """In the place of the thread's: dial, and say so."""
+        self.end.on_open(self._opening["limit"], min(self._grace_s, self._opening["grace_s"]))
+        self._first_link.put_first("opened", limit=self.end.first_limit, grace_s=self._grace_s)
+
+    def advance(self, source: Source) -> None:
+        """Do a step of its reader and one of its writer."""
+        end = self.end
+        if not self.is_echoing():
+            return
+        if (size := end.credit()) and source.is_rare(2):
+            end.send(bytes(min(size, 1 + source.number(3000))))
+        elif source.is_rare(8):
+            end.send_eof()
+        if end._has_news_locked():
+            chunk = end.next_chunk()
+            if chunk:
+                end.delivered(len(chunk))
+            elif chunk == b"":
+                end.delivered_eof()
+
+    def is_echoing(self) -> bool:
+        """Whether it is not over; one that is over is taken out of the table once."""
+        if not self.end.is_over:
+            return True
+        if self._sock is None:
+            self._sock = self  # type: ignore[assignment]  # Marks it.
+            self.end.forget()
+            self._on_closed(self)
+        return False
+
+
+class _Transport:
+    """Takes the place of a client's transport: an outbox, and nothing comes."""
+
+    def __init__(self) -> None:
+        self.outbox = Outbox()
+
+    def close(self, code: int, reason: str = "", *, flush: bool = True) -> None:
+        self.outbox.close(Frame(OP_CLOSE, b"", code.to_bytes(2, "big")), flush=flush)
+
+
+def fuzz_client_legs(data: bytes) -> None:
+    """A pest server on one leg of a client; the next leg is a good server's."""
+    source = Source(data)
+    with mock.patch("client.tunnels.Tunnel", _Tunnel):
+        _fuzz_client_legs(source)
+
+
+def _fuzz_client_legs(source: Source) -> None:
+    tunnels = Tunnels(_WINDOW, 120)
+    good_leg = Leg(_Transport(), tunnels)  # type: ignore[arg-type]
+    # The pest knows the good tunnel's id and user, and not its token.
+    fields = opening(IDS[0], resume_token="1" * 64)
+    good_leg._on_control(encode_control("open", 1, **fields, user="anna"))
+    good, link = good_leg._channels[1]
+    list(drained(link.outbox))
+    known = {**opening("0" * 32), "user": "anna"}
+    leg = Leg(_Transport(), tunnels)  # type: ignore[arg-type]
+    pest = Pest(leg, known)
+    while not source.is_empty:
+        said = pest.say(source)
+        is_gone = source.is_rare(40)
+        try:
+            if said is not None:
+                _receive(leg, *said)
+        except LegError as exc:
+            assert exc.close_code in (1002, 1009)
+            is_gone = True
+        for tunnel in tunnels.alive():
+            if tunnel is not good:
+                tunnel.advance(source)  # type: ignore[attr-defined]
+        _check_said(leg._transport.outbox, FROM_CLIENT, has_channel=True)
+        if is_gone:
+            # As Leg.serve() does, then; the pest is back on another leg.
+            tunnels.detach(leg._channels.values(), RelayError("leg_lost", "lost"))
+            leg = Leg(_Transport(), tunnels)  # type: ignore[arg-type]
+            pest = Pest(leg, known)
+    # Before it is used: a tunnel that was taken away would be waited for without end.
+    assert good.end.is_at(link), "the good tunnel was taken away"
+    good_leg._on_data(encode_channel(1) + b"there")
+    good.end.send(b"back!")
+    assert good.end.next_chunk() == b"there"
+    assert [bytes(f.payload) for f in drained(link.outbox)] == [b"back!"]
+    for tunnel in tunnels.alive():
+        kept = tunnel.end._stream
+        assert 0 <= kept.into.delivered <= kept.into.received <= kept.into.limit
+        assert kept.out.kept_bytes <= kept.out.taken
+
+
+def _receive(leg: Leg, opcode: int, payload: bytes) -> None:
+    """As the leg's own loop does with one message."""
+    try:
+        if opcode == OP_BINARY:
+            leg._on_data(payload)
+        else:
+            leg._on_control(payload)
+    except TunnelError as exc:
+        leg._fail_tunnel(exc)
+
+
+SEEDS: dict[str, list[bytes]] = {
+    name: [bytes(range(256)) * 2, bytes(400), bytes(range(255, -1, -1)), b"\5\1\2\3\0" * 90]
+    for name in ("server_legs", "client_legs")
+}
+DECODERS: dict[str, Decoder] = {
+    "server_legs": fuzz_server_legs,
+    "client_legs": fuzz_client_legs,
+}
