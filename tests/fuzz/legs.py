@@ -105,6 +105,7 @@ class GoodUser:
 
     def _say(self, kind: str, **fields: Any) -> None:
         self._transport.outbox.put_ack(0, Frame(OP_TEXT, b"", encode_control(kind, **fields)))
+        self._transport.outbox.push()
 
     def _run(self) -> None:
         try:
@@ -118,6 +119,7 @@ class GoodUser:
         while self._limit - self._moved < len(data):
             self._take(b"")
         self._transport.outbox.put_data(0, b"", data)
+        self._transport.outbox.push()
         came = b""
         while len(came) < len(data):
             came = self._take(came)
