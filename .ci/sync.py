@@ -25,6 +25,7 @@ BLOCK_PARTS = (
     "settings",
     "outbox",
     "duplex",
+    "window",
     "stream",
     "dial",
     "transport",
