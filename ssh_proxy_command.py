@@ -84,8 +84,10 @@ MAX_CONTROL_BYTES = 4 * 1024
 CHANNEL_BYTES = 4
 # Counts travel as JSON numbers, exact up to here in every language.
 MAX_COUNT = 2**53
-# The smallest window: enough for a fast LAN, and what the server never goes below.
+# The first window: enough for a fast LAN, and what the server never goes below.
 MIN_WINDOW_BYTES = 256 * 1024
+# The smallest that a receiver goes down to on a thin link: 130 ms at 1 Mbit/s.
+LEAST_WINDOW_BYTES = 16 * 1024
 # 4 MiB carry 320 Mbit/s over 100 ms.
 DEFAULT_MAX_WINDOW_BYTES = 4 * 1024 * 1024
 # The largest window that may be set, and what all tunnels of a client leg may have granted.
@@ -1191,6 +1193,168 @@ class Gather:
         return waits_s
 
 
+# window
+#
+# How large the window of a stream is (docs/protocol.md, "The receiver's window").
+#
+# No I/O, no clock, no thread: the caller says what time it is.
+
+
+# Trips may be so much longer than the shortest: a link that is kept busy needs a queue.
+_QUEUE_S = 0.020
+# On a fast link no longer than a trip itself; but threads take such a moment to wake up.
+_LEAST_QUEUE_S = 0.002
+# A queue that stands makes every trip longer, jitter only some: so the shortest counts, of so
+# many and of so long; on a slow way of what there was in the longer time.
+_TRIPS = 3
+_MEASURE_S = 0.005
+_LONG_MEASURE_S = 1.0
+# It takes more of them in a row without a queue to double again: one may be chance.
+_FREE_LOOKS = 3
+# How often the way is emptied. It costs a long link some 1 % of its speed.
+_DRAIN_S = 10.0
+# What counts at most as the length of a way that is emptied: with a trip of seconds most of it
+# is a queue, perhaps that of other tunnels, which do the same at this time.
+_DRAIN_TRIP_S = 0.1
+# No trip is shorter, whatever a coarse clock says.
+_LEAST_TRIP_S = 0.0001
+# After such a pause nothing stands on the way, and what was measured is old.
+_IDLE_S = 1.0
+
+
+class Window:
+    """How many bytes a peer may have on the way to us: what its link needs. Not thread-safe.
+
+    The trip of an ack ends with the first bytes that it allowed. The window doubles until
+    trips grow longer than the shortest; then it follows them, so that a short queue stands:
+    more would only delay the keystroke behind it. Now and then it falls to less than the way
+    holds, and the shortest is measured anew: a queue that always stands must not be taken for
+    the way. All tunnels of a machine do so at the same time, since they may share that queue.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max = max_bytes
+        self.size = 0
+        # A look, since the last change: since when, how many trips, the shortest of them.
+        self._since: float | None = None
+        self._trips = 0
+        self._trip_s = 0.0
+        self._heard_at = float("inf")  # not yet
+        self._last_trip_s = 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin with the first window: nothing is known of the way."""
+        self._is_doubling = True
+        self._shortest_s = float("inf")
+        # The limit before the ack that is timed, and when that was sent.
+        self._timed: tuple[int, float] | None = None
+        # Window and trip when trips first were too long, and as they were before a drain.
+        self._too_long: tuple[int, float] | None = None
+        self._before_drain: tuple[int, float] | None = None
+        self._drained_in = -1  # which stretch of _DRAIN_S
+        self._free_looks = 0  # in a row that found no queue
+        self._resize(MIN_WINDOW_BYTES)
+
+    def on_data(self, size: int, received: int, now: float) -> None:
+        """Note that a message of `size` bytes came, now `received` in all."""
+        if now - self._heard_at >= max(_IDLE_S, 4 * self._last_trip_s):
+            self.begin()
+        self._heard_at = now
+        if self._timed is not None and received > self._timed[0]:
+            self._last_trip_s = max(_LEAST_TRIP_S, now - self._timed[1])
+            self._timed = None
+            self._on_trip(self._last_trip_s, size, now)
+
+    def on_limit(self, before: int, now: float) -> None:
+        """Note that an ack raises the limit, which was `before`."""
+        if self._timed is None:
+            self._timed = (before, now)
+
+    def _on_trip(self, trip_s: float, size: int, now: float) -> None:
+        self._shortest_s = min(self._shortest_s, trip_s)
+        if self._since is None:
+            self._since = now  # The first trip after a change is that of the window before.
+            return
+        self._trips += 1
+        # Without the time of the message that ended it, which may be longer than the queue.
+        self._trip_s = min(self._trip_s, trip_s * self.size / (self.size + size))
+        looked_s = now - self._since
+        is_enough = self._trips >= _TRIPS and looked_s >= _MEASURE_S
+        is_urgent = self._before_drain is None and (
+            self._is_doubling or int(now / _DRAIN_S) != self._drained_in
+        )
+        if is_enough or is_urgent or looked_s >= _LONG_MEASURE_S:
+            self._adapt(int(now / _DRAIN_S))
+
+    def _adapt(self, stretch: int) -> None:
+        if self._before_drain is not None:
+            self._refill(*self._before_drain)
+        elif stretch != self._drained_in:
+            self._drained_in = stretch
+            self._drain()
+        elif self._trip_s > self._longest_s:
+            self._shrink()
+        elif self._trip_s < self._longest_s - self._queue_s / 2:
+            self._grow()
+        else:
+            self._too_long = None
+            self._free_looks = 0
+            self._resize(self.size)
+
+    @property
+    def _queue_s(self) -> float:
+        if self.size < MIN_WINDOW_BYTES:
+            return _QUEUE_S
+        return min(_QUEUE_S, max(_LEAST_QUEUE_S, self._shortest_s))
+
+    @property
+    def _longest_s(self) -> float:
+        return self._shortest_s + self._queue_s
+
+    def _part(self, trip_s: float) -> float:
+        """Return the part of the window whose trips are as long as they should be."""
+        return (self._longest_s - self._queue_s / 4) / trip_s
+
+    def _grow(self) -> None:
+        self._too_long = None
+        self._free_looks += 1
+        is_free = self._is_doubling or self._free_looks > _FREE_LOOKS
+        self._resize(self.size * (2 if is_free else min(2.0, self._part(self._trip_s))))
+
+    def _shrink(self) -> None:
+        self._free_looks = 0
+        size, trip_s = self._too_long or (self.size, self._trip_s)
+        self._too_long = (size, trip_s)
+        if self._is_doubling:
+            self._is_doubling = False
+            self._drain()
+        elif self.size * 2 <= size and self._trip_s * 4 > trip_s * 3:
+            # With half the window they are as long as before: so the way is longer.
+            self._shortest_s = self._trip_s
+            self._too_long = None
+            self._is_doubling = True
+            self._resize(size)
+        else:
+            self._resize(self.size * self._part(self._trip_s))
+
+    def _drain(self) -> None:
+        self._before_drain = (self.size, self._trip_s)
+        way_s = min(_DRAIN_TRIP_S, self._shortest_s)
+        self._shortest_s = float("inf")
+        # Half of what the way holds: it may have become shorter.
+        self._resize(self.size * way_s / self._trip_s / 2)
+
+    def _refill(self, size: int, trip_s: float) -> None:
+        self._before_drain = self._too_long = None
+        self._is_doubling = self._is_doubling and trip_s <= self._longest_s
+        self._resize(size * min(1.0, self._part(trip_s)))
+
+    def _resize(self, size: float) -> None:
+        self.size = int(max(LEAST_WINDOW_BYTES, min(self._max, size)))
+        self._since, self._trips, self._trip_s = None, 0, float("inf")
+
+
 # stream
 #
 # The stream state of one end of a tunnel (docs/protocol.md, "Streams and credit", "Resume").
@@ -1202,9 +1366,10 @@ class Gather:
 # An ack is due at the latest when the receive queue is empty and this much was not
 # acked: the receiver cannot know how far the server lowered its limit.
 _DRAINED_ACK_BYTES = 64 * 1024
-# The ack round trip may grow this much over its minimum before the window shrinks:
-# more means that our own bytes stand in a queue somewhere.
-_QUEUE_S = 0.020
+# On a thin link, where the receiver's window is smaller than the first one, a message is such
+# a part of it: some 4 ms of the link, where the window is some 60. Each costs a frame's head.
+_THIN_MESSAGES = 16
+_LEAST_MESSAGE_BYTES = 4 * 1024
 # Kept pieces are merged up to here. Single bytes would else cost a hundred each; merging
 # large ones would copy them for nothing.
 _MERGED_BYTES = 4 * 1024
@@ -1239,6 +1404,7 @@ class Sender:
         self.sent = 0
         self.limit = 0
         self.delivered = 0
+        self._message_bytes = MAX_DATA_BYTES
         self.eof_sent = False
         self.eof_acked = False
         # From `_kept_from`, at most `delivered`, to `taken`; and of these what waits for credit.
@@ -1277,7 +1443,7 @@ class Sender:
 
     def next_piece(self) -> Any:
         """Return bytes that go out now, as one message; None: nothing, or no credit."""
-        size = min(self.limit - self.sent, MAX_DATA_BYTES)
+        size = min(self.limit - self.sent, self._message_bytes)
         if size <= 0 or not self._unsent:
             return None
         piece = self._unsent.popleft()
@@ -1304,8 +1470,15 @@ class Sender:
         if ack.eof and not (self.eof_sent and ack.delivered == self.sent):
             raise TunnelError("ack of an eof that is not due")
         self.limit = ack.limit
+        self._fit_messages(ack.limit - ack.delivered)
         self.eof_acked = self.eof_acked or ack.eof
         self._free(ack.delivered)
+
+    def _fit_messages(self, window: int) -> None:
+        """Cut messages small on a thin link: a keystroke would wait for the rest of one."""
+        is_thin = window < MIN_WINDOW_BYTES
+        size = window // _THIN_MESSAGES if is_thin else MAX_DATA_BYTES
+        self._message_bytes = max(_LEAST_MESSAGE_BYTES, size)
 
     def check_resume(self, peer: Position) -> None:
         """Raise TunnelError if what the peer says it has cannot be true."""
@@ -1342,15 +1515,10 @@ class Sender:
 
 
 class Receiver:
-    """The bytes that this end takes in and hands on. Not thread-safe.
-
-    The window grows while the peer uses it up within an ack's round trip, and shrinks
-    when that round trip grows: then the bytes stand in a queue on the way.
-    """
+    """The bytes that this end takes in and hands on. Not thread-safe."""
 
     def __init__(self, max_window_bytes: int = DEFAULT_MAX_WINDOW_BYTES) -> None:
-        self._max_window = max_window_bytes
-        self.window = MIN_WINDOW_BYTES
+        self._window = Window(max_window_bytes)
         self.limit = self.window
         self.received = 0
         self.delivered = 0
@@ -1360,9 +1528,11 @@ class Receiver:
         self.eof_acked = False
         self._eof_came = False
         self._acked = 0
-        # The limit before the ack being timed, its time, and `received` then.
-        self._probe: tuple[int, float, int] | None = None
-        self._shortest_s = float("inf")
+
+    @property
+    def window(self) -> int:
+        """How far the limit may be beyond `delivered`."""
+        return self._window.size
 
     def on_data(self, size: int, now: float) -> None:
         """Record `size` bytes that came in; raises TunnelError for an overrun."""
@@ -1371,18 +1541,7 @@ class Receiver:
         if self.received + size > self.limit:
             raise TunnelError(f"window overrun: {self.received + size} over {self.limit}")
         self.received += size
-        if self._probe is not None and self.received > self._probe[0]:
-            _, since, received = self._probe
-            self._probe = None
-            self._resize(now - since, self.received - received)
-
-    def _resize(self, round_trip_s: float, size: int) -> None:
-        self._shortest_s = min(self._shortest_s, round_trip_s)
-        if round_trip_s > self._shortest_s + _QUEUE_S:
-            # By a quarter: an ack is due after a quarter, so the limit still never falls.
-            self.window = max(MIN_WINDOW_BYTES, self.window - self.window // 4)
-        elif size * 2 >= self.window:
-            self.window = min(self._max_window, self.window * 2)
+        self._window.on_data(size, self.received, now)
 
     def on_eof(self, count: int) -> None:
         """Record the peer's eof, once a channel; raises TunnelError if its count is not ours."""
@@ -1401,7 +1560,9 @@ class Receiver:
         """
         self.delivered += size
         unacked = self.delivered - self._acked
-        if unacked * 4 < self.window and not (drained and unacked >= _DRAINED_ACK_BYTES):
+        # Of the window that was granted: it may have grown since, and the peer cannot know.
+        granted = min(self.window, self.limit - self._acked)
+        if unacked * 4 < granted and not (drained and unacked >= _DRAINED_ACK_BYTES):
             return None
         return self._ack(now)
 
@@ -1423,8 +1584,8 @@ class Receiver:
         before = self.limit
         self.limit = min(MAX_COUNT, max(before, self.delivered + self.window))
         self._acked = self.delivered
-        if self._probe is None and self.limit > before:
-            self._probe = (before, now, self.received)
+        if self.limit > before:
+            self._window.on_limit(before, now)
         return Ack(self.delivered, self.limit, self.eof_delivered and self._eof_came)
 
     def resume(self) -> Position:
@@ -1432,9 +1593,9 @@ class Receiver:
 
         All earlier channels must be deaf by now.
         """
+        self._window.begin()
         self.limit = max(self.received, self.delivered + self.window)
         self._acked = self.delivered
-        self._probe = None
         self._eof_came = self.eof_acked = False
         return Position(self.received, self.delivered, self.limit)
 

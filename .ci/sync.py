@@ -28,6 +28,7 @@ BLOCK_PARTS = (
     "framing",
     "outlet",
     "gather",
+    "window",
     "stream",
     "dial",
     "transport",

@@ -10,6 +10,7 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from client.outbox import append_merged
+from client.window import Window
 from client.wire import (
     DEFAULT_MAX_WINDOW_BYTES,
     MAX_COUNT,
@@ -21,9 +22,10 @@ from client.wire import (
 # An ack is due at the latest when the receive queue is empty and this much was not
 # acked: the receiver cannot know how far the server lowered its limit.
 _DRAINED_ACK_BYTES = 64 * 1024
-# The ack round trip may grow this much over its minimum before the window shrinks:
-# more means that our own bytes stand in a queue somewhere.
-_QUEUE_S = 0.020
+# On a thin link, where the receiver's window is smaller than the first one, a message is such
+# a part of it: some 4 ms of the link, where the window is some 60. Each costs a frame's head.
+_THIN_MESSAGES = 16
+_LEAST_MESSAGE_BYTES = 4 * 1024
 # Kept pieces are merged up to here. Single bytes would else cost a hundred each; merging
 # large ones would copy them for nothing.
 _MERGED_BYTES = 4 * 1024
@@ -58,6 +60,7 @@ class Sender:
         self.sent = 0
         self.limit = 0
         self.delivered = 0
+        self._message_bytes = MAX_DATA_BYTES
         self.eof_sent = False
         self.eof_acked = False
         # From `_kept_from`, at most `delivered`, to `taken`; and of these what waits for credit.
@@ -96,7 +99,7 @@ class Sender:
 
     def next_piece(self) -> Any:
         """Return bytes that go out now, as one message; None: nothing, or no credit."""
-        size = min(self.limit - self.sent, MAX_DATA_BYTES)
+        size = min(self.limit - self.sent, self._message_bytes)
         if size <= 0 or not self._unsent:
             return None
         piece = self._unsent.popleft()
@@ -123,8 +126,15 @@ class Sender:
         if ack.eof and not (self.eof_sent and ack.delivered == self.sent):
             raise TunnelError("ack of an eof that is not due")
         self.limit = ack.limit
+        self._fit_messages(ack.limit - ack.delivered)
         self.eof_acked = self.eof_acked or ack.eof
         self._free(ack.delivered)
+
+    def _fit_messages(self, window: int) -> None:
+        """Cut messages small on a thin link: a keystroke would wait for the rest of one."""
+        is_thin = window < MIN_WINDOW_BYTES
+        size = window // _THIN_MESSAGES if is_thin else MAX_DATA_BYTES
+        self._message_bytes = max(_LEAST_MESSAGE_BYTES, size)
 
     def check_resume(self, peer: Position) -> None:
         """Raise TunnelError if what the peer says it has cannot be true."""
@@ -161,15 +171,10 @@ class Sender:
 
 
 class Receiver:
-    """The bytes that this end takes in and hands on. Not thread-safe.
-
-    The window grows while the peer uses it up within an ack's round trip, and shrinks
-    when that round trip grows: then the bytes stand in a queue on the way.
-    """
+    """The bytes that this end takes in and hands on. Not thread-safe."""
 
     def __init__(self, max_window_bytes: int = DEFAULT_MAX_WINDOW_BYTES) -> None:
-        self._max_window = max_window_bytes
-        self.window = MIN_WINDOW_BYTES
+        self._window = Window(max_window_bytes)
         self.limit = self.window
         self.received = 0
         self.delivered = 0
@@ -179,9 +184,11 @@ class Receiver:
         self.eof_acked = False
         self._eof_came = False
         self._acked = 0
-        # The limit before the ack being timed, its time, and `received` then.
-        self._probe: tuple[int, float, int] | None = None
-        self._shortest_s = float("inf")
+
+    @property
+    def window(self) -> int:
+        """How far the limit may be beyond `delivered`."""
+        return self._window.size
 
     def on_data(self, size: int, now: float) -> None:
         """Record `size` bytes that came in; raises TunnelError for an overrun."""
@@ -190,18 +197,7 @@ class Receiver:
         if self.received + size > self.limit:
             raise TunnelError(f"window overrun: {self.received + size} over {self.limit}")
         self.received += size
-        if self._probe is not None and self.received > self._probe[0]:
-            _, since, received = self._probe
-            self._probe = None
-            self._resize(now - since, self.received - received)
-
-    def _resize(self, round_trip_s: float, size: int) -> None:
-        self._shortest_s = min(self._shortest_s, round_trip_s)
-        if round_trip_s > self._shortest_s + _QUEUE_S:
-            # By a quarter: an ack is due after a quarter, so the limit still never falls.
-            self.window = max(MIN_WINDOW_BYTES, self.window - self.window // 4)
-        elif size * 2 >= self.window:
-            self.window = min(self._max_window, self.window * 2)
+        self._window.on_data(size, self.received, now)
 
     def on_eof(self, count: int) -> None:
         """Record the peer's eof, once a channel; raises TunnelError if its count is not ours."""
@@ -220,7 +216,9 @@ class Receiver:
         """
         self.delivered += size
         unacked = self.delivered - self._acked
-        if unacked * 4 < self.window and not (drained and unacked >= _DRAINED_ACK_BYTES):
+        # Of the window that was granted: it may have grown since, and the peer cannot know.
+        granted = min(self.window, self.limit - self._acked)
+        if unacked * 4 < granted and not (drained and unacked >= _DRAINED_ACK_BYTES):
             return None
         return self._ack(now)
 
@@ -242,8 +240,8 @@ class Receiver:
         before = self.limit
         self.limit = min(MAX_COUNT, max(before, self.delivered + self.window))
         self._acked = self.delivered
-        if self._probe is None and self.limit > before:
-            self._probe = (before, now, self.received)
+        if self.limit > before:
+            self._window.on_limit(before, now)
         return Ack(self.delivered, self.limit, self.eof_delivered and self._eof_came)
 
     def resume(self) -> Position:
@@ -251,9 +249,9 @@ class Receiver:
 
         All earlier channels must be deaf by now.
         """
+        self._window.begin()
         self.limit = max(self.received, self.delivered + self.window)
         self._acked = self.delivered
-        self._probe = None
         self._eof_came = self.eof_acked = False
         return Position(self.received, self.delivered, self.limit)
 

@@ -39,8 +39,10 @@ MAX_CONTROL_BYTES = 4 * 1024
 CHANNEL_BYTES = 4
 # Counts travel as JSON numbers, exact up to here in every language.
 MAX_COUNT = 2**53
-# The smallest window: enough for a fast LAN, and what the server never goes below.
+# The first window: enough for a fast LAN, and what the server never goes below.
 MIN_WINDOW_BYTES = 256 * 1024
+# The smallest that a receiver goes down to on a thin link: 130 ms at 1 Mbit/s.
+LEAST_WINDOW_BYTES = 16 * 1024
 # 4 MiB carry 320 Mbit/s over 100 ms.
 DEFAULT_MAX_WINDOW_BYTES = 4 * 1024 * 1024
 # The largest window that may be set, and what all tunnels of a client leg may have granted.

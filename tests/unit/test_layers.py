@@ -15,7 +15,7 @@ CLIENT = sorted((ROOT / "client").glob("*.py"))
 SHIPPED = [*SERVER, *CLIENT, SCRIPT, ROOT / "wsgi.py", ROOT / "gunicorn.conf.py"]
 # What the script's block is made of, and so has to run where the script does.
 BLOCK = ["wire", "errors", "backoff", "settings", "outbox", "duplex", "framing", "outlet"]
-BLOCK += ["gather", "stream", "dial", "transport", "tunnel_end", "timer"]
+BLOCK += ["gather", "window", "stream", "dial", "transport", "tunnel_end", "timer"]
 SCRIPT_PYTHON = (3, 9)
 # May be imported by these files alone.
 FENCED = {
@@ -27,7 +27,7 @@ FENCED = {
 # client/: who may import whom, from the bottom up; an import goes down only.
 CLIENT_LEVELS = [
     {"wire", "errors", "backoff", "duplex", "gather"},
-    {"outbox", "settings", "rules", "framing"},
+    {"outbox", "settings", "rules", "framing", "window"},
     {"dial", "stream", "outlet"},
     {"transport", "tunnel_end", "timer"},
     {"tunnel", "config"},
@@ -40,6 +40,7 @@ CLIENT_LEVELS = [
 PURE = {
     "client/wire.py": {"json", "re"},
     "client/stream.py": set(),
+    "client/window.py": set(),
     "client/errors.py": set(),
     "client/backoff.py": {"random"},
     "client/gather.py": set(),

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.stream import Ack, Receiver, Sender, Stream
-from client.wire import MAX_COUNT, MAX_DATA_BYTES, MIN_WINDOW_BYTES, TunnelError
+from client.wire import (
+    LEAST_WINDOW_BYTES,
+    MAX_COUNT,
+    MAX_DATA_BYTES,
+    MIN_WINDOW_BYTES,
+    TunnelError,
+)
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -64,6 +70,18 @@ def test_sender_cuts_a_message_at_64_kib() -> None:
     out = sender(MIB)
     out.take(bytes(MAX_DATA_BYTES + 1))
     assert [len(piece) for piece in pieces(out)] == [MAX_DATA_BYTES, 1]
+
+
+@pytest.mark.parametrize(
+    ("window", "size"),
+    [(MIB, 64 * KIB), (256 * KIB, 64 * KIB), (160 * KIB, 10 * KIB), (16 * KIB, 4 * KIB)],
+)
+def test_sender_cuts_messages_small_when_the_window_is(window: int, size: int) -> None:
+    """A keystroke waits for the rest of one, and a small window tells of a thin link."""
+    out = sender(0)
+    out.on_ack(Ack(0, window, False))
+    out.take(bytes(window))
+    assert max(len(piece) for piece in pieces(out)) == size
 
 
 def test_eof_ends_credit_and_says_the_count() -> None:
@@ -149,7 +167,7 @@ def test_ack_is_due_after_a_quarter_of_the_window() -> None:
 def test_ack_is_due_at_64_kib_when_the_queue_is_empty() -> None:
     """The server may have lowered the limit, so a large window alone must not hold it back."""
     into = Receiver(4 * MIB)
-    into.window = 4 * MIB
+    into._window.size = into.limit = 4 * MIB
     into.on_data(64 * KIB, 0.0)
     assert into.on_delivered(64 * KIB - 1, 0.0, drained=True) is None
     assert into.on_delivered(1, 0.0, drained=True) == Ack(64 * KIB, 64 * KIB + 4 * MIB, False)
@@ -158,7 +176,7 @@ def test_ack_is_due_at_64_kib_when_the_queue_is_empty() -> None:
 def test_large_window_waits_for_its_quarter_when_more_is_queued() -> None:
     """The 64 KiB rule is for an empty queue alone."""
     into = Receiver(4 * MIB)
-    into.window = 4 * MIB
+    into._window.size = 4 * MIB
     into.limit = 4 * MIB
     into.on_data(2 * MIB, 0.0)
     assert into.on_delivered(MIB - 1, 0.0, drained=False) is None
@@ -214,7 +232,7 @@ def test_limit_ends_at_the_largest_exact_count() -> None:
     assert ack.limit == MAX_COUNT
 
 
-# The receiver: the window.
+# The receiver: the window. How it finds its size: test_window.py.
 
 
 @dataclass
@@ -241,63 +259,12 @@ class Link:
         return into.window
 
 
-def test_window_doubles_up_to_its_cap_while_it_is_used_up() -> None:
-    """A fat link needs bandwidth x delay; six round trips find it."""
-    link = Link(Receiver(4 * MIB))
-    seen = [link.fill(0.1) for _ in range(12)]
-    assert seen == sorted(seen)
-    assert seen[-1] == 4 * MIB
-    assert max(seen) <= 4 * MIB
-
-
-def test_window_stays_small_when_little_of_it_is_needed() -> None:
-    """Bytes that come slowly need little; the first measure alone may double the window."""
-    into = Receiver(4 * MIB)
-    now = 0.0
-    for _ in range(1000):
-        into.on_data(4 * KIB, now)
-        into.on_delivered(4 * KIB, now, drained=True)
-        now += 0.01
-        assert into.window <= 2 * MIN_WINDOW_BYTES
-
-
-def test_window_shrinks_to_its_floor_while_the_round_trip_grows() -> None:
-    """More bytes on the way only stand in a queue; a keystroke would stand behind them."""
-    link = Link(Receiver(4 * MIB))
-    for _ in range(8):
-        link.fill(0.04)
-    assert link.into.window == 4 * MIB
-    seen = [link.fill(0.5) for _ in range(40)]
-    assert seen[-1] == MIN_WINDOW_BYTES
-    assert min(seen) >= MIN_WINDOW_BYTES
-
-
-def test_window_takes_back_what_it_lost_when_the_queue_is_gone() -> None:
-    """The shortest round trip is remembered; a short one again lets the window grow again."""
-    link = Link(Receiver(4 * MIB))
-    for round_trip_s in [0.04] * 8 + [0.5] * 20:
-        link.fill(round_trip_s)
-    low = link.into.window
-    for _ in range(12):
-        link.fill(0.04)
-    assert low < link.into.window == 4 * MIB
-
-
-def test_jitter_of_20_ms_does_not_shrink_the_window() -> None:
-    """A radio link's jitter is no queue of ours."""
-    link = Link(Receiver(MIB))
-    for number in range(40):
-        link.fill(0.04 + (number % 3) * 0.0099)
-    assert link.into.window == MIB
-
-
 def test_limit_never_falls_while_the_window_shrinks() -> None:
     """Credit that was given stays given."""
     link = Link(Receiver(4 * MIB))
     for round_trip_s in [0.01] * 8 + [1.0] * 30:
         link.fill(round_trip_s)
     assert link.limits == sorted(link.limits)
-    assert all(limit >= MIN_WINDOW_BYTES for limit in link.limits)
 
 
 @given(
@@ -315,8 +282,8 @@ def test_window_and_limit_keep_their_bounds_whatever_the_times(
     link = Link(Receiver(cap))
     for round_trip_s, share in rounds:
         window = link.fill(round_trip_s, share=share)
-        assert MIN_WINDOW_BYTES <= window <= max(cap, MIN_WINDOW_BYTES)
-        assert link.into.limit <= link.into.delivered + max(cap, MIN_WINDOW_BYTES)
+        assert LEAST_WINDOW_BYTES <= window <= cap
+        assert link.into.limit <= link.into.delivered + cap
         assert link.into.received <= link.into.limit
     assert link.limits == sorted(link.limits)
 
