@@ -40,6 +40,7 @@ from server.credentials import Credentials
 from server.outbox import Outbox
 from server.relay import Relay
 from server.transport import SERVER_OPTIONS, ReadEnd, Transport, prepare_upgrade
+from server.wire import LegError as ServerLegError
 from server.worker import RelayWorker, _Head
 from tests.fuzz.decoders import Decoder, check_sentence
 from tests.fuzz.source import Source, bad_frame, frame
@@ -174,7 +175,7 @@ def fuzz_server_frames(data: bytes) -> None:
     outbox = Outbox()
     try:
         ended = Transport(leg_socket).read(library, on_message, outbox)
-    except LegError as exc:
+    except ServerLegError as exc:
         assert exc.close_code == 1007
         ended = ReadEnd.BROKEN
     assert not sock.sent, "the reader wrote by itself"
