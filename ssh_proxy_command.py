@@ -16,11 +16,14 @@ leg's writer; the timer.
 
 from __future__ import annotations
 
+import gc
 import signal
 
 if __name__ == "__main__":
     # A Ctrl-C during the other imports ends it without a traceback; run() takes over later.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Imports make no garbage; to look for it among them costs a start 5 ms.
+    gc.disable()
 
 import argparse
 import base64
@@ -3210,6 +3213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not settings.endpoint.is_tls and not settings.endpoint.is_loopback:
         warn(f"{settings.endpoint.url} is not encrypted: use https")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.freeze()
+    gc.enable()
     session = Session(settings)
     try:
         return session.run()
@@ -3515,7 +3520,9 @@ class Session:
         self._server_restarts = False
         self._transport = transport
         transport.start("user")
-        Link(transport.outbox).put_first(kind, **fields)
+        link = Link(transport.outbox)
+        link.put_first(kind, **fields)
+        link.push()
         who = f"{self._settings.target}: " if kind == "open" else ""
         self._no_answer = RelayError("open_timeout", f"{who}no answer from the client in time")
         self._answer_by = time.monotonic() + timeout_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         log.warning("dials whatever the server asks for: --allow limits it")
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    # What is there now stays: no collection, which stops all threads, need look at it.
+    gc.freeze()
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     agent = Agent(config, on_signal=signals.put)
     agent.start((signal.SIGTERM, signal.SIGINT))

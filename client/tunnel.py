@@ -124,6 +124,7 @@ class Tunnel:
             sock.close()  # The user went away during the dial.
             return None
         self._first_link.put_first("opened", limit=self.end.first_limit, grace_s=self._grace_s)
+        self._first_link.push()
         log.info("tunnel opened %s target=%s:%d", self.about, host, port)
         return sock
 

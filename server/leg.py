@@ -201,6 +201,7 @@ class ClientLeg(Leg):
             with self.channels.lock:
                 frame = tunnel.assign_locked(max_window_bytes)
             self.outbox.put_first(tunnel.channel, frame, cancellable=True)
+        self.outbox.push()
 
     def replace(self, close_code: int) -> None:
         """A newer leg of the same client is there: end this one at once."""

@@ -6,6 +6,7 @@ the worker's main thread (start, drain, stop, join).
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import threading
@@ -59,6 +60,8 @@ class Relay:
         """Open for business, with room for `slots` legs. In the worker process, once."""
         self._registry.set_capacity(slots)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        # What is there now stays: no collection, which stops all threads, need look at it.
+        gc.freeze()
         self._timer.start()
         self._access.start()
         self.guard.start()

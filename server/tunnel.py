@@ -322,6 +322,7 @@ class Tunnel:
             fields = {name: control[name] for name in control if name not in ("type", "channel")}
             frame = _text(kind, **{**fields, "limit": limit})
             self._user_leg.outbox.put_first(USER_CHANNEL, frame)
+        self._user_leg.outbox.push()
         self._record.accepted(self)
 
     def raise_limit(self, is_up: bool, size: int) -> tuple[int, int]:
