@@ -543,8 +543,8 @@ class _Channel:
 class Outbox:
     """A fair outbox: a fast lane of fixed slots, then channels by turns.
 
-    What is put calls the leg's writer, but for data and acks: who has put them calls push()
-    when it holds no lock.
+    What is put calls the leg's writer, but for data, acks and the leg's own messages: who has
+    put them calls push() when it holds no lock.
     """
 
     def __init__(self) -> None:
@@ -584,7 +584,7 @@ class Outbox:
     def put_leg(self, kind: str, frame: Frame) -> None:
         """Queue a message of the leg itself (pong, going_away): one slot a kind."""
         with self._ready:
-            self._put_fast_locked(kind, frame)
+            self._put_fast_locked(kind, frame, calls=False)
 
     def try_put_leg(self, kind: str, frame: Frame) -> bool:
         """As put_leg, but never wait, not even for the lock; False: try later."""
@@ -897,9 +897,9 @@ class Duplex:
 #
 # WebSocket frames (RFC 6455, 5.2) that are made and read without the library.
 #
-# Whole messages go out with a header written by hand, and whole messages are taken off the
-# leg here. All other frames are left to the library, as they came: pings, closes, fragments,
-# and whatever breaks the rules.
+# Whole messages go out with a header written by hand, and whole messages, pings and pongs are
+# taken off the leg here. All other frames are left to the library, as they came: closes,
+# fragments, and whatever breaks the rules.
 
 
 # A frame that says it is masked, but changes nothing: see docs/protocol.md, "Masking".
@@ -911,7 +911,13 @@ MAX_MESSAGE_BYTES = CHANNEL_BYTES + MAX_DATA_BYTES
 _READ_BYTES = 64 * 1024
 _FIN = 0x80
 _MASK = 0x80
-_MESSAGES = {_FIN | opcode: opcode for opcode in (OP_TEXT, OP_BINARY)}
+# The first byte of what is taken here -> its opcode and largest size (RFC 6455, 5.5).
+_TAKEN = {
+    _FIN | OP_TEXT: (OP_TEXT, MAX_MESSAGE_BYTES),
+    _FIN | OP_BINARY: (OP_BINARY, MAX_MESSAGE_BYTES),
+    _FIN | OP_PING: (OP_PING, 125),
+    _FIN | OP_PONG: (OP_PONG, 125),
+}
 # What stands for a size of two or eight bytes: the least size that needs them, and how many.
 _LONG_SIZES = {126: (126, 2), 127: (2**16, 8)}
 # First bytes of frames that are whole messages, without an extension's bits.
@@ -954,10 +960,10 @@ class FrameReader:
     def read_message(
         self, on_pause: Callable[[], None] | None = None
     ) -> tuple[int, bytearray] | None:
-        """Wait for a frame and take it, if it is a whole message: its opcode and payload.
+        """Wait for a frame and take it, if it is a whole message, a ping or a pong.
 
-        None: it is the library's, by read(), and so is the end of the stream. `on_pause`: as
-        in Duplex.recv. Raises OSError.
+        Return its opcode and payload. None: it is the library's, by read(), and so is the end
+        of the stream. `on_pause`: as in Duplex.recv. Raises OSError.
         """
         # In one piece: it runs for each message of each leg.
         if self._others:
@@ -981,8 +987,8 @@ class FrameReader:
             if size < least:  # It would have fitted into a shorter form: an error.
                 self._others = sys.maxsize
                 return None
-        opcode = _MESSAGES.get(first)
-        if opcode is None or size > MAX_MESSAGE_BYTES:
+        opcode, most = _TAKEN.get(first, (0, -1))
+        if size > most:
             self._others = header_bytes + size
             return None
         self._at += header_bytes
@@ -2393,29 +2399,33 @@ class Transport:
         """
         while True:
             try:
-                message = self._reader.read_message(on_pause)
-                if message is not None:
-                    return message
-                frame = self._frames.recv_frame()
+                opcode, payload, is_last = self._next_frame(on_pause)
             except (OSError, EOFError):
                 return OP_CLOSE, 1006
             except self._library.WebSocketException as exc:
                 raise LegError(f"bad frame from the server: {exc}") from exc
-            opcode, payload = frame.opcode, frame.data
             if opcode == OP_PING:
                 if len(payload) > _MAX_PING_BYTES:
                     raise LegError("a ping is too long")
                 self.outbox.put_leg("pong", Frame(OP_PONG, b"", payload))
+                self.outbox.push()
             elif opcode == OP_CLOSE:
                 self._says_goodbye = True
                 self.outbox.close(Frame(OP_CLOSE, b"", payload[:2]), flush=False)
                 return OP_CLOSE, int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
             elif opcode != OP_PONG:
-                whole = self._assemble(opcode, payload, is_last=bool(frame.fin))
-                if whole is not None:
-                    return whole
+                message = self._assemble(opcode, payload, is_last=is_last)
+                if message is not None:
+                    return message
 
-    def _assemble(self, opcode: int, payload: bytes, *, is_last: bool) -> tuple[int, Any] | None:
+    def _next_frame(self, on_pause: Callable[[], None] | None) -> tuple[int, Any, bool]:
+        taken = self._reader.read_message(on_pause)
+        if taken is not None:
+            return *taken, True
+        frame = self._frames.recv_frame()
+        return frame.opcode, frame.data, bool(frame.fin)
+
+    def _assemble(self, opcode: int, payload: Any, *, is_last: bool) -> tuple[int, Any] | None:
         """Put fragments together; some proxies make them."""
         if (opcode == _OP_CONTINUATION) != bool(self._parts_opcode):
             raise LegError("a fragment out of place")

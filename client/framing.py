@@ -1,8 +1,8 @@
 """WebSocket frames (RFC 6455, 5.2) that are made and read without the library.
 
-Whole messages go out with a header written by hand, and whole messages are taken off the
-leg here. All other frames are left to the library, as they came: pings, closes, fragments,
-and whatever breaks the rules.
+Whole messages go out with a header written by hand, and whole messages, pings and pongs are
+taken off the leg here. All other frames are left to the library, as they came: closes,
+fragments, and whatever breaks the rules.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ MAX_MESSAGE_BYTES = CHANNEL_BYTES + MAX_DATA_BYTES
 _READ_BYTES = 64 * 1024
 _FIN = 0x80
 _MASK = 0x80
-_MESSAGES = {_FIN | opcode: opcode for opcode in (OP_TEXT, OP_BINARY)}
+# The first byte of what is taken here -> its opcode and largest size (RFC 6455, 5.5).
+_TAKEN = {
+    _FIN | OP_TEXT: (OP_TEXT, MAX_MESSAGE_BYTES),
+    _FIN | OP_BINARY: (OP_BINARY, MAX_MESSAGE_BYTES),
+    _FIN | OP_PING: (OP_PING, 125),
+    _FIN | OP_PONG: (OP_PONG, 125),
+}
 # What stands for a size of two or eight bytes: the least size that needs them, and how many.
 _LONG_SIZES = {126: (126, 2), 127: (2**16, 8)}
 # First bytes of frames that are whole messages, without an extension's bits.
@@ -75,10 +81,10 @@ class FrameReader:
     def read_message(
         self, on_pause: Callable[[], None] | None = None
     ) -> tuple[int, bytearray] | None:
-        """Wait for a frame and take it, if it is a whole message: its opcode and payload.
+        """Wait for a frame and take it, if it is a whole message, a ping or a pong.
 
-        None: it is the library's, by read(), and so is the end of the stream. `on_pause`: as
-        in Duplex.recv. Raises OSError.
+        Return its opcode and payload. None: it is the library's, by read(), and so is the end
+        of the stream. `on_pause`: as in Duplex.recv. Raises OSError.
         """
         # In one piece: it runs for each message of each leg.
         if self._others:
@@ -102,8 +108,8 @@ class FrameReader:
             if size < least:  # It would have fitted into a shorter form: an error.
                 self._others = sys.maxsize
                 return None
-        opcode = _MESSAGES.get(first)
-        if opcode is None or size > MAX_MESSAGE_BYTES:
+        opcode, most = _TAKEN.get(first, (0, -1))
+        if size > most:
             self._others = header_bytes + size
             return None
         self._at += header_bytes

@@ -335,29 +335,33 @@ class Transport:
         """
         while True:
             try:
-                message = self._reader.read_message(on_pause)
-                if message is not None:
-                    return message
-                frame = self._frames.recv_frame()
+                opcode, payload, is_last = self._next_frame(on_pause)
             except (OSError, EOFError):
                 return OP_CLOSE, 1006
             except self._library.WebSocketException as exc:
                 raise LegError(f"bad frame from the server: {exc}") from exc
-            opcode, payload = frame.opcode, frame.data
             if opcode == OP_PING:
                 if len(payload) > _MAX_PING_BYTES:
                     raise LegError("a ping is too long")
                 self.outbox.put_leg("pong", Frame(OP_PONG, b"", payload))
+                self.outbox.push()
             elif opcode == OP_CLOSE:
                 self._says_goodbye = True
                 self.outbox.close(Frame(OP_CLOSE, b"", payload[:2]), flush=False)
                 return OP_CLOSE, int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
             elif opcode != OP_PONG:
-                whole = self._assemble(opcode, payload, is_last=bool(frame.fin))
-                if whole is not None:
-                    return whole
+                message = self._assemble(opcode, payload, is_last=is_last)
+                if message is not None:
+                    return message
 
-    def _assemble(self, opcode: int, payload: bytes, *, is_last: bool) -> tuple[int, Any] | None:
+    def _next_frame(self, on_pause: Callable[[], None] | None) -> tuple[int, Any, bool]:
+        taken = self._reader.read_message(on_pause)
+        if taken is not None:
+            return *taken, True
+        frame = self._frames.recv_frame()
+        return frame.opcode, frame.data, bool(frame.fin)
+
+    def _assemble(self, opcode: int, payload: Any, *, is_last: bool) -> tuple[int, Any] | None:
         """Put fragments together; some proxies make them."""
         if (opcode == _OP_CONTINUATION) != bool(self._parts_opcode):
             raise LegError("a fragment out of place")

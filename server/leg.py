@@ -130,6 +130,7 @@ class Leg:
         """The server stops soon: say so."""
         text = encode_control("going_away", spread_ms=spread_ms)
         self.outbox.put_leg("going_away", Frame(OP_TEXT, b"", text))
+        self.outbox.push()
 
     def _abort_by(self, when: float) -> None:
         self._abort_at = min(self._abort_at, when)

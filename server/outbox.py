@@ -53,8 +53,8 @@ class _Channel:
 class Outbox:
     """A fair outbox: a fast lane of fixed slots, then channels by turns.
 
-    What is put calls the leg's writer, but for data and acks: who has put them calls push()
-    when it holds no lock.
+    What is put calls the leg's writer, but for data, acks and the leg's own messages: who has
+    put them calls push() when it holds no lock.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class Outbox:
     def put_leg(self, kind: str, frame: Frame) -> None:
         """Queue a message of the leg itself (pong, going_away): one slot a kind."""
         with self._ready:
-            self._put_fast_locked(kind, frame)
+            self._put_fast_locked(kind, frame, calls=False)
 
     def try_put_leg(self, kind: str, frame: Frame) -> bool:
         """As put_leg, but never wait, not even for the lock; False: try later."""

@@ -26,7 +26,9 @@ from server.outlet import Outlet
 from server.wire import (
     MASK_HEADER,
     MASK_ZERO,
+    OP_BINARY,
     OP_CLOSE,
+    OP_PING,
     OP_PONG,
     OP_TEXT,
     RELAY_HEADER,
@@ -95,14 +97,26 @@ class LegSocket:
         """As socket.recv, but whole messages are dispatched here."""
         try:
             while (message := self._frames.read_message()) is not None:
-                opcode, data = message
-                self.on_message(decode_text(data) if opcode == OP_TEXT else data)
+                self._dispatch(*message)
             data_for_library = self._frames.read(size)
         except OSError:
             self.is_lost = True
             raise
         self.is_lost = not data_for_library
         return data_for_library
+
+    def _dispatch(self, opcode: int, data: bytearray) -> None:
+        if opcode == OP_BINARY:
+            self.on_message(data)
+        elif opcode == OP_TEXT:
+            self.on_message(decode_text(data))
+        elif opcode == OP_PING:
+            self._put_pong(Frame(OP_PONG, b"", data))
+
+    def _put_pong(self, frame: Frame) -> None:
+        if self.outbox is not None:
+            self.outbox.put_leg("pong", frame)
+            self.outbox.push()
 
     def send(self, data: bytes) -> int:
         """Send the handshake's answer; later queue what the library wants to write."""
@@ -121,7 +135,7 @@ class LegSocket:
                 if frame.opcode == OP_CLOSE:
                     self.outbox.close(frame, flush=False)
                 elif frame.opcode == OP_PONG:
-                    self.outbox.put_leg("pong", frame)
+                    self._put_pong(frame)
         return len(data)
 
     def close(self) -> None:

@@ -564,3 +564,41 @@ def test_each_frame_has_a_key_of_its_own() -> None:
         assert bytes(b ^ key[i % 4] for i, b in enumerate(body)) == b"headabcdefg"
         at += 17
     assert at == len(pipe.data)
+
+
+class SlowDuplex:
+    """Holds the first who sends inside, until it is let go."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, bytes]] = []
+        self.is_inside = threading.Event()
+        self.may_leave = threading.Event()
+
+    def send_now(self, _header: bytes, payload: bytes) -> None:
+        self.said.append(("begin", bytes(payload)))
+        self.is_inside.set()
+        assert self.may_leave.wait(5)
+        self.said.append(("end", bytes(payload)))
+
+
+def test_writer_waits_for_the_end_of_a_frame_that_another_thread_sends() -> None:
+    """Rule 4: the lock is held from a frame's first byte to its last."""
+    outbox, duplex = Outbox(), SlowDuplex()
+    outlet = Outlet(outbox, duplex, lambda: None, no_key)  # type: ignore[arg-type]
+    outlet.start()
+    writer = threading.Thread(target=outlet.run)
+    writer.start()
+    outbox.put_data(1, b"", b"data")
+    pusher = threading.Thread(target=outbox.push)
+    pusher.start()
+    assert duplex.is_inside.wait(5)
+    outbox.put_first(2, text("first"))  # It calls the writer.
+    outbox.close(CLOSE)
+    time.sleep(0.1)
+    assert duplex.said == [("begin", b"data")]
+    duplex.may_leave.set()
+    for thread in (pusher, writer):
+        thread.join(5)
+        assert not thread.is_alive()
+    payloads = [b"data", text("first").payload, CLOSE.payload]
+    assert duplex.said == [(what, payload) for payload in payloads for what in ("begin", "end")]

@@ -111,9 +111,12 @@ def made_frames(draw: st.DrawFn, is_masked: bool) -> Made:
         return Made(make(0x80 | opcode, payload, key), (opcode, payload), True)
     if kind == "control":
         control = draw(st.sampled_from([OP_PING, OP_PONG, OP_CLOSE]))
-        return Made(make(0x80 | control, draw(payloads(125)), key), None, True)
+        payload = draw(payloads(125))[:125]
+        taken = (control, payload) if control != OP_CLOSE else None
+        return Made(make(0x80 | control, payload, key), taken, True)
     if kind == "long control":
-        return Made(make(0x80 | OP_PING, draw(payloads(1000)), key), None, True)
+        payload = bytes(draw(st.integers(126, 1000)))
+        return Made(make(0x80 | OP_PING, payload, key), None, True)
     if kind == "oversize":
         payload = bytes(MAX_MESSAGE_BYTES + draw(st.integers(1, 3)))
         return Made(make(0x80 | opcode, payload, key), None, True)
@@ -238,7 +241,7 @@ def test_any_bytes_come_out_again(stream: bytes, is_masked: bool, cuts: list[int
     # Only the beginning of a message whose rest never came is nobody's.
     assert len(stream) - at <= len(stream[at:])
     if at < len(stream):
-        assert stream[at] in (0x81, 0x82)
+        assert stream[at] in (0x81, 0x82, 0x89, 0x8A)
 
 
 @pytest.mark.parametrize("is_masked", [False, True], ids=["unmasked", "masked"])
@@ -295,13 +298,23 @@ def test_fragments_and_what_is_behind_them_are_the_librarys() -> None:
 
 def test_library_gets_a_control_frame_and_no_byte_behind_it() -> None:
     """It would keep that, and read_message() would not find it."""
-    ping, data = make(0x89, b"beat", None), make(0x82, b"data", None)
-    reader = FrameReader(Source(ping + data + ping, []), is_masked=False)  # type: ignore[arg-type]
+    close, data = make(0x88, b"\x03\xe8bye", None), make(0x82, b"data", None)
+    reader = FrameReader(Source(close + data + close, []), is_masked=False)  # type: ignore[arg-type]
     assert reader.read_message() is None
-    assert reader.read(3) + reader.read(1000) == ping
+    assert reader.read(3) + reader.read(1000) == close
     assert reader.read_message() == (OP_BINARY, b"data")
     assert reader.read_message() is None
-    assert reader.read(1000) == ping
+    assert reader.read(1000) == close
+
+
+@pytest.mark.parametrize("opcode", [OP_PING, OP_PONG])
+def test_ping_and_pong_are_taken_up_to_their_legal_size(opcode: int) -> None:
+    """RFC 6455, 5.5: 125 bytes. A longer one is the library's, which refuses it."""
+    legal, long = make(0x80 | opcode, bytes(125), None), make(0x80 | opcode, bytes(126), None)
+    reader = FrameReader(Source(legal + long, []), is_masked=False)  # type: ignore[arg-type]
+    assert reader.read_message() == (opcode, bytes(125))
+    assert reader.read_message() is None
+    assert reader.read(1000) == long
 
 
 def test_message_with_a_zero_key_is_not_unmasked(monkeypatch: pytest.MonkeyPatch) -> None:

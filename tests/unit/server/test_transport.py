@@ -192,9 +192,9 @@ def test_library_sees_no_secret_and_closes_nothing(up: Upgraded) -> None:
     assert "HTTP_AUTHORIZATION" not in up.library.environ
     up.library.sock.close()
     assert isinstance(up.library.sock, LegSocket)
-    ping = encode_frame(9, b"x")
-    up.peer.sendall(ping)
-    assert up.sock.recv(100) == ping
+    close = encode_frame(8, b"\x03\xe8")
+    up.peer.sendall(close)
+    assert up.sock.recv(100) == close
 
 
 def test_control_frames_are_taken_apart() -> None:
