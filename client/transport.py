@@ -151,7 +151,8 @@ def connect(
     sock = dial_server(endpoint, context, environ, deadline, is_cancelled)
     shim = _HandshakeSocket(sock, deadline, is_cancelled)
     # Nobody on the way can read what is masked; so it need not be, if the server agrees.
-    asks_for_zero = endpoint.is_tls or endpoint.is_loopback
+    is_here = endpoint.is_loopback and _far_peer(sock) is None  # And by no proxy elsewhere.
+    asks_for_zero = endpoint.is_tls or is_here
     if asks_for_zero:
         headers = [*headers, f"{MASK_HEADER}: {MASK_ZERO}"]
     try:

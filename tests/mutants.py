@@ -272,7 +272,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "wire: no zero key is asked for in clear to another machine",
         "client/transport.py",
-        "asks_for_zero = endpoint.is_tls or endpoint.is_loopback",
+        "asks_for_zero = endpoint.is_tls or is_here",
         "asks_for_zero = True",
         (
             "tests/integration/client/test_transport.py::test_mask_of_every_frame_is_new_in_clear_to_another_machine",
