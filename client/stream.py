@@ -125,14 +125,17 @@ class Sender:
             raise TunnelError(f"limit fell from {self.limit} to {ack.limit}")
         if ack.eof and not (self.eof_sent and ack.delivered == self.sent):
             raise TunnelError("ack of an eof that is not due")
-        self.limit = ack.limit
         self._fit_messages(ack.limit - ack.delivered)
+        self.limit = ack.limit
         self.eof_acked = self.eof_acked or ack.eof
         self._free(ack.delivered)
 
     def _fit_messages(self, window: int) -> None:
-        """Cut messages small on a thin link: a keystroke would wait for the rest of one."""
-        is_thin = window < MIN_WINDOW_BYTES
+        """Cut messages small on a thin link: a keystroke would wait for the rest of one.
+
+        The window of a slow source is small too, but that has credit left when an ack comes.
+        """
+        is_thin = window < MIN_WINDOW_BYTES and self.sent >= self.limit
         size = window // _THIN_MESSAGES if is_thin else MAX_DATA_BYTES
         self._message_bytes = max(_LEAST_MESSAGE_BYTES, size)
 
