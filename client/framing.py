@@ -134,11 +134,12 @@ class FrameReader:
     def _fill(self, size: int, on_pause: Callable[[], None] | None = None) -> bool:
         """Have `size` bytes ahead; False if the stream ends before."""
         while len(self._ahead) - self._at < size:
+            # Before the wait: what was taken is not kept by a leg that goes idle.
+            self._ahead, self._at = self._ahead[self._at :], 0
             data = self._duplex.recv(_READ_BYTES, on_pause)
             if not data:
                 return False
-            self._ahead = self._ahead[self._at :] + data
-            self._at = 0
+            self._ahead += data
         return True
 
     def _take(self, size: int) -> bytearray | None:

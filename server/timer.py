@@ -42,9 +42,11 @@ class Timer:
         self._news: deque[tuple[Callable[[Timed], None], Timed]] = deque()
         self._woken = threading.Event()
         self._is_stopped = False
-        # The thread's own: when each leg is due, and the same by time, with what is outdated.
-        self._due_at: dict[Timed, float] = {}
-        self._queue: list[tuple[float, int, Timed]] = []
+        # The thread's own: dates by time, the number of each leg's date, and the legs by these.
+        # A date whose number is gone is outdated; it keeps no leg that is over.
+        self._queue: list[tuple[float, int]] = []
+        self._dates: dict[Timed, int] = {}
+        self._legs: dict[int, Timed] = {}
         self._numbers = itertools.count()
         self._thread = threading.Thread(target=self._run, name="timer:legs")
 
@@ -95,8 +97,9 @@ class Timer:
     def _tick_due(self) -> None:
         now = time.monotonic()
         while self._queue and self._queue[0][0] <= now:
-            due_at, _, leg = heapq.heappop(self._queue)
-            if self._due_at.get(leg) == due_at:
+            _, number = heapq.heappop(self._queue)
+            leg = self._legs.get(number)
+            if leg is not None:
                 self._tick(leg)
 
     def _tick(self, leg: Timed) -> None:
@@ -106,12 +109,16 @@ class Timer:
         except Exception:
             _log.exception("timer failed for a leg")
             due_at = now + _AFTER_ERROR_S
-        self._due_at[leg] = due_at
-        heapq.heappush(self._queue, (due_at, next(self._numbers), leg))
+        self._drop(leg)
+        number = next(self._numbers)
+        self._dates[leg], self._legs[number] = number, leg
+        heapq.heappush(self._queue, (due_at, number))
 
     def _look(self, leg: Timed) -> None:
-        if leg in self._due_at:
+        if leg in self._dates:
             self._tick(leg)
 
     def _drop(self, leg: Timed) -> None:
-        self._due_at.pop(leg, None)
+        number = self._dates.pop(leg, None)
+        if number is not None:
+            del self._legs[number]

@@ -513,6 +513,20 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/unit/server/test_watch.py",),
     ),
     Mutant(
+        "5: a slow source is no thin link",
+        "client/stream.py",
+        "window < MIN_WINDOW_BYTES and self.sent >= self.limit",
+        "window < MIN_WINDOW_BYTES",
+        ("tests/unit/client/test_stream.py",),
+    ),
+    Mutant(
+        "7: the timer keeps no leg that is over",
+        "server/timer.py",
+        "            del self._legs[number]\n",
+        "            pass\n",
+        ("tests/unit/server/test_timer.py",),
+    ),
+    Mutant(
         "resume: only the newest channel is heard",
         "client/tunnel_end.py",
         "if link is not self._link or self._ended is not None:",

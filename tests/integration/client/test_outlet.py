@@ -581,20 +581,43 @@ class SlowDuplex:
         self.said.append(("end", bytes(payload)))
 
 
+class WatchedLock:
+    """A lock that tells when somebody is willing to wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.is_wanted = threading.Event()
+
+    def acquire(self, blocking: bool = True) -> bool:
+        if blocking:
+            self.is_wanted.set()
+        return self._lock.acquire(blocking)
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
 def test_writer_waits_for_the_end_of_a_frame_that_another_thread_sends() -> None:
     """Rule 4: the lock is held from a frame's first byte to its last."""
     outbox, duplex = Outbox(), SlowDuplex()
     outlet = Outlet(outbox, duplex, lambda: None, no_key)  # type: ignore[arg-type]
+    lock = outlet._send_lock = WatchedLock()  # type: ignore[assignment]
     outlet.start()
     writer = threading.Thread(target=outlet.run)
-    writer.start()
     outbox.put_data(1, b"", b"data")
     pusher = threading.Thread(target=outbox.push)
     pusher.start()
     assert duplex.is_inside.wait(5)
     outbox.put_first(2, text("first"))  # It calls the writer.
     outbox.close(CLOSE)
-    time.sleep(0.1)
+    writer.start()
+    assert lock.is_wanted.wait(5)
     assert duplex.said == [("begin", b"data")]
     duplex.may_leave.set()
     for thread in (pusher, writer):

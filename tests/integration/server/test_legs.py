@@ -1,6 +1,7 @@
 """Legs under stress: pings, silence, peers that do not read, takeover of a dead link."""
 
 import select
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -191,6 +192,8 @@ def test_nobody_else_waits_when_a_client_does_not_read(tmp_path: Path) -> None:
 def test_keystroke_overtakes_when_another_tunnel_downloads(server: Server) -> None:
     """Rule 5: on a client's leg channels take turns, one message each."""
     with RawClient(server.url) as client, ExitStack() as stack:
+        # Else the kernel may take all of it, and nothing is left to overtake.
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * KIB)
         bulk = stack.enter_context(RawUser(server.url))
         typing = stack.enter_context(RawUser(server.url))
         bulk_channel, typing_channel = open_tunnel(client, bulk), open_tunnel(client, typing)

@@ -379,3 +379,19 @@ def test_masked_frame_of_another_implementation_is_taken() -> None:
     raw = FrameProtocol(client=True, extensions=[]).send_data(b"hello", fin=True)
     reader = FrameReader(Source(bytes(raw), []), is_masked=True)  # type: ignore[arg-type]
     assert reader.read_message() == (OP_BINARY, b"hello")
+
+
+def test_nothing_that_was_taken_is_kept_while_the_reader_waits() -> None:
+    """An idle leg costs no buffer, whatever came before."""
+    kept: list[int] = []
+
+    class Watching(Source):
+        def recv(self, size: int, on_pause: object = None) -> bytes:
+            kept.append(len(reader._ahead))
+            return super().recv(size, on_pause)
+
+    stream = make(0x82, bytes(60_000), None) + make(0x82, b"x", None)[:1]
+    reader = FrameReader(Watching(stream, []), is_masked=False)  # type: ignore[arg-type]
+    assert reader.read_message() == (OP_BINARY, bytes(60_000))
+    assert reader.read_message() is None
+    assert kept == [0, 1]

@@ -84,6 +84,19 @@ def test_sender_cuts_messages_small_when_the_window_is(window: int, size: int) -
     assert max(len(piece) for piece in pieces(out)) == size
 
 
+def test_messages_of_a_slow_source_are_not_cut() -> None:
+    """Its window is small too, but credit is left when an ack comes; until there is none."""
+    out = sender(160 * KIB)
+    send(out, 32 * KIB)
+    out.on_ack(Ack(32 * KIB, 192 * KIB, False))
+    out.take(bytes(64 * KIB))
+    assert [len(piece) for piece in pieces(out)] == [64 * KIB]
+    send(out, 96 * KIB)
+    out.on_ack(Ack(192 * KIB, 352 * KIB, False))
+    out.take(bytes(64 * KIB))
+    assert max(len(piece) for piece in pieces(out)) == 10 * KIB
+
+
 def test_eof_ends_credit_and_says_the_count() -> None:
     """Nothing follows an eof, whatever the limit says."""
     out = sender(10)

@@ -137,7 +137,10 @@ def test_nobody_waits_and_losses_are_counted_when_nobody_reads_the_fifo(tmp_path
     (lost,) = [event["count"] for event in told if event["event"] == "lost"][:1]
     numbers = [event["number"] for event in told if event["event"] == "e"]
     # What was written and what was counted is all there was; the second lot begins at 0 again.
-    assert numbers[: 1000 - lost] == list(range(1000 - lost))
+    # A line may have found room behind lost ones: the writer takes one out to try it.
+    first = numbers[: 1000 - lost]
+    assert first[:100] == list(range(100))
+    assert first == sorted(set(first))
     assert numbers[1000 - lost] == 0
 
 
