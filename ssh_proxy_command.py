@@ -33,8 +33,6 @@ import functools
 import ipaddress
 import json
 import os
-import queue
-import random
 import re
 import select
 import selectors
@@ -398,12 +396,17 @@ _FIRST_S = 0.2
 _SHORTEST_HELD_S = 1.0
 
 
+def uniform(low: float, high: float) -> float:
+    """Draw from low..high, as random.uniform(): to import that takes a start a millisecond."""
+    return low + (high - low) * int.from_bytes(os.urandom(7), "big") / 2**56
+
+
 class Backoff:
     """The first retry is immediate; then uniform in 0..b, b doubling from 0.2 s to `cap_s`."""
 
-    def __init__(self, cap_s: float, rng: random.Random | None = None) -> None:
+    def __init__(self, cap_s: float, draw: Callable[[float, float], float] = uniform) -> None:
         self._cap_s = cap_s
-        self._rng = rng or random.Random()
+        self._draw = draw
         self._tries = 0
 
     def held(self, seconds: float, *, was_used: bool = False) -> None:
@@ -417,7 +420,7 @@ class Backoff:
     def next_s(self) -> float:
         """Return the seconds to wait before the next try."""
         self._tries += 1
-        return self._rng.uniform(0.0, self._bound_s())
+        return self._draw(0.0, self._bound_s())
 
     def _bound_s(self) -> float:
         if self._tries <= 1:
@@ -439,8 +442,20 @@ _LONGEST_GRACE_S = 24 * 3600
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, without the usage above it."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=_help_formatter, **settings)
+
     def error(self, message: str) -> NoReturn:
         raise RelayError("usage", f"{message}; --help lists all arguments")
+
+
+def _help_formatter(prog: str) -> argparse.HelpFormatter:
+    """As wide as the terminal. argparse's own way to know that takes a start 3 ms of imports."""
+    try:
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns
+    except (AttributeError, ValueError, OSError):  # closed, or no terminal
+        columns = 80
+    return argparse.HelpFormatter(prog, width=columns - 2)
 
 
 def read_secret_file(flag: str, path: str) -> str:
@@ -796,6 +811,8 @@ class Duplex:
         # Plain sockets block in the kernel, where two threads are safe.
         sock.settimeout(0.0 if self._is_tls else None)
         self._tls_lock = threading.Lock()  # Guards the OpenSSL object.
+        # Whether the last read took all that was there. The reader's own.
+        self._is_drained = True
         # When any byte last came, monotonic. Written by the reader, read by the timer.
         self.heard_at = time.monotonic()
 
@@ -807,14 +824,20 @@ class Duplex:
         if self._is_tls:
             data = self._recv_tls(size, on_pause)
         else:
-            if on_pause is not None and not self._wait_pause():
-                on_pause()
+            # Before there is a buffer of `size`: an idle leg has none.
+            if on_pause is not None or self._is_drained:
+                self._wait_readable(on_pause)
             data = self._sock.recv(size)
+            self._is_drained = len(data) < size
         self.heard_at = time.monotonic()
         return data  # type: ignore[no-any-return]
 
-    def _wait_pause(self) -> bool:
-        return wait_ready(self._sock, write=False, timeout_s=PAUSE_S)
+    def _wait_readable(self, on_pause: Callable[[], None] | None) -> None:
+        if on_pause is not None:
+            if wait_ready(self._sock, write=False, timeout_s=PAUSE_S):
+                return
+            on_pause()
+        wait_ready(self._sock, write=False, timeout_s=None)
 
     def recv_into(self, view: memoryview) -> int:
         """As recv(), into `view`; returns how many bytes, 0 at the end of the stream."""
@@ -831,11 +854,8 @@ class Duplex:
                         return self._sock.recv(where)
                     return self._sock.recv_into(where)
             except ssl.SSLWantReadError:
-                if on_pause is None:
-                    wait_ready(self._sock, write=False, timeout_s=None)
-                elif not self._wait_pause():
-                    on_pause()
-                    on_pause = None
+                self._wait_readable(on_pause)
+                on_pause = None
             except ssl.SSLWantWriteError:
                 wait_ready(self._sock, write=True, timeout_s=_CROSS_WAIT_S)
 
@@ -1179,8 +1199,16 @@ _LEAST_BYTES = 4 * 1024
 # The next piece came so soon, so many times in a row: it goes on like this.
 _SOON_S = 0.001
 _TIMES = 4
-# What comes together meanwhile: a whole message at 200 Mbit/s.
-_GATHER_S = 0.0025
+# For so long at most bytes come together: nearly a whole message at 200 Mbit/s.
+_LONGEST_S = 0.0025
+# What a read should find: some less than a message, lest a small one follow each whole one.
+_AIM_BYTES = MAX_DATA_BYTES * 7 // 8
+# A read that was filled does not tell how much there was: next time wait such a part.
+_SHORTER = 0.75
+# A source that fills a message sooner is fast, and might stand still while we wait: a pipe holds
+# no more than one. It is left alone for so many reads.
+_SHORTEST_S = 0.0005
+_HOLD_OFF = 1000
 
 
 class Gather:
@@ -1189,16 +1217,30 @@ class Gather:
     def __init__(self) -> None:
         # Since when the next read was possible.
         self._ready_at = float("-inf")
+        # Quick small pieces in a row; below 0, how many more reads are left alone.
         self._times = 0
+        self._gather_s = _LONGEST_S
 
     def wait_s(self, size: int, wanted: int, now: float) -> float:
         """Return the seconds to wait before the next read, after one of `size` bytes at `now`.
 
-        `wanted` is what was asked for: a source that fills it is as fast as we are.
+        `wanted` is what was asked for: less than a message if there was no credit for one.
         """
-        goes_on = size >= _LEAST_BYTES and now - self._ready_at < _SOON_S
-        self._times = self._times + 1 if goes_on else 0
-        waits_s = _GATHER_S if self._times >= _TIMES and size < wanted else 0.0
+        waits_s = 0.0
+        if size < _LEAST_BYTES or now - self._ready_at >= _SOON_S:
+            self._times = min(0, self._times)
+        elif self._times < _TIMES:
+            self._times = self._times + 1 if size < wanted or self._times < 0 else 0
+            self._gather_s = _LONGEST_S
+            if self._times == _TIMES:
+                waits_s = self._gather_s
+        elif size < wanted or wanted == MAX_DATA_BYTES:
+            factor = _AIM_BYTES / size if size < wanted else _SHORTER
+            self._gather_s = min(_LONGEST_S, self._gather_s * factor)
+            if self._gather_s < _SHORTEST_S:
+                self._times = -_HOLD_OFF
+            else:
+                waits_s = self._gather_s
         self._ready_at = now + waits_s
         return waits_s
 
@@ -1346,7 +1388,9 @@ class Window:
             self._is_doubling = True
             self._resize(size)
         else:
-            self._resize(self.size * self._part(self._trip_s))
+            # By the rule of large windows not to a small one, which may have a longer queue.
+            least = MIN_WINDOW_BYTES if self.size >= MIN_WINDOW_BYTES else LEAST_WINDOW_BYTES
+            self._resize(max(least, self.size * self._part(self._trip_s)))
 
     def _drain(self) -> None:
         self._before_drain = (self.size, self._trip_s)
@@ -1681,7 +1725,7 @@ def parse_server_url(url: str, default_path: str) -> Endpoint:
         parts = urlsplit(url)
         port = parts.port
         # What getaddrinfo and TLS will do to it; `.example` and `a..b` fail there.
-        (parts.hostname or "").encode("idna")
+        _encode_name(parts.hostname or "")
     except ValueError as exc:
         # Not the URL itself: somebody may have put a password into it.
         raise RelayError("usage", "--server-url is not a URL: look at its host and port") from exc
@@ -1715,15 +1759,17 @@ def resolve(
         return _by_turns(_look_up(host, port))
     while not _lookup_slots.acquire(timeout=_slice_s(deadline)):
         _go_on(f"the name {host} could not be looked up", deadline, is_cancelled)
-    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    answers: list[Any] = []
+    is_done = threading.Event()
 
     def look_up() -> None:
         try:
-            answers.put(_look_up(host, port))
+            answers.append(_look_up(host, port))
         except (OSError, UnicodeError) as exc:
-            answers.put(exc)
+            answers.append(exc)
         finally:
             _lookup_slots.release()
+            is_done.set()
 
     # Daemon: getaddrinfo has no timeout and nothing can wake it.
     thread = threading.Thread(target=look_up, name=f"lookup:{host}", daemon=True)
@@ -1732,12 +1778,9 @@ def resolve(
     except RuntimeError:
         _lookup_slots.release()
         raise
-    answer = None
-    while answer is None:
-        try:
-            answer = answers.get(timeout=_slice_s(deadline))
-        except queue.Empty:
-            _go_on(f"the name {host} could not be looked up", deadline, is_cancelled)
+    while not is_done.wait(_slice_s(deadline)):
+        _go_on(f"the name {host} could not be looked up", deadline, is_cancelled)
+    (answer,) = answers
     if isinstance(answer, Exception):
         reason = getattr(answer, "strerror", None) or answer
         raise DialError("unknown", f"the name {host} is not known ({reason})") from answer
@@ -1746,7 +1789,18 @@ def resolve(
 
 def _look_up(host: str, port: int) -> list[Any]:
     # An IPv6 literal may come in brackets, as it stands in a URL.
-    return socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    name = _encode_name(host.strip("[]"))
+    return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+
+
+def _encode_name(name: str) -> bytes:
+    """As Python's sockets do; to import the IDNA codec for every name takes a start 1 ms.
+
+    Raises UnicodeError for what is no name.
+    """
+    labels = name.removesuffix(".").split(".")
+    is_plain = name.isascii() and all(0 < len(label) < 64 for label in labels)
+    return name.encode("ascii" if is_plain else "idna")
 
 
 def _slice_s(deadline: float) -> float:
@@ -3409,7 +3463,7 @@ class NextLeg:
         self._thread.start()
 
     def _run(self) -> None:
-        wait_s = random.uniform(0.0, self._spread_s)
+        wait_s = uniform(0.0, self._spread_s)
         until = time.monotonic() + self._spread_s + RESTART_S
         while True:
             self._end.wait_over(wait_s)
@@ -3420,7 +3474,7 @@ class NextLeg:
             except RelayError as exc:
                 if not exc.is_retryable or time.monotonic() >= until:
                     return
-                wait_s = random.uniform(*RESTART_RETRY_S)
+                wait_s = uniform(*RESTART_RETRY_S)
             else:
                 self._on_up()
                 return
@@ -3487,7 +3541,7 @@ class Session:
                 # The client may come back to the new server a moment later than we do.
                 elif not (is_restarting and exc.is_retryable):
                     raise
-            time.sleep(random.uniform(*RESTART_RETRY_S))
+            time.sleep(uniform(*RESTART_RETRY_S))
 
     def _open(self, transport: Transport) -> None:
         """Ask for the tunnel and wait for the answer."""

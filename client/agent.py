@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import logging
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable
 
-from client.backoff import Backoff
+from client.backoff import Backoff, uniform
 from client.config import ClientConfig
 from client.errors import RelayError
 from client.leg import Leg
@@ -53,12 +52,12 @@ class Agent:
     def __init__(
         self,
         config: ClientConfig,
-        rng: random.Random | None = None,
+        draw: Callable[[float, float], float] = uniform,
         on_signal: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._config = config
-        self._rng = rng or random.Random()
-        self._backoff = Backoff(CAP_S, self._rng)
+        self._draw = draw
+        self._backoff = Backoff(CAP_S, draw)
         self._tunnels = Tunnels(config.max_window_bytes, config.grace_s, config.allow)
         # Random for each process: tells our own return from another machine with our name.
         self._instance = os.urandom(16).hex()
@@ -131,7 +130,7 @@ class Agent:
         if leg.spread_s is not None and not self._stopping.is_set():
             # The next leg comes up while this one still works.
             self._restart_until = time.monotonic() + leg.spread_s + _RESTART_S
-            return self._rng.uniform(0.0, leg.spread_s)
+            return self._draw(0.0, leg.spread_s)
         run.thread.join()
         return self._wait_after(run)
 
@@ -175,7 +174,7 @@ class Agent:
         if exc.is_retryable:
             log.warning("connect failed reason=%s: %s", exc.code, exc)
             if time.monotonic() < self._restart_until:
-                return self._rng.uniform(*_RESTART_RETRY_S)
+                return self._draw(*_RESTART_RETRY_S)
             return max(self._backoff.next_s(), exc.retry_after_s or 0.0)
         # Nobody is there to restart us, and the operator may mend it.
         log.error("connect refused reason=%s, next try in %d s: %s", exc.code, CAP_S, exc)

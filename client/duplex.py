@@ -47,6 +47,8 @@ class Duplex:
         # Plain sockets block in the kernel, where two threads are safe.
         sock.settimeout(0.0 if self._is_tls else None)
         self._tls_lock = threading.Lock()  # Guards the OpenSSL object.
+        # Whether the last read took all that was there. The reader's own.
+        self._is_drained = True
         # When any byte last came, monotonic. Written by the reader, read by the timer.
         self.heard_at = time.monotonic()
 
@@ -58,14 +60,20 @@ class Duplex:
         if self._is_tls:
             data = self._recv_tls(size, on_pause)
         else:
-            if on_pause is not None and not self._wait_pause():
-                on_pause()
+            # Before there is a buffer of `size`: an idle leg has none.
+            if on_pause is not None or self._is_drained:
+                self._wait_readable(on_pause)
             data = self._sock.recv(size)
+            self._is_drained = len(data) < size
         self.heard_at = time.monotonic()
         return data  # type: ignore[no-any-return]
 
-    def _wait_pause(self) -> bool:
-        return wait_ready(self._sock, write=False, timeout_s=PAUSE_S)
+    def _wait_readable(self, on_pause: Callable[[], None] | None) -> None:
+        if on_pause is not None:
+            if wait_ready(self._sock, write=False, timeout_s=PAUSE_S):
+                return
+            on_pause()
+        wait_ready(self._sock, write=False, timeout_s=None)
 
     def recv_into(self, view: memoryview) -> int:
         """As recv(), into `view`; returns how many bytes, 0 at the end of the stream."""
@@ -82,11 +90,8 @@ class Duplex:
                         return self._sock.recv(where)
                     return self._sock.recv_into(where)
             except ssl.SSLWantReadError:
-                if on_pause is None:
-                    wait_ready(self._sock, write=False, timeout_s=None)
-                elif not self._wait_pause():
-                    on_pause()
-                    on_pause = None
+                self._wait_readable(on_pause)
+                on_pause = None
             except ssl.SSLWantWriteError:
                 wait_ready(self._sock, write=True, timeout_s=_CROSS_WAIT_S)
 

@@ -6,13 +6,23 @@ which is most of what such a stream costs. No thread and no I/O: it only says ho
 
 from __future__ import annotations
 
+from client.wire import MAX_DATA_BYTES
+
 # Pieces smaller than this may be keystrokes and their echoes, which never wait.
 _LEAST_BYTES = 4 * 1024
 # The next piece came so soon, so many times in a row: it goes on like this.
 _SOON_S = 0.001
 _TIMES = 4
-# What comes together meanwhile: a whole message at 200 Mbit/s.
-_GATHER_S = 0.0025
+# For so long at most bytes come together: nearly a whole message at 200 Mbit/s.
+_LONGEST_S = 0.0025
+# What a read should find: some less than a message, lest a small one follow each whole one.
+_AIM_BYTES = MAX_DATA_BYTES * 7 // 8
+# A read that was filled does not tell how much there was: next time wait such a part.
+_SHORTER = 0.75
+# A source that fills a message sooner is fast, and might stand still while we wait: a pipe holds
+# no more than one. It is left alone for so many reads.
+_SHORTEST_S = 0.0005
+_HOLD_OFF = 1000
 
 
 class Gather:
@@ -21,15 +31,29 @@ class Gather:
     def __init__(self) -> None:
         # Since when the next read was possible.
         self._ready_at = float("-inf")
+        # Quick small pieces in a row; below 0, how many more reads are left alone.
         self._times = 0
+        self._gather_s = _LONGEST_S
 
     def wait_s(self, size: int, wanted: int, now: float) -> float:
         """Return the seconds to wait before the next read, after one of `size` bytes at `now`.
 
-        `wanted` is what was asked for: a source that fills it is as fast as we are.
+        `wanted` is what was asked for: less than a message if there was no credit for one.
         """
-        goes_on = size >= _LEAST_BYTES and now - self._ready_at < _SOON_S
-        self._times = self._times + 1 if goes_on else 0
-        waits_s = _GATHER_S if self._times >= _TIMES and size < wanted else 0.0
+        waits_s = 0.0
+        if size < _LEAST_BYTES or now - self._ready_at >= _SOON_S:
+            self._times = min(0, self._times)
+        elif self._times < _TIMES:
+            self._times = self._times + 1 if size < wanted or self._times < 0 else 0
+            self._gather_s = _LONGEST_S
+            if self._times == _TIMES:
+                waits_s = self._gather_s
+        elif size < wanted or wanted == MAX_DATA_BYTES:
+            factor = _AIM_BYTES / size if size < wanted else _SHORTER
+            self._gather_s = min(_LONGEST_S, self._gather_s * factor)
+            if self._gather_s < _SHORTEST_S:
+                self._times = -_HOLD_OFF
+            else:
+                waits_s = self._gather_s
         self._ready_at = now + waits_s
         return waits_s

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from client.errors import RelayError
 from client.wire import (
@@ -23,8 +25,20 @@ _LONGEST_GRACE_S = 24 * 3600
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, without the usage above it."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=_help_formatter, **settings)
+
     def error(self, message: str) -> NoReturn:
         raise RelayError("usage", f"{message}; --help lists all arguments")
+
+
+def _help_formatter(prog: str) -> argparse.HelpFormatter:
+    """As wide as the terminal. argparse's own way to know that takes a start 3 ms of imports."""
+    try:
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns
+    except (AttributeError, ValueError, OSError):  # closed, or no terminal
+        columns = 80
+    return argparse.HelpFormatter(prog, width=columns - 2)
 
 
 def read_secret_file(flag: str, path: str) -> str:

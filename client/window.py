@@ -143,7 +143,9 @@ class Window:
             self._is_doubling = True
             self._resize(size)
         else:
-            self._resize(self.size * self._part(self._trip_s))
+            # By the rule of large windows not to a small one, which may have a longer queue.
+            least = MIN_WINDOW_BYTES if self.size >= MIN_WINDOW_BYTES else LEAST_WINDOW_BYTES
+            self._resize(max(least, self.size * self._part(self._trip_s)))
 
     def _drain(self) -> None:
         self._before_drain = (self.size, self._trip_s)

@@ -26,8 +26,8 @@ FENCED = {
 }
 # client/: who may import whom, from the bottom up; an import goes down only.
 CLIENT_LEVELS = [
-    {"wire", "errors", "backoff", "duplex", "gather"},
-    {"outbox", "settings", "rules", "framing", "window"},
+    {"wire", "errors", "backoff", "duplex"},
+    {"outbox", "settings", "rules", "framing", "window", "gather"},
     {"dial", "stream", "outlet"},
     {"transport", "tunnel_end", "timer"},
     {"tunnel", "config"},
@@ -42,7 +42,7 @@ PURE = {
     "client/stream.py": set(),
     "client/window.py": set(),
     "client/errors.py": set(),
-    "client/backoff.py": {"random"},
+    "client/backoff.py": {"os"},
     "client/gather.py": set(),
     "client/rules.py": {"dataclasses", "ipaddress", "re"},
 }
@@ -120,6 +120,23 @@ def test_flask_and_gunicorn_stay_at_the_servers_edge(path: Path) -> None:
         assert path.stem in {"__main__", "gunicorn_conf", "worker"}
     if "server.transport" in wanted:
         assert path.stem in {"leg", "user_leg", "app", "relay"}
+
+
+def loaded_by(*argv: str) -> set[str]:
+    """The modules that a Python program imports in its life."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *argv], capture_output=True, text=True, check=False
+    )
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+
+
+def test_script_starts_without_modules_that_it_hardly_needs() -> None:
+    """Each would cost every ssh a millisecond or more, up to the end of a try to connect."""
+    target = ["device", "127.0.0.1", "22", "--server-url", "http://127.0.0.1:1"]
+    loaded = loaded_by(str(SCRIPT), *target, "--secret-key", "x")
+    needed = loaded_by("-c", "import websocket, ssl, json")
+    assert {"argparse", "websocket", "ipaddress"} <= loaded
+    assert not {"shutil", "random", "queue", "encodings.idna", "dataclasses"} & (loaded - needed)
 
 
 @pytest.mark.parametrize(("file", "allowed"), PURE.items(), ids=PURE)

@@ -37,7 +37,7 @@ class PromptAgent(Agent):
     """Does not wait between its tries, but notes how long it would have; stops after some."""
 
     def __init__(self, config: ClientConfig, tries: int) -> None:
-        super().__init__(config, random.Random(SEED))
+        super().__init__(config, random.Random(SEED).uniform)
         self.waits: list[float] = []
         self.has_tried = threading.Event()
         self._tries = tries
@@ -112,7 +112,7 @@ def levels(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_retries_follow_the_backoff(serve: Callable[[Visitor], None]) -> None:
     """At once, then with full jitter on a doubling bound."""
     waits, _ = tries(serve, 8)
-    expected = Backoff(CAP_S, random.Random(SEED))
+    expected = Backoff(CAP_S, random.Random(SEED).uniform)
     assert waits == [expected.next_s() for _ in range(8)]
 
 
@@ -123,7 +123,7 @@ def test_server_that_is_not_there_is_tried_by_the_backoff() -> None:
     agent = PromptAgent(config_for(endpoint), 5)
     with running(agent):
         assert agent.has_tried.wait(5.0)
-    expected = Backoff(CAP_S, random.Random(SEED))
+    expected = Backoff(CAP_S, random.Random(SEED).uniform)
     assert agent.waits[:5] == [expected.next_s() for _ in range(5)]
 
 

@@ -510,3 +510,19 @@ def test_address_is_dialled_while_every_lookup_hangs(monkeypatch: pytest.MonkeyP
     with pytest.raises(DialError) as error:
         dial_tcp("localhost", 1, time.monotonic() + 0.1)
     assert error.value.kind == "timeout"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "a", "a.", "a..", "a..b", ".b", "_x.y", "a b", "::1", "x" * 63, "x" * 64, "ü.de"],
+)
+def test_names_are_encoded_as_python_does(name: str) -> None:
+    """With its codec or without."""
+
+    def outcome(encode: Callable[[], bytes]) -> object:
+        try:
+            return encode()
+        except UnicodeError as exc:
+            return type(exc)
+
+    assert outcome(lambda: dial._encode_name(name)) == outcome(lambda: name.encode("idna"))

@@ -37,7 +37,8 @@ class Machine:
         monkeypatch.setattr(socket, "getaddrinfo", self._look_up)
         monkeypatch.setattr(client.dial, "_begin", self._begin)
 
-    def _look_up(self, host: str, port: int, **_: Any) -> list[Any]:
+    def _look_up(self, name: bytes, port: int, **_: Any) -> list[Any]:
+        host = name.decode()
         self.lookups.append(host)
         is_address = ":" in host or host.replace(".", "").isdigit()
         return [info(address, port) for address in ([host] if is_address else ANSWERS)]
@@ -158,8 +159,8 @@ def test_tunnel_opens_when_one_of_the_addresses_is_allowed(
         addresses = ["192.0.2.1", "192.0.2.2", "127.0.0.1"] if kind == "address" else ["127.0.0.1"]
         lookups = []
 
-        def look_up(host: str, port: int, **_: Any) -> list[Any]:
-            lookups.append(host)
+        def look_up(name: bytes, port: int, **_: Any) -> list[Any]:
+            lookups.append(name.decode())
             return [info(address, port) for address in addresses]
 
         monkeypatch.setattr(socket, "getaddrinfo", look_up)
@@ -182,7 +183,7 @@ def test_answer_is_judged_once_when_the_resolver_changes_its_mind(
     turns = iter([["10.0.0.2"], ["127.0.0.1"]])
     machine = Machine(monkeypatch)
 
-    def look_up(host: str, port: int, **_: Any) -> list[Any]:
+    def look_up(name: bytes, port: int, **_: Any) -> list[Any]:
         return [info(address, port) for address in next(turns)]
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)

@@ -10,17 +10,15 @@ FIRST_S = 0.2
 CAP_S = 30.0
 
 
-class Highest(random.Random):
-    """Always draws the upper end."""
-
-    def uniform(self, a: float, b: float) -> float:
-        assert a == 0.0
-        return b
+def highest(low: float, high: float) -> float:
+    """Draw the upper end."""
+    assert low == 0.0
+    return high
 
 
 def tired(tries: int, cap_s: float = CAP_S) -> Backoff:
     """After so many tries."""
-    backoff = Backoff(cap_s, Highest())
+    backoff = Backoff(cap_s, highest)
     for _ in range(tries):
         backoff.next_s()
     return backoff
@@ -29,7 +27,7 @@ def tired(tries: int, cap_s: float = CAP_S) -> Backoff:
 @pytest.mark.parametrize("cap_s", [5.0, CAP_S])
 def test_first_retry_is_immediate_and_the_rest_doubles_to_the_cap(cap_s: float) -> None:
     """0, then 0.2 s doubling to 5 s (a proxy command) or 30 s (a client)."""
-    backoff = Backoff(cap_s, Highest())
+    backoff = Backoff(cap_s, highest)
     waits = [backoff.next_s() for _ in range(12)]
     assert waits[:4] == [0.0, FIRST_S, 2 * FIRST_S, 4 * FIRST_S]
     assert waits == sorted(waits)
@@ -38,13 +36,13 @@ def test_first_retry_is_immediate_and_the_rest_doubles_to_the_cap(cap_s: float) 
 
 def test_waits_are_drawn_between_zero_and_their_bound() -> None:
     """Full jitter: a fleet that lost its server does not come back in one instant."""
-    bounds = Backoff(CAP_S, Highest())
-    highest = [bounds.next_s() for _ in range(12)]
+    bounds = Backoff(CAP_S, highest)
+    most = [bounds.next_s() for _ in range(12)]
     draws: list[list[float]] = []
     for seed in range(200):
-        backoff = Backoff(CAP_S, random.Random(seed))
+        backoff = Backoff(CAP_S, random.Random(seed).uniform)
         draws.append([backoff.next_s() for _ in range(12)])
-    for number, bound in enumerate(highest):
+    for number, bound in enumerate(most):
         column = [draw[number] for draw in draws]
         assert all(0.0 <= wait <= bound for wait in column)
         if bound:
@@ -54,7 +52,10 @@ def test_waits_are_drawn_between_zero_and_their_bound() -> None:
 
 def test_same_seed_gives_the_same_waits() -> None:
     """So that a test can know them."""
-    first, second = Backoff(CAP_S, random.Random(7)), Backoff(CAP_S, random.Random(7))
+    first, second = (
+        Backoff(CAP_S, random.Random(7).uniform),
+        Backoff(CAP_S, random.Random(7).uniform),
+    )
     assert [first.next_s() for _ in range(9)] == [second.next_s() for _ in range(9)]
 
 
@@ -86,7 +87,7 @@ def test_leg_that_carried_something_starts_the_waits_anew_at_once() -> None:
 
 def test_leg_that_holds_for_a_moment_each_time_does_not_stop_the_doubling() -> None:
     """A server that accepts and drops in a loop is not hammered."""
-    backoff = Backoff(CAP_S, Highest())
+    backoff = Backoff(CAP_S, highest)
     waits = []
     for _ in range(12):
         waits.append(backoff.next_s())
@@ -97,6 +98,6 @@ def test_leg_that_holds_for_a_moment_each_time_does_not_stop_the_doubling() -> N
 
 def test_a_year_of_tries_overflows_nothing() -> None:
     """2**1000000 would be a number of 300,000 digits."""
-    backoff = Backoff(CAP_S, Highest())
+    backoff = Backoff(CAP_S, highest)
     backoff._tries = 10**6
     assert backoff.next_s() == pytest.approx(CAP_S)

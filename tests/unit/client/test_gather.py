@@ -42,7 +42,48 @@ def test_a_pause_or_a_keystroke_begins_anew() -> None:
     assert waits([quick] * 6 + [key] + [quick] * 4)[6:] == [0.0] * 4 + [WAIT_S]
 
 
-def test_a_read_that_was_filled_does_not_wait_and_breaks_nothing() -> None:
-    """There is more to read at once."""
-    quick, full = (16_384, 0.0005), (WANTED, 0.0005)
-    assert waits([quick] * 5 + [full, quick])[4:] == [WAIT_S, 0.0, WAIT_S]
+class Source:
+    """Writes pieces of `piece` bytes at `rate` bytes a second into a buffer; read by a Gather."""
+
+    def __init__(self, rate: float, piece: int, buffer: float, read_s: float = 0.0001) -> None:
+        self.rate, self.piece, self.buffer, self.read_s = rate, piece, buffer, read_s
+        self.gather, self.now = Gather(), 100.0
+        self.written = 0.0  # with the part of a piece that is not there yet
+        self.taken = 0
+        self.reads: list[int] = []
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.written = min(self.taken + self.buffer, self.written + self.rate * seconds)
+
+    def run(self, seconds: float) -> float:
+        """Read for so long; return the bytes a second."""
+        until, before = self.now + seconds, self.taken
+        while self.now < until:
+            while (waiting := int(self.written // self.piece) * self.piece - self.taken) <= 0:
+                self.pass_time(0.00001)
+            size = min(waiting, WANTED)
+            self.taken += size
+            self.reads.append(size)
+            self.pass_time(self.read_s)
+            self.pass_time(self.gather.wait_s(size, WANTED, self.now))
+        return (self.taken - before) / seconds
+
+
+def test_reads_are_nearly_whole_messages_at_200_mbit() -> None:
+    """Not whole ones with a piece behind each: 16 KiB a read at the beginning, then over 48."""
+    source = Source(25e6, 16_384, 1e9)
+    source.run(0.1)
+    source.reads.clear()
+    assert source.run(2) == pytest.approx(25e6, rel=0.01)
+    assert sum(source.reads) / len(source.reads) > 48 * 1024
+
+
+@pytest.mark.parametrize("rate", [150e6, 300e6, 600e6])
+@pytest.mark.parametrize("piece", [8_192, 32_768, 65_536])
+def test_fast_source_is_not_held_up_by_a_pipe_that_fills(rate: float, piece: int) -> None:
+    """A pipe holds 64 KiB: a writer into it stands still while we wait for more."""
+    source = Source(rate, piece, 65_536)
+    free = Source(rate, piece, 65_536)
+    free.gather.wait_s = lambda *_: 0.0  # type: ignore[method-assign]
+    assert source.run(3) > 0.9 * free.run(3)

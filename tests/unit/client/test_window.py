@@ -245,6 +245,21 @@ def test_window_stays_small_when_the_source_is_slow() -> None:
     assert max(transfer.windows) <= MIN_WINDOW_BYTES
 
 
+def test_window_does_not_follow_a_source_that_is_only_as_slow_as_a_fast_link() -> None:
+    """200 Mbit/s beside a way of 0.3 ms: as small a window as its rate would cost it whole reads.
+
+    How long 256 KiB take, 10 ms, is more than large windows may have, and less than small ones.
+    """
+    link = Link(8000, 0.3 * MS)
+    transfer = Transfer(link, source=25e6)
+    link.run(2)
+    transfer.windows.clear()
+    link.run(30)
+    small = [window for window in transfer.windows if window < MIN_WINDOW_BYTES]
+    assert len(small) < len(transfer.windows) / 50  # where it was drained
+    assert max(transfer.windows) <= 2 * MIN_WINDOW_BYTES
+
+
 def test_window_has_its_first_size_again_after_a_pause() -> None:
     """A grown window is not kept for a stream that rests, nor a small one."""
     for mbit, round_trip_s in ((200, 0.1), (5, 0.02)):
