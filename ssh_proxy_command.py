@@ -566,6 +566,9 @@ class Outbox:
         # Both are the Outlet's as soon as the leg is up: it sends what waits, and data at once.
         self.push: Callable[[], None] = self.call_writer
         self.put_data_now: Callable[[int, bytes, Any], None] = self.put_data
+        # Where there is no writer yet: told of its first call, and again after hear_call().
+        # Any thread, with locks held: it never waits.
+        self.on_call: Callable[[], None] | None = None
         # Guards everything below; woken when the writer is called.
         self._ready = threading.Condition()
         self._is_called = False
@@ -685,6 +688,11 @@ class Outbox:
         return bool(self._fast or self._turns)
 
     @property
+    def is_over(self) -> bool:
+        """Whether the close was taken, or stop() called. Needs no lock."""
+        return self._is_over
+
+    @property
     def is_clear(self) -> bool:
         """Whether nothing waits and the leg goes on. Needs no lock."""
         return not (self._fast or self._turns or self._close is not None or self._is_over)
@@ -704,6 +712,11 @@ class Outbox:
         """Let the writer send what waits."""
         with self._ready:
             self._call_locked()
+
+    def hear_call(self) -> None:
+        """In place of wait_call(): who serves the call looks at the outbox from here on."""
+        with self._ready:
+            self._is_called = False
 
     def wait_call(self) -> bool:
         """Wait until the writer is called; False when the close was taken, or stop() called."""
@@ -745,8 +758,12 @@ class Outbox:
                 self._call_locked()
 
     def _call_locked(self) -> None:
+        if self._is_called:
+            return
         self._is_called = True
         self._ready.notify()
+        if self.on_call is not None:
+            self.on_call()
 
     def _channel_locked(self, channel: int, head: bytes) -> _Channel | None:
         if self._close is not None or self._is_over:
@@ -1142,13 +1159,25 @@ class Outlet:
                 self._outbox.call_writer()
                 return
 
-    def _push_some(self) -> bool:
+    def push_all(self) -> bool:
+        """As push(), with the close, where there is no writer; False: now there has to be one."""
+        if not self._send_lock.acquire(blocking=False):
+            return False
+        try:
+            return self._push_some(with_close=True)
+        except OSError:
+            self._on_lost()
+            return True
+        finally:
+            self._send_lock.release()
+
+    def _push_some(self, *, with_close: bool = False) -> bool:
         """Return whether all was sent; the rest, if any, is the writer's."""
         sent = 0
         while self._rest is None and not self._is_stopped:
             if sent >= _PUSH_BYTES:
                 return False
-            frame = self._outbox.take()
+            frame = self._outbox.take(with_close=with_close)
             if frame is None:
                 return True
             sent += len(frame.payload)
@@ -1157,12 +1186,14 @@ class Outlet:
 
     def run(self) -> None:
         """Send what push() could not, until the close has gone out. Raises OSError."""
-        while self._outbox.has_frames or self._outbox.wait_call():
+        goes_on = True
+        while goes_on:
             with self._send_lock:
                 self._send_rest()
                 while (frame := self._outbox.take(with_close=True)) is not None:
                     self._rest = self._duplex.send_now(*self._encode(*frame))
                     self._send_rest()
+            goes_on = self._outbox.has_frames or self._outbox.wait_call()
 
     def stop(self) -> None:
         """Let nobody send any more; after it the socket may be freed."""

@@ -1,8 +1,9 @@
 """A WebSocket into the server: what all legs share, and ClientLeg, which carries many tunnels.
 
-The handler's thread runs run() and is the leg's reader; a writer thread drains the
-outbox; the timer ticks. Any thread may call end(). The reader never waits for anything
-but its socket (rule 3 of the design).
+The handler's thread runs run() and is the leg's reader; the timer ticks. Who puts into the
+outbox sends, or the sender does, and a writer thread from when the socket first would not take
+what there was. Any thread may call end(). The reader never waits for anything but its socket
+(rule 3 of the design).
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from server.credentials import Login
 from server.logs import ROOT_NAME
 from server.outbox import Frame, Outbox
-from server.outlet import Outlet
 from server.transport import ReadEnd, Transport, close_frame
 from server.tunnel import Channels, Tunnel
 from server.wire import (
@@ -44,6 +44,13 @@ RETRY_S = 0.01
 _PING = Frame(OP_PING, b"", b"")
 
 
+class Helpers(NamedTuple):
+    """What the relay's own threads do for all legs."""
+
+    look_again: Callable[[Leg], None]  # the timer: a deadline is new
+    send_waiting: Callable[[Leg], None]  # the sender: the outbox of a leg without writer calls
+
+
 class Leg:
     """What both kinds share: reader loop, writer, pings, the end."""
 
@@ -52,7 +59,7 @@ class Leg:
         transport: Transport,
         label: str,
         ping_interval_s: float,
-        look_again: Callable[[Leg], None],
+        helpers: Helpers,
     ) -> None:
         self.label = label
         # Who was let in; set before the leg is served.
@@ -60,7 +67,13 @@ class Leg:
         self.outbox = Outbox()
         self._transport = transport
         self._ping_interval_s = ping_interval_s
-        self._look_again = look_again
+        self._helpers = helpers
+        self._outlet = transport.outlet(self.outbox)
+        # Guards the two below: the sender starts a writer where there has to be one, but not
+        # when the reader, at its end, sees to the rest.
+        self._writer_lock = threading.Lock()
+        self._writer: threading.Thread | None = None
+        self._is_ending = False
         now = time.monotonic()
         # Used by the timer's thread alone.
         self._ping_at = now + ping_interval_s
@@ -73,11 +86,10 @@ class Leg:
 
     def run(self, websocket: Any) -> None:
         """Serve the upgraded WebSocket until the leg has ended and its writer is gone."""
-        outlet = self._transport.outlet(self.outbox)
-        name = f"leg-writer:{self.label}"
-        writer = threading.Thread(target=self._write, args=(outlet,), name=name)
-        writer.start()
-        outlet.start()
+        self.outbox.on_call = self._call_sender
+        self._outlet.start()
+        # For what was put since the leg was attached.
+        self._call_sender()
         try:
             ended = self._read(websocket)
             # The tunnels' other ends hear of it before anything here can take time.
@@ -94,10 +106,42 @@ class Leg:
             self.outbox.stop()
             raise
         finally:
+            with self._writer_lock:
+                self._is_ending = True
             # The timer ends a writer that is stuck, at the deadline set above.
-            writer.join()
-            outlet.stop()
+            if self._writer is not None:
+                self._writer.join()
+            else:
+                self._write()
+            self._outlet.stop()
             self._transport.abort()
+
+    def send_waiting(self) -> None:
+        """For the sender: send what the socket takes at once; start the writer for the rest."""
+        if self._writer is not None:
+            return  # The call was for it.
+        self.outbox.hear_call()
+        if not self._outlet.push_all():
+            self._start_writer()
+        elif self.outbox.is_over:
+            self._transport.finish_sending()
+
+    def _call_sender(self) -> None:
+        self._helpers.send_waiting(self)
+
+    def _start_writer(self) -> None:
+        with self._writer_lock:
+            if self._writer is not None or self._is_ending:
+                return
+            writer = threading.Thread(target=self._write, name=f"leg-writer:{self.label}")
+            try:
+                writer.start()
+            except RuntimeError:
+                _log.exception("leg has no writer leg=%s", self.label)
+                self.abort("internal_error")
+                return
+            self._writer = writer
+            self.outbox.on_call = None
 
     def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
         """Send a close behind all that is queued; shut down hard after `flush_s`."""
@@ -134,7 +178,7 @@ class Leg:
 
     def _abort_by(self, when: float) -> None:
         self._abort_at = min(self._abort_at, when)
-        self._look_again(self)
+        self._helpers.look_again(self)
 
     def _note(self, reason: str) -> None:
         self.reason = self.reason or reason
@@ -155,10 +199,10 @@ class Leg:
         self._note({"lost": "lost", "closed": "closed", "broken": "protocol_error"}[ended.value])
         return ended
 
-    def _write(self, outlet: Outlet) -> None:
+    def _write(self) -> None:
         """The writer's thread: sends what those who put it could not send at once."""
         try:
-            outlet.run()
+            self._outlet.run()
             self._transport.finish_sending()
         except OSError:
             # The peer is gone, or abort() was called: the reader finds out now.
@@ -187,10 +231,10 @@ class ClientLeg(Leg):
         transport: Transport,
         label: str,
         ping_interval_s: float,
-        look_again: Callable[[Leg], None],
+        helpers: Helpers,
         budget_bytes: int,
     ) -> None:
-        super().__init__(transport, label, ping_interval_s, look_again)
+        super().__init__(transport, label, ping_interval_s, helpers)
         self.channels = Channels(budget_bytes)
         # Held from a channel's numbering until its `open` is queued, so that they go
         # out in number order; taken before the channels' lock, never under it.

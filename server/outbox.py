@@ -61,6 +61,9 @@ class Outbox:
         # Both are the Outlet's as soon as the leg is up: it sends what waits, and data at once.
         self.push: Callable[[], None] = self.call_writer
         self.put_data_now: Callable[[int, bytes, Any], None] = self.put_data
+        # Where there is no writer yet: told of its first call, and again after hear_call().
+        # Any thread, with locks held: it never waits.
+        self.on_call: Callable[[], None] | None = None
         # Guards everything below; woken when the writer is called.
         self._ready = threading.Condition()
         self._is_called = False
@@ -180,6 +183,11 @@ class Outbox:
         return bool(self._fast or self._turns)
 
     @property
+    def is_over(self) -> bool:
+        """Whether the close was taken, or stop() called. Needs no lock."""
+        return self._is_over
+
+    @property
     def is_clear(self) -> bool:
         """Whether nothing waits and the leg goes on. Needs no lock."""
         return not (self._fast or self._turns or self._close is not None or self._is_over)
@@ -199,6 +207,11 @@ class Outbox:
         """Let the writer send what waits."""
         with self._ready:
             self._call_locked()
+
+    def hear_call(self) -> None:
+        """In place of wait_call(): who serves the call looks at the outbox from here on."""
+        with self._ready:
+            self._is_called = False
 
     def wait_call(self) -> bool:
         """Wait until the writer is called; False when the close was taken, or stop() called."""
@@ -240,8 +253,12 @@ class Outbox:
                 self._call_locked()
 
     def _call_locked(self) -> None:
+        if self._is_called:
+            return
         self._is_called = True
         self._ready.notify()
+        if self.on_call is not None:
+            self.on_call()
 
     def _channel_locked(self, channel: int, head: bytes) -> _Channel | None:
         if self._close is not None or self._is_over:

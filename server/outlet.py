@@ -91,13 +91,25 @@ class Outlet:
                 self._outbox.call_writer()
                 return
 
-    def _push_some(self) -> bool:
+    def push_all(self) -> bool:
+        """As push(), with the close, where there is no writer; False: now there has to be one."""
+        if not self._send_lock.acquire(blocking=False):
+            return False
+        try:
+            return self._push_some(with_close=True)
+        except OSError:
+            self._on_lost()
+            return True
+        finally:
+            self._send_lock.release()
+
+    def _push_some(self, *, with_close: bool = False) -> bool:
         """Return whether all was sent; the rest, if any, is the writer's."""
         sent = 0
         while self._rest is None and not self._is_stopped:
             if sent >= _PUSH_BYTES:
                 return False
-            frame = self._outbox.take()
+            frame = self._outbox.take(with_close=with_close)
             if frame is None:
                 return True
             sent += len(frame.payload)
@@ -106,12 +118,14 @@ class Outlet:
 
     def run(self) -> None:
         """Send what push() could not, until the close has gone out. Raises OSError."""
-        while self._outbox.has_frames or self._outbox.wait_call():
+        goes_on = True
+        while goes_on:
             with self._send_lock:
                 self._send_rest()
                 while (frame := self._outbox.take(with_close=True)) is not None:
                     self._rest = self._duplex.send_now(*self._encode(*frame))
                     self._send_rest()
+            goes_on = self._outbox.has_frames or self._outbox.wait_call()
 
     def stop(self) -> None:
         """Let nobody send any more; after it the socket may be freed."""

@@ -1,6 +1,6 @@
 """The relay of one worker process: admits legs, opens tunnels, drains.
 
-Builds and owns registry, timer and legs. Threads: handlers (admit, serve, release),
+Builds and owns registry, timer, sender and legs. Threads: handlers (admit, serve, release),
 the worker's main thread (start, drain, stop, join).
 """
 
@@ -19,9 +19,10 @@ from server.credentials import Credentials, Login
 from server.errors import HttpRefusal, TunnelRefused
 from server.guard import Guard, TunnelRecord
 from server.held import HeldResumes
-from server.leg import ClientLeg, Leg
+from server.leg import ClientLeg, Helpers, Leg
 from server.logs import ROOT_NAME
 from server.registry import Registry, Slot
+from server.sender import Sender
 from server.timer import Timer
 from server.transport import Transport
 from server.tunnel import Tunnel
@@ -49,6 +50,8 @@ class Relay:
         self._registry: Registry[Leg] = Registry()
         self._held: HeldResumes[UserLeg] = HeldResumes()
         self._timer = Timer()
+        self._sender = Sender()
+        self._helpers = Helpers(self._timer.look, self._sender.call)
         self._is_started = False
         # One line is enough: peers retry for ever.
         self._has_complained = False
@@ -63,6 +66,7 @@ class Relay:
         # What is there now stays: no collection, which stops all threads, need look at it.
         gc.freeze()
         self._timer.start()
+        self._sender.start()
         self._access.start()
         self.guard.start()
         self._is_started = True
@@ -131,7 +135,7 @@ class Relay:
         A client that has its answer can be reached: a proxy user who comes in the next
         instant finds it. Its `open` waits in the outbox until serve().
         """
-        interval_s, look = self._config.ping_interval_s, self._timer.look
+        interval_s = self._config.ping_interval_s
         is_spent = False
 
         def open_tunnel(leg: UserLeg, control: dict[str, Any]) -> Tunnel:
@@ -148,11 +152,14 @@ class Relay:
 
         leg: Leg
         if slot.kind == "client":
-            leg = ClientLeg(transport, slot.name, interval_s, look, LEG_BUDGET_BYTES)
+            leg = ClientLeg(transport, slot.name, interval_s, self._helpers, LEG_BUDGET_BYTES)
             leg.channels.tunnels_at_most = self._config.tunnels_per_client
         else:
             first_s = self._config.handshake_timeout_s
-            leg = UserLeg(transport, slot.name, interval_s, look, open_tunnel, self._held, first_s)
+            leg = UserLeg(
+                *(transport, slot.name, interval_s, self._helpers),
+                *(open_tunnel, self._held, first_s),
+            )
             leg.on_refused = refused
         leg.login = slot.login
         if not self._registry.attach(slot, leg):
@@ -286,10 +293,12 @@ class Relay:
             return self._legs_changed.wait_for(lambda: not self._legs, timeout_s)
 
     def stop_threads(self, timeout_s: float) -> None:
-        """End the timer, the guard's threads and the look at the file; after the legs."""
+        """End the relay's own threads and those of guard and access; after the legs."""
         self._access.stop()
         self._timer.stop()
+        self._sender.stop()
         self.guard.stop()
         self._timer.join(timeout_s)
+        self._sender.join(timeout_s)
         self._access.join(timeout_s)
         self.guard.join(timeout_s)

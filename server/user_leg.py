@@ -13,7 +13,7 @@ from typing import Any
 
 from server.errors import TunnelRefused
 from server.held import HeldResumes
-from server.leg import RETRY_S, Leg
+from server.leg import RETRY_S, Helpers, Leg
 from server.outbox import Frame
 from server.transport import Transport, close_frame
 from server.tunnel import USER_CHANNEL, Tunnel
@@ -41,13 +41,13 @@ class UserLeg(Leg):
         transport: Transport,
         label: str,
         ping_interval_s: float,
-        look_again: Callable[[Leg], None],
+        helpers: Helpers,
         open_tunnel: OpenTunnel,
         held: HeldResumes[UserLeg],
         first_message_s: float,
     ) -> None:
         """`first_message_s`: from the upgrade to `open` or `resume`; a client leg has neither."""
-        super().__init__(transport, label, ping_interval_s, look_again)
+        super().__init__(transport, label, ping_interval_s, helpers)
         self._open_tunnel = open_tunnel
         self._held = held
         self._first_by = time.monotonic() + first_message_s
@@ -153,7 +153,7 @@ class UserLeg(Leg):
         if kind == "resume":
             # Before the client is looked for, see HeldResumes.park.
             self._held_until = self._held.park(control["client"], self)
-            self._look_again(self)
+            self._helpers.look_again(self)
         self.open_wanted()
 
     # The tunnel that is wanted: opened, refused, or forgotten, once.

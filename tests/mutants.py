@@ -369,8 +369,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "8: a stuck name lookup ends by the deadline",
         "client/dial.py",
-        "answer = answers.get(timeout=_slice_s(deadline))",
-        "answer = answers.get()",
+        "while not is_done.wait(_slice_s(deadline)):",
+        "while not is_done.wait():",
         ("tests/integration/client/test_dial.py::test_stuck_lookup_ends_by_the_deadline",),
     ),
     Mutant(
@@ -518,6 +518,34 @@ MUTANTS: tuple[Mutant, ...] = (
         "window < MIN_WINDOW_BYTES and self.sent >= self.limit",
         "window < MIN_WINDOW_BYTES",
         ("tests/unit/client/test_stream.py",),
+    ),
+    Mutant(
+        "4: a call is the writer's once there is one",
+        "server/leg.py",
+        "        if self._writer is not None:\n            return  # The call was for it.\n",
+        "",
+        ("tests/integration/server/test_leg_writer.py",),
+    ),
+    Mutant(
+        "9: a leg without a writer sends its close",
+        "server/leg.py",
+        "            else:\n                self._write()\n",
+        "",
+        ("tests/integration/server/test_leg_writer.py",),
+    ),
+    Mutant(
+        "9: the sender ends the direction behind the close",
+        "server/leg.py",
+        "            self._transport.finish_sending()\n\n    def _call_sender",
+        "            pass\n\n    def _call_sender",
+        ("tests/integration/server/test_leg_writer.py",),
+    ),
+    Mutant(
+        "4: what the sender could not send begins a writer",
+        "server/leg.py",
+        "            self._start_writer()\n",
+        "            pass\n",
+        ("tests/integration/server/test_leg_writer.py",),
     ),
     Mutant(
         "7: the timer keeps no leg that is over",

@@ -24,6 +24,10 @@ class TakingOutlet:
     def start(self) -> None:
         """The writer is called by itself."""
 
+    def push_all(self) -> bool:
+        """All of it is the writer's."""
+        return False
+
     def run(self) -> None:
         """As the leg's writer."""
         while (frame := take(self._outbox)) is not None:

@@ -405,11 +405,14 @@ LATER: dict[str, Callable[[], Credentials]] = {
 
 
 @pytest.fixture
-def relay() -> Relay:
-    """One that runs no threads."""
+def relay() -> Iterator[Relay]:
+    """One that runs no threads but the sender."""
     found = Relay(Config(ping_interval_s=20.0), credentials())
     found._registry.set_capacity(16)
-    return found
+    found._sender.start()
+    yield found
+    found._sender.stop()
+    found._sender.join(5)
 
 
 def attached(relay: Relay, slot: Slot[Leg]) -> Wire:
