@@ -37,6 +37,7 @@ from server.user_leg import UserLeg
 from server.wire import LegError as ServerLegError
 from tests.fuzz.decoders import Decoder
 from tests.fuzz.source import IDS, Source, control
+from tests.support.taking import TakingOutlet
 
 USERS = ("token-good", "token-pest")
 _WINDOW = 2**18
@@ -178,6 +179,9 @@ class Clock:
 
     def __init__(self) -> None:
         self.is_aborted = False
+
+    def outlet(self, outbox: Any) -> TakingOutlet:
+        return TakingOutlet(outbox)
 
     def abort(self) -> None:
         self.is_aborted = True

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import hashlib
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from itertools import pairwise
@@ -50,6 +51,10 @@ _FAR = 2.0**40  # A deadline that never comes, on any clock.
 _ENDPOINT = Endpoint(False, "relay.example", 80, "/ws_for_clients")
 
 
+# Can be read at any time.
+_READY = os.open(os.devnull, os.O_RDONLY)
+
+
 class PlayedSocket:
     """A socket whose peer has said all that it says; what we write is kept."""
 
@@ -58,6 +63,9 @@ class PlayedSocket:
     def __init__(self, pieces: list[bytes]) -> None:
         self._pieces = pieces[::-1]
         self.sent = b""
+
+    def fileno(self) -> int:
+        return _READY
 
     def recv(self, size: int) -> bytes:
         if not self._pieces:
