@@ -23,6 +23,8 @@ from tests.support.waiting import eventually
 
 ENDLESS = 1 << 40
 RATE = {"delay_ms": 2, "mbit": 200}
+# The state of a connection that is over both ways, in Linux' struct tcp_info.
+TCP_CLOSE = 7
 UPGRADE = b"HTTP/1.1 101 Switching Protocols\r\n\r\n"
 
 
@@ -58,7 +60,9 @@ class Flow:
             while data := self.sock.recv(65536):
                 self.received += len(data)
                 self._hash.update(data)
-            # The kernel tells of an RST once: whoever sends may have been told.
+            # The kernel tells of an RST once, and may have told the thread that sends.
+            if self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE:
+                self._threads[0].join()
             self.ended = "reset" if self._send_failed else "eof"
         except TimeoutError:
             self.ended = "silent"
