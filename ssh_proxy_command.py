@@ -80,6 +80,9 @@ OP_PONG = 0xA
 # A data message: large enough to spread the cost of a frame, small enough that a
 # keystroke of another tunnel waits for one of them only some milliseconds.
 MAX_DATA_BYTES = 64 * 1024
+# What we put into one: with its header it crosses loopback as one segment, of 65,483 bytes,
+# so that its receiver wakes up once; and it is whole pages of a pipe.
+MESSAGE_BYTES = 60 * 1024
 # A control: the longest legal `open` is under 2 KiB.
 MAX_CONTROL_BYTES = 4 * 1024
 CHANNEL_BYTES = 4
@@ -943,9 +946,10 @@ class Duplex:
 ZERO_KEY = bytes(4)
 # The longest binary message of either leg.
 MAX_MESSAGE_BYTES = CHANNEL_BYTES + MAX_DATA_BYTES
-# One read takes many small frames, or most of a large one; the rest of that is read to where
-# it stays, without another copy. From 128 KiB on glibc would map memory for each read anew.
+# One read takes many small frames, or a large one as long as the last, or most of it; the rest
+# is read to where it stays. From 128 KiB on glibc would map memory for each read anew.
 _READ_BYTES = 64 * 1024
+_LARGE_BYTES = _READ_BYTES // 2
 _FIN = 0x80
 _MASK = 0x80
 # The first byte of what is taken here -> its opcode and largest size (RFC 6455, 5.5).
@@ -991,6 +995,9 @@ class FrameReader:
         # Read, and not taken from `_at` on.
         self._ahead = begun
         self._at = 0
+        # What the next read asks for: after a large frame as much, so that another as long comes
+        # whole, and nothing of the one behind it.
+        self._read_bytes = _READ_BYTES
         # How much of the frame that is the library's it has not read yet.
         self._others = 0
 
@@ -1029,6 +1036,7 @@ class FrameReader:
             self._others = header_bytes + size
             return None
         self._at += header_bytes
+        self._read_bytes = header_bytes + size if size >= _LARGE_BYTES else _READ_BYTES
         key = self._ahead[self._at - 4 : self._at] if self._is_masked else ZERO_KEY
         data = self._take(size)
         if data is None:
@@ -1052,7 +1060,7 @@ class FrameReader:
         while len(self._ahead) - self._at < size:
             # Before the wait: what was taken is not kept by a leg that goes idle.
             self._ahead, self._at = self._ahead[self._at :], 0
-            data = self._duplex.recv(_READ_BYTES, on_pause)
+            data = self._duplex.recv(self._read_bytes, on_pause)
             if not data:
                 return False
             self._ahead += data
@@ -1230,14 +1238,15 @@ _LEAST_BYTES = 4 * 1024
 # The next piece came so soon, so many times in a row: it goes on like this.
 _SOON_S = 0.001
 _TIMES = 4
-# For so long at most bytes come together: nearly a whole message at 200 Mbit/s.
-_LONGEST_S = 0.0025
-# What a read should find: some less than a message, lest a small one follow each whole one.
-_AIM_BYTES = MAX_DATA_BYTES * 7 // 8
+# For so long bytes come together at first, and at most: two messages at 200 Mbit/s.
+_FIRST_GATHER_S = 0.0025
+_LONGEST_GATHER_S = 0.005
+# What a read should find, of what it could: lest a small one follow each full one.
+_AIM = 7 / 8
 # A read that was filled does not tell how much there was: next time wait such a part.
 _SHORTER = 0.75
-# A source that fills a message sooner is fast, and might stand still while we wait: a pipe holds
-# no more than one. It is left alone for so many reads.
+# A source that fills a read sooner is fast, and might stand still while we wait: a pipe holds
+# no more than one message. It is left alone for so many reads.
 _SHORTEST_S = 0.0005
 _HOLD_OFF = 1000
 
@@ -1245,29 +1254,31 @@ _HOLD_OFF = 1000
 class Gather:
     """Watches the reads of one source. Used by the thread that reads it."""
 
-    def __init__(self) -> None:
+    def __init__(self, read_bytes: int) -> None:
+        """`read_bytes`: what a read asks for, if there is credit for so much."""
+        self._read_bytes = read_bytes
         # Since when the next read was possible.
         self._ready_at = float("-inf")
         # Quick small pieces in a row; below 0, how many more reads are left alone.
         self._times = 0
-        self._gather_s = _LONGEST_S
+        self._gather_s = _FIRST_GATHER_S
 
     def wait_s(self, size: int, wanted: int, now: float) -> float:
         """Return the seconds to wait before the next read, after one of `size` bytes at `now`.
 
-        `wanted` is what was asked for: less than a message if there was no credit for one.
+        `wanted` is what was asked for: less than a whole read if there was no credit for one.
         """
         waits_s = 0.0
         if size < _LEAST_BYTES or now - self._ready_at >= _SOON_S:
             self._times = min(0, self._times)
         elif self._times < _TIMES:
             self._times = self._times + 1 if size < wanted or self._times < 0 else 0
-            self._gather_s = _LONGEST_S
+            self._gather_s = _FIRST_GATHER_S
             if self._times == _TIMES:
                 waits_s = self._gather_s
-        elif size < wanted or wanted == MAX_DATA_BYTES:
-            factor = _AIM_BYTES / size if size < wanted else _SHORTER
-            self._gather_s = min(_LONGEST_S, self._gather_s * factor)
+        elif size < wanted or wanted == self._read_bytes:
+            factor = _AIM * self._read_bytes / size if size < wanted else _SHORTER
+            self._gather_s = min(_LONGEST_GATHER_S, self._gather_s * factor)
             if self._gather_s < _SHORTEST_S:
                 self._times = -_HOLD_OFF
             else:
@@ -1292,8 +1303,12 @@ _LEAST_QUEUE_S = 0.002
 _TRIPS = 3
 _MEASURE_S = 0.005
 _LONG_MEASURE_S = 1.0
+# Without queue it grows by so much: trips are soon too short by chance, where a machine is busy.
+_GROWTH = 1.2
 # It takes more of them in a row without a queue to double again: one may be chance.
 _FREE_LOOKS = 3
+# Such a part of it may stand in our own hands, where whoever takes it on is slower than the way.
+_IN_HAND = 1 / 3
 # How often the way is emptied. It costs a long link some 1 % of its speed.
 _DRAIN_S = 10.0
 # What counts at most as the length of a way that is emptied: with a trip of seconds most of it
@@ -1310,9 +1325,10 @@ class Window:
 
     The trip of an ack ends with the first bytes that it allowed. The window doubles until
     trips grow longer than the shortest; then it follows them, so that a short queue stands:
-    more would only delay the keystroke behind it. Now and then it falls to less than the way
-    holds, and the shortest is measured anew: a queue that always stands must not be taken for
-    the way. All tunnels of a machine do so at the same time, since they may share that queue.
+    more would only delay the keystroke behind it. It becomes smaller if much of it waits in our
+    own hands. Now and then it falls to less than the way holds, and the shortest is measured
+    anew: a queue that always stands must not be taken for the way. All tunnels of a machine do
+    so at the same time, since they may share that queue.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -1322,6 +1338,8 @@ class Window:
         self._since: float | None = None
         self._trips = 0
         self._trip_s = 0.0
+        # The least that stood in our own hands when one of them began.
+        self._in_hand = 0
         self._heard_at = float("inf")  # not yet
         self._last_trip_s = 0.0
         self.begin()
@@ -1349,15 +1367,20 @@ class Window:
             self._timed = None
             self._on_trip(self._last_trip_s, size, now)
 
-    def on_limit(self, before: int, now: float) -> None:
-        """Note that an ack raises the limit, which was `before`."""
+    def on_limit(self, before: int, in_hand: int, now: float) -> None:
+        """Note that an ack raises the limit, which was `before`.
+
+        `in_hand`: how many bytes have come and were not handed on yet.
+        """
         if self._timed is None:
             self._timed = (before, now)
+            self._in_hand = min(self._in_hand, in_hand)
 
     def _on_trip(self, trip_s: float, size: int, now: float) -> None:
         self._shortest_s = min(self._shortest_s, trip_s)
         if self._since is None:
-            self._since = now  # The first trip after a change is that of the window before.
+            # The first trip after a change is that of the window before.
+            self._since, self._in_hand = now, self.size
             return
         self._trips += 1
         # Without the time of the message that ended it, which may be longer than the queue.
@@ -1378,6 +1401,11 @@ class Window:
             self._drain()
         elif self._trip_s > self._longest_s:
             self._shrink()
+        elif self._in_hand > self.size * _IN_HAND:
+            # More would only come at once, when all of that is taken on, and delay a keystroke.
+            self._free_looks = 0
+            size = (self.size - self._in_hand) / (1 - _IN_HAND)
+            self._resize(max(size, min(self.size, MIN_WINDOW_BYTES)))
         elif self._trip_s < self._longest_s - self._queue_s / 2:
             self._grow()
         else:
@@ -1403,7 +1431,7 @@ class Window:
         self._too_long = None
         self._free_looks += 1
         is_free = self._is_doubling or self._free_looks > _FREE_LOOKS
-        self._resize(self.size * (2 if is_free else min(2.0, self._part(self._trip_s))))
+        self._resize(self.size * (2 if is_free else min(_GROWTH, self._part(self._trip_s))))
 
     def _shrink(self) -> None:
         self._free_looks = 0
@@ -1489,7 +1517,7 @@ class Sender:
         self.sent = 0
         self.limit = 0
         self.delivered = 0
-        self._message_bytes = MAX_DATA_BYTES
+        self._message_bytes = MESSAGE_BYTES
         self.eof_sent = False
         self.eof_acked = False
         # From `_kept_from`, at most `delivered`, to `taken`; and of these what waits for credit.
@@ -1565,7 +1593,7 @@ class Sender:
         The window of a slow source is small too, but that has credit left when an ack comes.
         """
         is_thin = window < MIN_WINDOW_BYTES and self.sent >= self.limit
-        size = window // _THIN_MESSAGES if is_thin else MAX_DATA_BYTES
+        size = window // _THIN_MESSAGES if is_thin else MESSAGE_BYTES
         self._message_bytes = max(_LEAST_MESSAGE_BYTES, size)
 
     def check_resume(self, peer: Position) -> None:
@@ -1673,7 +1701,7 @@ class Receiver:
         self.limit = min(MAX_COUNT, max(before, self.delivered + self.window))
         self._acked = self.delivered
         if self.limit > before:
-            self._window.on_limit(before, now)
+            self._window.on_limit(before, self.received - self.delivered, now)
         return Ack(self.delivered, self.limit, self.eof_delivered and self._eof_came)
 
     def resume(self) -> Position:
@@ -3117,7 +3145,7 @@ class TunnelEnd:
         """Return how many bytes to take from the source now; 0: none, or there is no leg."""
         if self._ended is not None or self._link is None:
             return 0
-        return min(self._stream.out.credit, MAX_DATA_BYTES)
+        return self._stream.out.credit
 
     def wait_credit(self) -> int:
         """Wait until bytes may be taken; return how many, 0 when the tunnel is over."""
@@ -3841,7 +3869,7 @@ class Pumps:
         self.exit_code: int | None = None
         self._watches_stdout = CAN_POLL
         self._quick_stdout: _QuickStdout | None = None
-        self._gather = Gather()
+        self._gather = Gather(MESSAGE_BYTES)
         # Where there is no poll.
         self._woken = threading.Event()
         self._left = threading.Event()
@@ -3899,7 +3927,7 @@ class Pumps:
         end = self._end
         try:
             while not end.is_over and self.exit_code is None:
-                size = end.credit()
+                size = min(end.credit(), MESSAGE_BYTES)
                 if self._wait(want_stdin=size > 0):
                     self._carry(size)
             if not end.is_over:

@@ -27,9 +27,10 @@ from client.wire import (
 ZERO_KEY = bytes(4)
 # The longest binary message of either leg.
 MAX_MESSAGE_BYTES = CHANNEL_BYTES + MAX_DATA_BYTES
-# One read takes many small frames, or most of a large one; the rest of that is read to where
-# it stays, without another copy. From 128 KiB on glibc would map memory for each read anew.
+# One read takes many small frames, or a large one as long as the last, or most of it; the rest
+# is read to where it stays. From 128 KiB on glibc would map memory for each read anew.
 _READ_BYTES = 64 * 1024
+_LARGE_BYTES = _READ_BYTES // 2
 _FIN = 0x80
 _MASK = 0x80
 # The first byte of what is taken here -> its opcode and largest size (RFC 6455, 5.5).
@@ -75,6 +76,9 @@ class FrameReader:
         # Read, and not taken from `_at` on.
         self._ahead = begun
         self._at = 0
+        # What the next read asks for: after a large frame as much, so that another as long comes
+        # whole, and nothing of the one behind it.
+        self._read_bytes = _READ_BYTES
         # How much of the frame that is the library's it has not read yet.
         self._others = 0
 
@@ -113,6 +117,7 @@ class FrameReader:
             self._others = header_bytes + size
             return None
         self._at += header_bytes
+        self._read_bytes = header_bytes + size if size >= _LARGE_BYTES else _READ_BYTES
         key = self._ahead[self._at - 4 : self._at] if self._is_masked else ZERO_KEY
         data = self._take(size)
         if data is None:
@@ -136,7 +141,7 @@ class FrameReader:
         while len(self._ahead) - self._at < size:
             # Before the wait: what was taken is not kept by a leg that goes idle.
             self._ahead, self._at = self._ahead[self._at :], 0
-            data = self._duplex.recv(_READ_BYTES, on_pause)
+            data = self._duplex.recv(self._read_bytes, on_pause)
             if not data:
                 return False
             self._ahead += data

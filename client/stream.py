@@ -14,7 +14,7 @@ from client.window import Window
 from client.wire import (
     DEFAULT_MAX_WINDOW_BYTES,
     MAX_COUNT,
-    MAX_DATA_BYTES,
+    MESSAGE_BYTES,
     MIN_WINDOW_BYTES,
     TunnelError,
 )
@@ -60,7 +60,7 @@ class Sender:
         self.sent = 0
         self.limit = 0
         self.delivered = 0
-        self._message_bytes = MAX_DATA_BYTES
+        self._message_bytes = MESSAGE_BYTES
         self.eof_sent = False
         self.eof_acked = False
         # From `_kept_from`, at most `delivered`, to `taken`; and of these what waits for credit.
@@ -136,7 +136,7 @@ class Sender:
         The window of a slow source is small too, but that has credit left when an ack comes.
         """
         is_thin = window < MIN_WINDOW_BYTES and self.sent >= self.limit
-        size = window // _THIN_MESSAGES if is_thin else MAX_DATA_BYTES
+        size = window // _THIN_MESSAGES if is_thin else MESSAGE_BYTES
         self._message_bytes = max(_LEAST_MESSAGE_BYTES, size)
 
     def check_resume(self, peer: Position) -> None:
@@ -244,7 +244,7 @@ class Receiver:
         self.limit = min(MAX_COUNT, max(before, self.delivered + self.window))
         self._acked = self.delivered
         if self.limit > before:
-            self._window.on_limit(before, now)
+            self._window.on_limit(before, self.received - self.delivered, now)
         return Ack(self.delivered, self.limit, self.eof_delivered and self._eof_came)
 
     def resume(self) -> Position:

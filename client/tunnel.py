@@ -24,10 +24,14 @@ from client.errors import DialError, RelayError
 from client.gather import Gather
 from client.rules import Host, RuleError, TargetRule, canonical_host
 from client.tunnel_end import Link, TunnelEnd
+from client.wire import MESSAGE_BYTES
 
 # The dial of a target in all, name lookup included. Shorter than the proxy command's
 # 15 s, so that the proxy user reads our reason.
 DIAL_TARGET_S = 10.0
+# Two messages: a target's socket has room for them while we let them come together, and to take
+# them at once costs less than twice. Below what glibc would map memory for each time.
+_READ_BYTES = 2 * MESSAGE_BYTES
 # A write to a target that does not read looks this often whether the tunnel has ended.
 _STUCK_WRITE_S = 0.25
 # After its eof a target that has gone is noticed so soon.
@@ -142,9 +146,9 @@ class Tunnel:
     # Target to leg.
 
     def _read(self, sock: socket.socket) -> None:
-        end, gather = self.end, Gather()
+        end, gather = self.end, Gather(_READ_BYTES)
         try:
-            while size := end.wait_credit():
+            while size := min(end.wait_credit(), _READ_BYTES):
                 data = sock.recv(size)
                 if data:
                     end.send(data)

@@ -18,7 +18,6 @@ from client.outbox import Frame, Outbox, append_merged
 from client.stream import Ack, Position, Stream
 from client.wire import (
     FLUSH_S,
-    MAX_DATA_BYTES,
     OP_TEXT,
     TunnelError,
     encode_channel,
@@ -507,7 +506,7 @@ class TunnelEnd:
         """Return how many bytes to take from the source now; 0: none, or there is no leg."""
         if self._ended is not None or self._link is None:
             return 0
-        return min(self._stream.out.credit, MAX_DATA_BYTES)
+        return self._stream.out.credit
 
     def wait_credit(self) -> int:
         """Wait until bytes may be taken; return how many, 0 when the tunnel is over."""

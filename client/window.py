@@ -16,8 +16,12 @@ _LEAST_QUEUE_S = 0.002
 _TRIPS = 3
 _MEASURE_S = 0.005
 _LONG_MEASURE_S = 1.0
+# Without queue it grows by so much: trips are soon too short by chance, where a machine is busy.
+_GROWTH = 1.2
 # It takes more of them in a row without a queue to double again: one may be chance.
 _FREE_LOOKS = 3
+# Such a part of it may stand in our own hands, where whoever takes it on is slower than the way.
+_IN_HAND = 1 / 3
 # How often the way is emptied. It costs a long link some 1 % of its speed.
 _DRAIN_S = 10.0
 # What counts at most as the length of a way that is emptied: with a trip of seconds most of it
@@ -34,9 +38,10 @@ class Window:
 
     The trip of an ack ends with the first bytes that it allowed. The window doubles until
     trips grow longer than the shortest; then it follows them, so that a short queue stands:
-    more would only delay the keystroke behind it. Now and then it falls to less than the way
-    holds, and the shortest is measured anew: a queue that always stands must not be taken for
-    the way. All tunnels of a machine do so at the same time, since they may share that queue.
+    more would only delay the keystroke behind it. It becomes smaller if much of it waits in our
+    own hands. Now and then it falls to less than the way holds, and the shortest is measured
+    anew: a queue that always stands must not be taken for the way. All tunnels of a machine do
+    so at the same time, since they may share that queue.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -46,6 +51,8 @@ class Window:
         self._since: float | None = None
         self._trips = 0
         self._trip_s = 0.0
+        # The least that stood in our own hands when one of them began.
+        self._in_hand = 0
         self._heard_at = float("inf")  # not yet
         self._last_trip_s = 0.0
         self.begin()
@@ -73,15 +80,20 @@ class Window:
             self._timed = None
             self._on_trip(self._last_trip_s, size, now)
 
-    def on_limit(self, before: int, now: float) -> None:
-        """Note that an ack raises the limit, which was `before`."""
+    def on_limit(self, before: int, in_hand: int, now: float) -> None:
+        """Note that an ack raises the limit, which was `before`.
+
+        `in_hand`: how many bytes have come and were not handed on yet.
+        """
         if self._timed is None:
             self._timed = (before, now)
+            self._in_hand = min(self._in_hand, in_hand)
 
     def _on_trip(self, trip_s: float, size: int, now: float) -> None:
         self._shortest_s = min(self._shortest_s, trip_s)
         if self._since is None:
-            self._since = now  # The first trip after a change is that of the window before.
+            # The first trip after a change is that of the window before.
+            self._since, self._in_hand = now, self.size
             return
         self._trips += 1
         # Without the time of the message that ended it, which may be longer than the queue.
@@ -102,6 +114,11 @@ class Window:
             self._drain()
         elif self._trip_s > self._longest_s:
             self._shrink()
+        elif self._in_hand > self.size * _IN_HAND:
+            # More would only come at once, when all of that is taken on, and delay a keystroke.
+            self._free_looks = 0
+            size = (self.size - self._in_hand) / (1 - _IN_HAND)
+            self._resize(max(size, min(self.size, MIN_WINDOW_BYTES)))
         elif self._trip_s < self._longest_s - self._queue_s / 2:
             self._grow()
         else:
@@ -127,7 +144,7 @@ class Window:
         self._too_long = None
         self._free_looks += 1
         is_free = self._is_doubling or self._free_looks > _FREE_LOOKS
-        self._resize(self.size * (2 if is_free else min(2.0, self._part(self._trip_s))))
+        self._resize(self.size * (2 if is_free else min(_GROWTH, self._part(self._trip_s))))
 
     def _shrink(self) -> None:
         self._free_looks = 0

@@ -34,6 +34,9 @@ OP_PONG = 0xA
 # A data message: large enough to spread the cost of a frame, small enough that a
 # keystroke of another tunnel waits for one of them only some milliseconds.
 MAX_DATA_BYTES = 64 * 1024
+# What we put into one: with its header it crosses loopback as one segment, of 65,483 bytes,
+# so that its receiver wakes up once; and it is whole pages of a pipe.
+MESSAGE_BYTES = 60 * 1024
 # A control: the longest legal `open` is under 2 KiB.
 MAX_CONTROL_BYTES = 4 * 1024
 CHANNEL_BYTES = 4

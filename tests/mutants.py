@@ -132,6 +132,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/unit/client/test_window.py",),
     ),
     Mutant(
+        "5: the window does not grow for bytes that wait in our own hands",
+        "client/window.py",
+        "elif self._in_hand > self.size * _IN_HAND:",
+        "elif False:",
+        ("tests/unit/client/test_window.py",),
+    ),
+    Mutant(
         "5: a window that grew does not hold an ack back",
         "client/stream.py",
         "granted = min(self.window, self.limit - self._acked)",

@@ -46,6 +46,7 @@ class Source:
     def __init__(self, stream: bytes, cuts: list[int]) -> None:
         bounds = sorted({0, len(stream), *(cut % (len(stream) + 1) for cut in cuts)})
         self.pieces = [stream[start:end] for start, end in pairwise(bounds)]
+        self.sizes: list[int] = []
         self.sizes_into: list[int] = []
 
     def _next(self, size: int) -> bytes:
@@ -57,6 +58,7 @@ class Source:
 
     def recv(self, size: int, _on_pause: object = None) -> bytes:
         assert size > 0
+        self.sizes.append(size)
         return self._next(size)
 
     def recv_into(self, view: memoryview) -> int:
@@ -395,3 +397,26 @@ def test_nothing_that_was_taken_is_kept_while_the_reader_waits() -> None:
     assert reader.read_message() == (OP_BINARY, bytes(60_000))
     assert reader.read_message() is None
     assert kept == [0, 1]
+
+
+def test_messages_as_long_as_the_one_before_come_with_one_read_each() -> None:
+    """From the second on, and without a byte of the next: else its head would be moved twice."""
+    frame = frame_header(OP_BINARY, 61_444) + bytes(61_444)
+    source = Source(frame * 4, [])
+    reader = FrameReader(source, is_masked=False)  # type: ignore[arg-type]
+    for _ in range(4):
+        assert reader.read_message() == (OP_BINARY, bytearray(61_444))
+    # The first read took the head of the second frame with it, whose rest came to where it stays.
+    assert source.sizes == [64 * 1024, len(frame), len(frame)]
+    assert source.sizes_into == [2 * len(frame) - 64 * 1024]
+
+
+def test_small_messages_come_many_with_one_read_again() -> None:
+    """After a large one too."""
+    large = frame_header(OP_BINARY, 61_444) + bytes(61_444)
+    small = frame_header(OP_TEXT, 2) + b"{}"
+    source = Source(large + small * 100, [len(large) + len(small)])
+    reader = FrameReader(source, is_masked=False)  # type: ignore[arg-type]
+    for _ in range(101):
+        assert reader.read_message() is not None
+    assert source.sizes == [64 * 1024, 64 * 1024]

@@ -6,13 +6,14 @@ import pytest
 
 from client.gather import Gather
 
-WANTED = 65_536
-WAIT_S = 0.0025
+WANTED = 61_440
+FIRST_WAIT_S = 0.0025
+LONGEST_WAIT_S = 0.005
 
 
 def waits(pieces: list[tuple[int, float]], wanted: int = WANTED) -> list[float]:
     """The waits after reads of so many bytes, each so long after it could have come."""
-    gather, now, told = Gather(), 100.0, []
+    gather, now, told = Gather(wanted), 100.0, []
     for size, after_s in pieces:
         now += after_s
         told.append(gather.wait_s(size, wanted, now))
@@ -21,8 +22,9 @@ def waits(pieces: list[tuple[int, float]], wanted: int = WANTED) -> list[float]:
 
 
 def test_small_pieces_in_quick_succession_are_gathered() -> None:
-    """From the fifth on: 16 KiB at 200 Mbit/s come every 0.65 ms."""
-    assert waits([(16_384, 0.00065)] * 8) == [0.0] * 4 + [WAIT_S] * 4
+    """From the fifth on, and longer where what came is far from what a read takes."""
+    told = waits([(16_384, 0.00065)] * 8)
+    assert told == [0.0] * 4 + [FIRST_WAIT_S] + [LONGEST_WAIT_S] * 3
 
 
 @pytest.mark.parametrize(
@@ -38,8 +40,9 @@ def test_nothing_waits_otherwise(size: int, after_s: float) -> None:
 def test_a_pause_or_a_keystroke_begins_anew() -> None:
     """What waits goes on for as long as it comes like that."""
     quick, pause, key = (16_384, 0.0005), (16_384, 0.01), (36, 0.0005)
-    assert waits([quick] * 6 + [pause] + [quick] * 5)[4:] == [WAIT_S] * 2 + [0.0] * 4 + [WAIT_S] * 2
-    assert waits([quick] * 6 + [key] + [quick] * 4)[6:] == [0.0] * 4 + [WAIT_S]
+    both = [FIRST_WAIT_S, LONGEST_WAIT_S]
+    assert waits([quick] * 6 + [pause] + [quick] * 6)[4:-1] == both + [0.0] * 4 + both
+    assert waits([quick] * 6 + [key] + [quick] * 4)[6:] == [0.0] * 4 + [FIRST_WAIT_S]
 
 
 class Source:
@@ -47,7 +50,7 @@ class Source:
 
     def __init__(self, rate: float, piece: int, buffer: float, read_s: float = 0.0001) -> None:
         self.rate, self.piece, self.buffer, self.read_s = rate, piece, buffer, read_s
-        self.gather, self.now = Gather(), 100.0
+        self.gather, self.now = Gather(WANTED), 100.0
         self.written = 0.0  # with the part of a piece that is not there yet
         self.taken = 0
         self.reads: list[int] = []
@@ -56,11 +59,17 @@ class Source:
         self.now += seconds
         self.written = min(self.taken + self.buffer, self.written + self.rate * seconds)
 
+    def waiting(self) -> int:
+        # Of a piece that has no room, a part is there; else it comes whole.
+        is_full = self.written >= self.taken + self.buffer
+        whole = self.written if is_full else self.written // self.piece * self.piece
+        return int(whole) - self.taken
+
     def run(self, seconds: float) -> float:
         """Read for so long; return the bytes a second."""
         until, before = self.now + seconds, self.taken
         while self.now < until:
-            while (waiting := int(self.written // self.piece) * self.piece - self.taken) <= 0:
+            while (waiting := self.waiting()) <= 0:
                 self.pass_time(0.00001)
             size = min(waiting, WANTED)
             self.taken += size

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client.framing import frame_header
 from client.stream import Ack, Receiver, Sender, Stream
 from client.wire import (
     LEAST_WINDOW_BYTES,
     MAX_COUNT,
     MAX_DATA_BYTES,
+    MESSAGE_BYTES,
     MIN_WINDOW_BYTES,
     TunnelError,
 )
@@ -65,16 +67,18 @@ def test_sender_sends_no_byte_beyond_its_limit_whatever_was_taken() -> None:
     assert (out.sent, out.credit) == (13, 87)
 
 
-def test_sender_cuts_a_message_at_64_kib() -> None:
-    """The largest legal one."""
+def test_sender_cuts_messages_that_cross_loopback_in_one_segment() -> None:
+    """Of 65,483 bytes, header and channel included; and a legal message."""
     out = sender(MIB)
-    out.take(bytes(MAX_DATA_BYTES + 1))
-    assert [len(piece) for piece in pieces(out)] == [MAX_DATA_BYTES, 1]
+    out.take(bytes(MESSAGE_BYTES + 1))
+    assert [len(piece) for piece in pieces(out)] == [MESSAGE_BYTES, 1]
+    assert len(frame_header(2, 4 + MESSAGE_BYTES, bytes(4))) + 4 + MESSAGE_BYTES <= 65_483
+    assert MESSAGE_BYTES <= MAX_DATA_BYTES
 
 
 @pytest.mark.parametrize(
     ("window", "size"),
-    [(MIB, 64 * KIB), (256 * KIB, 64 * KIB), (160 * KIB, 10 * KIB), (16 * KIB, 4 * KIB)],
+    [(MIB, MESSAGE_BYTES), (256 * KIB, MESSAGE_BYTES), (160 * KIB, 10 * KIB), (16 * KIB, 4 * KIB)],
 )
 def test_sender_cuts_messages_small_when_the_window_is(window: int, size: int) -> None:
     """A keystroke waits for the rest of one, and a small window tells of a thin link."""
@@ -89,9 +93,9 @@ def test_messages_of_a_slow_source_are_not_cut() -> None:
     out = sender(160 * KIB)
     send(out, 32 * KIB)
     out.on_ack(Ack(32 * KIB, 192 * KIB, False))
-    out.take(bytes(64 * KIB))
-    assert [len(piece) for piece in pieces(out)] == [64 * KIB]
-    send(out, 96 * KIB)
+    out.take(bytes(MESSAGE_BYTES))
+    assert [len(piece) for piece in pieces(out)] == [MESSAGE_BYTES]
+    send(out, 160 * KIB - MESSAGE_BYTES)
     out.on_ack(Ack(192 * KIB, 352 * KIB, False))
     out.take(bytes(64 * KIB))
     assert max(len(piece) for piece in pieces(out)) == 10 * KIB

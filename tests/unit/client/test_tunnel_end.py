@@ -118,8 +118,8 @@ def test_open_that_comes_after_the_end_is_told() -> None:
 def test_send_takes_credit_and_stands_in_the_outbox(
     end: TunnelEnd, outbox: Outbox, channel: int
 ) -> None:
-    """One message is 64 KiB at most; the head names the channel."""
-    assert end.credit() == MAX_DATA_BYTES
+    """All of the window; the head names the channel."""
+    assert end.credit() == 4 * MAX_DATA_BYTES
     end.send(b"abc")
     frame = take(outbox)
     assert frame is not None

@@ -78,10 +78,13 @@ class Transfer:
         max_window: int = DEFAULT_MAX_WINDOW_BYTES,
         *,
         source: float = 0.0,
+        consumer: float = 0.0,
     ) -> None:
         self.link = link
         self.out, self.into = Sender(), Receiver(max_window)
         self.source = source  # bytes a second; 0: always more than there is credit for
+        self.consumer = consumer  # bytes a second; 0: takes them as they come
+        self.takes_until = 0.0
         self.is_on = True
         self.out.limit = self.into.limit
         self.windows: list[int] = []
@@ -115,7 +118,15 @@ class Transfer:
     def _arrive(self, size: int) -> None:
         now = self.link.now
         self.into.on_data(size, now)
-        ack = self.into.on_delivered(size, now, drained=True)
+        if self.consumer:
+            self.takes_until = max(now, self.takes_until) + size / self.consumer
+            self.link.at(self.takes_until, partial(self._hand_on, size))
+        else:
+            self._hand_on(size)
+
+    def _hand_on(self, size: int) -> None:
+        drained = self.into.received == self.into.delivered + size
+        ack = self.into.on_delivered(size, self.link.now, drained=drained)
         self.windows.append(self.into.window)
         if ack is not None:
             self.link.answer(lambda: self._take(ack))
@@ -258,6 +269,27 @@ def test_window_does_not_follow_a_source_that_is_only_as_slow_as_a_fast_link() -
     small = [window for window in transfer.windows if window < MIN_WINDOW_BYTES]
     assert len(small) < len(transfer.windows) / 50  # where it was drained
     assert max(transfer.windows) <= 2 * MIN_WINDOW_BYTES
+
+
+@pytest.mark.parametrize(
+    ("mbit", "round_trip_ms", "consumer"),
+    [(8000, 0.3, 400e6), (8000, 0.3, 20e6), (200, 100, 10e6), (1000, 20, 20e6)],
+)
+def test_window_does_not_grow_for_bytes_that_wait_for_a_slow_consumer(
+    mbit: float, round_trip_ms: float, consumer: float
+) -> None:
+    """What it needs is its rate over the way. All of a larger one may come at once some time."""
+    link = Link(mbit, round_trip_ms * MS)
+    transfer = Transfer(link, consumer=consumer)
+    link.run(3)
+    transfer.windows.clear()
+    before = transfer.delivered
+    link.run(9)
+    assert transfer.delivered - before >= 0.95 * 9 * consumer
+    needed = consumer * round_trip_ms * MS
+    # But for when it was tried whether the way holds more.
+    usual = sorted(transfer.windows)[len(transfer.windows) * 3 // 4]
+    assert usual <= 2 * max(MIN_WINDOW_BYTES, 2 * needed)
 
 
 def test_window_has_its_first_size_again_after_a_pause() -> None:
