@@ -1297,7 +1297,7 @@ class Gather:
 # Trips may be so much longer than the shortest: a link that is kept busy needs a queue.
 _QUEUE_S = 0.020
 # On a fast link no longer than a trip itself; but threads take such a moment to wake up.
-_LEAST_QUEUE_S = 0.002
+_LEAST_QUEUE_S = 0.0015
 # A queue that stands makes every trip longer, jitter only some: so the shortest counts, of so
 # many and of so long; on a slow way of what there was in the longer time.
 _TRIPS = 3
@@ -3324,6 +3324,8 @@ RESTART_S = 3.0
 # The interpreter hands the GIL on after 5 ms by default, which a keystroke would feel.
 SWITCH_INTERVAL_S = 0.0005
 STDIN, STDOUT = 0, 1
+# What a pipe as stdout is given as soon as it is full: the most that any user may, by default.
+PIPE_BYTES = 1024 * 1024
 # Windows has no poll, and no select for pipes.
 CAN_POLL = hasattr(select, "poll")
 # Signals that mean: the user has gone. ssh sends SIGHUP at the end of each session.
@@ -4019,6 +4021,7 @@ class _QuickStdout:
         """Raises OSError where there is no such way."""
         mode = os.fstat(STDOUT).st_mode
         self._is_socket = stat.S_ISSOCK(mode)
+        self._is_enlarged = self._is_socket
         if self._is_socket and DONT_WAIT:
             self._file: Any = socket.socket(fileno=os.dup(STDOUT))
         elif stat.S_ISFIFO(mode) and sys.platform == "linux":
@@ -4032,11 +4035,26 @@ class _QuickStdout:
         """Return how many bytes it took; raises OSError."""
         if self._is_socket:
             return int(self._file.send(data, DONT_WAIT))
-        return self._file.write(data) or 0  # None: it would have to wait.
+        count = self._file.write(data) or 0  # None: it would have to wait.
+        if count < len(data) and not self._is_enlarged:
+            self._is_enlarged = True
+            _enlarge_pipe()
+        return count
 
     def close(self) -> None:
         """Let it go; nobody is inside write() any more."""
         self._file.close()
+
+
+def _enlarge_pipe() -> None:
+    """Give stdout room, so that we need not take turns with its reader for each 64 KiB."""
+    import fcntl  # Not everywhere; and only bulk needs it.
+
+    set_size = getattr(fcntl, "F_SETPIPE_SZ", 1031)  # Python 3.9 has no names for them.
+    get_size = getattr(fcntl, "F_GETPIPE_SZ", 1032)
+    with contextlib.suppress(OSError):  # This user has many such pipes.
+        if fcntl.fcntl(STDOUT, get_size) < PIPE_BYTES:
+            fcntl.fcntl(STDOUT, set_size, PIPE_BYTES)
 
 
 def _open_now(path: str, flags: int) -> int:

@@ -10,7 +10,7 @@ from client.wire import LEAST_WINDOW_BYTES, MIN_WINDOW_BYTES
 # Trips may be so much longer than the shortest: a link that is kept busy needs a queue.
 _QUEUE_S = 0.020
 # On a fast link no longer than a trip itself; but threads take such a moment to wake up.
-_LEAST_QUEUE_S = 0.002
+_LEAST_QUEUE_S = 0.0015
 # A queue that stands makes every trip longer, jitter only some: so the shortest counts, of so
 # many and of so long; on a slow way of what there was in the longer time.
 _TRIPS = 3

@@ -98,6 +98,8 @@ def make_desk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Desk]]:
         desk = Desk(**options)
         monkeypatch.setattr(script, "STDIN", desk.stdin_r)
         monkeypatch.setattr(script, "STDOUT", desk.stdout_w)
+        # These tests fill stdout: with so little as it has.
+        monkeypatch.setattr(script, "PIPE_BYTES", 0)
         if starts:
             desk.start()
             desks.append(desk)
@@ -283,6 +285,49 @@ def test_quick_stdout_takes_a_part_and_then_nothing_when_it_is_full(stdout: Stdo
     assert read_exactly(stdout.reader, total) == (bytes(range(256)) * (total // 256 + 1))[:total]
     assert quick.write(b"x") == 1
     quick.close()
+
+
+def pipe_bytes(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+
+
+@QUICK_PIPE
+@pytest.mark.parametrize("before", [64 * 1024, 128 * 1024])
+def test_pipe_is_enlarged_as_soon_as_it_was_full(
+    before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for what fits: most sessions are a shell. And not a byte is moved by it."""
+    made = Stdout("pipe")
+    monkeypatch.setattr(script, "STDOUT", made.fd)
+    fcntl.fcntl(made.fd, fcntl.F_SETPIPE_SZ, before)
+    quick = script._QuickStdout()
+    data = random.Random(5).randbytes(script.PIPE_BYTES)
+    assert quick.write(data[:before]) == before
+    assert pipe_bytes(made.fd) == before
+    assert write_quickly(quick, data[before:]) == 0
+    assert pipe_bytes(made.fd) == script.PIPE_BYTES
+    assert quick.write(data[before:]) == len(data) - before
+    assert read_exactly(made.reader, len(data)) == data
+    quick.close()
+    made.close()
+
+
+@QUICK_PIPE
+def test_pipe_that_may_not_be_enlarged_or_is_larger_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel limits what one user has; to shrink it would be rude."""
+    for most in (1 << 40, 64 * 1024):
+        made = Stdout("pipe")
+        monkeypatch.setattr(script, "STDOUT", made.fd)
+        monkeypatch.setattr(script, "PIPE_BYTES", most)
+        fcntl.fcntl(made.fd, fcntl.F_SETPIPE_SZ, 128 * 1024)
+        quick = script._QuickStdout()
+        assert quick.write(bytes(1 << 20)) == 128 * 1024
+        assert pipe_bytes(made.fd) == 128 * 1024
+        assert write_quickly(quick, b"x") == 0
+        quick.close()
+        made.close()
 
 
 def test_quick_stdout_tells_a_reader_that_has_gone(stdout: Stdout) -> None:
