@@ -4021,7 +4021,7 @@ class _QuickStdout:
         """Raises OSError where there is no such way."""
         mode = os.fstat(STDOUT).st_mode
         self._is_socket = stat.S_ISSOCK(mode)
-        self._is_enlarged = self._is_socket
+        self._is_enlarged = False
         if self._is_socket and DONT_WAIT:
             self._file: Any = socket.socket(fileno=os.dup(STDOUT))
         elif stat.S_ISFIFO(mode) and sys.platform == "linux":

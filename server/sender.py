@@ -27,7 +27,8 @@ class Sender:
     """Calls send_waiting() of each leg whose outbox has called."""
 
     def __init__(self) -> None:
-        # SimpleQueue.put is one step of the interpreter: the timer may come in here.
+        # SimpleQueue.put is one step of the interpreter: the timer may come in here. Bounded by
+        # the legs: an outbox that has called calls again only when that was heard.
         self._called: queue.SimpleQueue[Sending | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="sender:legs")
 
