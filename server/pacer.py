@@ -186,8 +186,6 @@ class Pacer:
                 meter = self._meters.setdefault((user, is_up), _Meter(self._burst, now))
                 meter.paid[entry] = _flow(tunnel, is_up).begun_at
                 meter.waiting.append(entry)
-            if tunnel.is_over:  # The note of its end may have come before this one.
-                self._forget(entry)
         elif kind == "ended" and entry is not None:
             self._forget(entry)
         elif kind in ("up", "down") and entry is not None:

@@ -80,7 +80,12 @@ class ChannelLeg(Protocol):
 
 
 class Record:
-    """Who is told of a tunnel's life; does nothing by itself. Called without a lock held."""
+    """Who is told of a tunnel's life; does nothing by itself.
+
+    `accepted` and `ended` come with the lock of the channels held, so that they are told in the
+    order in which it happened, before either end can know and come back: they must not wait,
+    nor touch the tunnel's ends.
+    """
 
     # Whether credit is given by Tunnel.raise_limit() alone.
     is_paced = False
@@ -239,13 +244,14 @@ class Tunnel:
         """The user's leg is gone."""
         with self._channels.lock:
             is_kept = self._is_opened or self._is_unproven
-            if not self._end_locked():
+            reason = "user_lost" if is_kept else "user_gone"
+            if not self._end_locked(reason):
                 return
         if is_kept:
             self._detach_client()
         else:
             self._reset_client("user_gone", "the proxy user's link was lost")
-        self._log_end("user_lost" if is_kept else "user_gone")
+        self._log_end(reason)
 
     # From the client's leg.
 
@@ -276,7 +282,7 @@ class Tunnel:
         """The client's leg is gone, is replaced, or ends with the server."""
         with self._channels.lock:
             was_opened = self._is_opened
-            if not self._end_locked():
+            if not self._end_locked(code):
                 return
         if was_opened:
             self._user_leg.outbox.put_end(USER_CHANNEL, _text("detached", code=code))
@@ -293,7 +299,7 @@ class Tunnel:
         """A peer broke the tunnel's rules: reset both ends, the legs go on."""
         with self._channels.lock:
             was_opened = self._is_opened
-            if not self._end_locked():
+            if not self._end_locked(error.code):
                 return
         message = str(error)
         self._reset_client(error.code, message)
@@ -319,11 +325,11 @@ class Tunnel:
                 self.up.start_at(*_counts(control))
                 self._is_opened, self._is_unproven = True, False
                 limit = self.up.grant(control["limit"])
+                self._record.accepted(self)
             fields = {name: control[name] for name in control if name not in ("type", "channel")}
             frame = _text(kind, **{**fields, "limit": limit})
             self._user_leg.outbox.put_first(USER_CHANNEL, frame)
         self._user_leg.outbox.push()
-        self._record.accepted(self)
 
     def raise_limit(self, is_up: bool, size: int) -> tuple[int, int]:
         """Raise a paced limit by `size` at most, and tell the sender.
@@ -352,7 +358,7 @@ class Tunnel:
                 return
             if self._is_opened:
                 raise TunnelError(f"refused after {_ANSWERS[self._kind]}")
-            self._end_locked()
+            self._end_locked(code)
         # Answered before it was sent: a broken rule, and without this a buffer without bound.
         self._client_leg.outbox.cancel_first(self.channel)
         self._refuse_user(code, message)
@@ -381,7 +387,7 @@ class Tunnel:
                     return
                 self._check_opened_locked()
                 limit = taken.on_ack(control["delivered"], control["limit"], control["eof"])
-                is_finished = sent.eof_acked and taken.eof_acked and self._end_locked()
+                is_finished = sent.eof_acked and taken.eof_acked and self._end_locked("eof")
                 ack = {"delivered": taken.delivered, "limit": limit, "eof": taken.eof_acked}
             outbox.put_ack(channel, _text("ack", channel, **ack))
         outbox.push()
@@ -394,7 +400,7 @@ class Tunnel:
     def _on_user_reset(self, code: str, message: str) -> None:
         """The user's end gave up: tell the client, in turn where the bytes before it count."""
         with self._channels.lock:
-            if not self._end_locked():
+            if not self._end_locked(code):
                 return
         # Behind a `resume` too: a client that refuses that drops this, and one that accepts it
         # has checked the token.
@@ -406,7 +412,7 @@ class Tunnel:
         """The client's end gave this channel up: tell the user, and close that leg."""
         with self._channels.lock:
             was_opened = self._is_opened
-            if not self._end_locked():
+            if not self._end_locked(code):
                 return
         self._client_leg.outbox.drop(self.channel)
         if was_opened:
@@ -425,7 +431,7 @@ class Tunnel:
         if not self._is_opened:
             raise TunnelError(f"data, eof or ack before {_ANSWERS[self._kind]}")
 
-    def _end_locked(self) -> bool:
+    def _end_locked(self, reason: str) -> bool:
         """End it; False if it has ended before."""
         if self._is_over:
             return False
@@ -433,6 +439,7 @@ class Tunnel:
         del self._channels.tunnels[self.channel]
         self.up.release()
         self.down.release()
+        self._record.ended(self, reason)
         return True
 
     def _reset_client(self, code: str, message: str) -> None:
@@ -458,4 +465,3 @@ class Tunnel:
         secs = time.monotonic() - self._started_at
         up, down = self.up.forwarded, self.down.forwarded
         self._log.info("tunnel closed reason=%s up=%d down=%d secs=%.1f", reason, up, down, secs)
-        self._record.ended(self, reason)

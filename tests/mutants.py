@@ -764,6 +764,21 @@ MUTANTS: tuple[Mutant, ...] = (
         "",
         ("tests/unit/server/test_audit.py",),
     ),
+    Mutant(
+        "audit: lines stand in the order of what happened",
+        "server/tunnel.py",
+        """                self._record.accepted(self)
+            fields = {name: control[name] for name in control if name not in ("type", "channel")}
+            frame = _text(kind, **{**fields, "limit": limit})
+            self._user_leg.outbox.put_first(USER_CHANNEL, frame)
+""",
+        """            fields = {name: control[name] for name in control if name not in ("type", "channel")}
+            frame = _text(kind, **{**fields, "limit": limit})
+            self._user_leg.outbox.put_first(USER_CHANNEL, frame)
+            self._record.accepted(self)
+""",
+        ("tests/unit/server/test_tunnel.py",),
+    ),
 )
 
 

@@ -149,7 +149,8 @@ def test_call_of_a_writer_is_left_to_it(served: Served, monkeypatch: pytest.Monk
     """The sender comes late: were it to hear that call, the writer would sleep on."""
     served.outbox.put_data(1, b"head", bytes(1_000_000))
     served.outbox.push()
-    eventually(writers)
+    # Not when it runs, but when the sender has left the outbox to it.
+    eventually(lambda: served.outbox.on_call is None)
     heard: list[str] = []
     monkeypatch.setattr(served.outbox, "hear_call", lambda: heard.append("by the sender"))
     served.leg.send_waiting()

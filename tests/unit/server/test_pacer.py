@@ -264,19 +264,6 @@ def test_pacer_keeps_nothing_of_tunnels_that_ended() -> None:
     assert len(bench.guard.pacer._ages) == 50
 
 
-def test_end_that_comes_before_the_note_of_the_start_leaves_nothing() -> None:
-    """Two readers leave notes in whatever order."""
-    bench = Bench(bytes_per_s=RATE)
-    ends = bench.open()
-    ends.tunnel.user_lost()
-    notes = bench.guard.pacer._notes
-    notes.reverse()
-    assert [note[0] for note in notes] == ["ended", "opened"]
-    bench.run(2)
-    assert not bench.guard.pacer._entries
-    assert not bench.guard.pacer._meters
-
-
 def test_limits_leave_in_order_when_two_threads_raise_them() -> None:
     """An ack that is counted but not yet queued holds the pacer up: else a limit would fall."""
     bench = Bench(bytes_per_s=RATE)

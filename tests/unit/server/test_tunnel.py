@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from server.errors import TunnelRefused
-from server.outbox import Outbox
+from server.outbox import Frame, Outbox
 from server.tunnel import Channels, Record, Tunnel
 from server.wire import CLOSE_NORMAL, CLOSE_RESTART, FLUSH_S, OP_TEXT, TunnelError
 from tests.support.taking import take
@@ -524,3 +524,64 @@ def test_record_is_told_of_the_start_and_of_the_end_once() -> None:
         tunnel.user_lost()
         tunnel.client_lost("client_lost")
     assert told == [("accepted", True), ("user_lost", True), ("target_refused", False)]
+
+
+# What each end is told, and by what: the reason for the record, then who is told of it.
+ENDINGS: list[tuple[str, Callable[[Tunnel], None], list[str]]] = [
+    ("user_lost", lambda tunnel: tunnel.user_lost(), ["client"]),
+    ("client_lost", lambda tunnel: tunnel.client_lost("client_lost"), ["user"]),
+    ("max_age", lambda tunnel: tunnel.fail(TunnelError("", code="max_age")), ["client", "user"]),
+    (
+        "user_gone",
+        lambda tunnel: tunnel.on_user_control(
+            {"type": "reset", "code": "user_gone", "message": ""}
+        ),
+        ["client"],
+    ),
+    (
+        "target_failed",
+        lambda tunnel: tunnel.on_client_control(
+            {"type": "reset", "code": "target_failed", "message": ""}
+        ),
+        ["user"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("reason", "end", "who"), [pytest.param(*each, id=each[0]) for each in ENDINGS]
+)
+def test_record_is_told_before_an_end_can_know(
+    reason: str, end: Callable[[Tunnel], None], who: list[str]
+) -> None:
+    """Whoever is told may come back at once: the audit log has the lines in order even then."""
+    told: list[str] = []
+
+    class NotingOutbox(Outbox):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def put_first(self, channel: int, frame: Frame, *, cancellable: bool = False) -> None:
+            told.append(self.name)
+            super().put_first(channel, frame, cancellable=cancellable)
+
+        def put_end(self, channel: int, frame: Frame, *, in_turn: bool = False) -> None:
+            told.append(self.name)
+            super().put_end(channel, frame, in_turn=in_turn)
+
+    class Noting(Record):
+        def accepted(self, tunnel: Tunnel) -> None:
+            told.append("accepted")
+
+        def ended(self, tunnel: Tunnel, reason: str) -> None:
+            told.append(reason)
+
+    client, user = FakeClientLeg(), FakeUserLeg()
+    client.outbox, user.outbox = NotingOutbox("client"), NotingOutbox("user")
+    tunnel = Tunnel(client, user, dict(OPEN), "token-x", "*", record=Noting())
+    with client.channels.lock:
+        tunnel.assign_locked(CAP)
+    tunnel.on_client_control({"type": "opened", "limit": 300_000, "grace_s": 0})
+    end(tunnel)
+    assert told == ["accepted", "user", reason, *who]
