@@ -95,8 +95,12 @@ def sender() -> Iterator[Sender]:
 
 
 @pytest.fixture
-def served(sender: Sender) -> Served:
-    return Served(sender)
+def served(sender: Sender) -> Iterator[Served]:
+    made = Served(sender)
+    yield made
+    # Nothing is left where the test has failed before its end.
+    made.far.close()
+    made.join()
 
 
 def test_no_writer_is_needed_for_what_the_socket_takes(served: Served) -> None:
