@@ -243,7 +243,8 @@ def test_keys_appear_once_when_typed_into_a_terminal(relay: Relay, sshd: Sshd) -
         terminal.wait_for(b"go> ")
         terminal.screen = b""
         typed = b""
-        for key in b"echo $((6*7)) ; sleep 60":
+        # One process prints and waits: the Ctrl-C cannot come before there is one to end.
+        for key in b"sh -c 'echo $((6*7)) ; exec sleep 60'":
             typed += bytes([key])
             terminal.type(bytes([key]))
             terminal.wait_for(typed)

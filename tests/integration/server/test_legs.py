@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from random import Random
 
@@ -41,7 +41,7 @@ class Alive:
     """Keeps peers alive from a thread: reads what comes, answers pings."""
 
     def __init__(self, *peers: RawPeer) -> None:
-        self._peers = peers
+        self._peers = list(peers)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="alive")
 
@@ -53,12 +53,11 @@ class Alive:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.is_set():
-            for peer in self._peers:
-                try:
-                    peer.recv(0.02)
-                except TimeoutError:
-                    continue
+        while self._peers and not self._stop.is_set():
+            for peer in tuple(self._peers):
+                with suppress(TimeoutError):
+                    if peer.recv(0.02)[0] == "close":
+                        self._peers.remove(peer)
 
 
 def test_server_pings_each_leg_when_nothing_else_happens(server: Server) -> None:
