@@ -266,8 +266,8 @@ def test_health_and_tunnels_answer_when_200_peers_stall(tmp_path: Path) -> None:
             thread.join()
             for pest in pests:
                 pest.sock.close()
-        # The pool; main, timer, sender, credentials; a writer.
-        assert thread_count(server.worker_pid) < 4 + 8 + 6
+        # The pool; main, timer, sender, credentials; a writer for each leg there can be.
+        assert thread_count(server.worker_pid) <= (4 + 8) + 4 + 4
 
 
 def test_oldest_head_gives_way_when_too_many_are_pending(tmp_path: Path) -> None:
