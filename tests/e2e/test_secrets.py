@@ -134,9 +134,9 @@ def test_warning_is_given_when_others_can_read_the_credentials(
     path.chmod(mode)
     with start_server(tmp_path) as server:
         assert stat.S_IMODE(path.stat().st_mode) == mode
-        warnings = [line for line in server.lines if "WARNING" in line]
-        assert len(warnings) == warned, server.text
-        assert all(str(path) in line and "chmod" in line for line in warnings)
+    warnings = [line for line in server.lines if "WARNING" in line]
+    assert len(warnings) == warned, server.text
+    assert all(str(path) in line and "chmod" in line for line in warnings)
 
 
 # The demo.

@@ -97,9 +97,10 @@ class Proc:
         pipes: bool = False,
     ) -> None:
         self.argv = list(argv)
-        # Guards _lines, _line_count and _output_ended; notified at every line.
+        # Guards the reading of the output and the next four; notified at every line.
         self._changed = threading.Condition()
         self._lines: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
+        self._rest = b""
         self._line_count = 0
         self._output_ended = False
         self._closed = False
@@ -116,6 +117,7 @@ class Proc:
         output = self.popen.stderr if pipes else self.popen.stdout
         assert output is not None
         self._output_fd = output.fileno()
+        os.set_blocking(self._output_fd, False)
         self._wake_reader, self._wake_writer = os.pipe()
         self._thread = threading.Thread(target=self._collect, name=f"proc:{self.pid}")
         self._thread.start()
@@ -136,8 +138,12 @@ class Proc:
 
     @property
     def lines(self) -> list[str]:
-        """What it wrote so far, without line ends; the last 10,000 lines."""
+        """What it wrote so far, without line ends; the last 10,000 lines.
+
+        All of it: what this test has seen it do, it has said before.
+        """
         with self._changed:
+            self._read_locked()
             return list(self._lines)
 
     @property
@@ -148,6 +154,7 @@ class Proc:
     def line_count(self) -> int:
         """Lines written so far: a mark for `wait_for_line(after=...)`."""
         with self._changed:
+            self._read_locked()
             return self._line_count
 
     def wait_for_line(self, regex: str, timeout_s: float = 10.0, *, after: int = 0) -> str:
@@ -249,33 +256,40 @@ class Proc:
 
     def _collect(self) -> None:
         """The thread: lines until every holder of the pipe is gone, or close() says so."""
-        os.set_blocking(self._output_fd, False)
         poll = select.poll()
         poll.register(self._output_fd, select.POLLIN)
         poll.register(self._wake_reader, select.POLLIN)
-        rest = b""
-        closing = False
-        while True:
-            if not closing:
-                closing = any(fd == self._wake_reader for fd, _ in poll.poll())
+        ended = False
+        while not ended:
+            closing = any(fd == self._wake_reader for fd, _ in poll.poll())
+            with self._changed:
+                self._read_locked()
+                if closing:
+                    self._end_output_locked()
+                ended = self._output_ended
+
+    def _read_locked(self) -> None:
+        """Take what the pipe holds; whoever wants to see it does so, and the thread."""
+        while not self._output_ended:
             try:
                 data = os.read(self._output_fd, 65536)
             except BlockingIOError:
-                if closing:
-                    break
-                continue
-            if not data:
-                break
-            *whole, rest = (rest + data).split(b"\n")
-            self._add([line.decode(errors="replace") for line in whole])
-        self._add([rest.decode(errors="replace")] if rest else [], ended=True)
+                return
+            if data:
+                *whole, self._rest = (self._rest + data).split(b"\n")
+                self._add_locked(whole)
+            else:
+                self._end_output_locked()
 
-    def _add(self, lines: list[str], *, ended: bool = False) -> None:
-        with self._changed:
-            self._lines.extend(lines)
-            self._line_count += len(lines)
-            self._output_ended = self._output_ended or ended
-            self._changed.notify_all()
+    def _end_output_locked(self) -> None:
+        if not self._output_ended:
+            self._output_ended = True
+            self._add_locked([self._rest] if self._rest else [])
+
+    def _add_locked(self, lines: list[bytes]) -> None:
+        self._lines.extend(line.decode(errors="replace") for line in lines)
+        self._line_count += len(lines)
+        self._changed.notify_all()
 
 
 @dataclass(frozen=True)
