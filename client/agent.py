@@ -20,7 +20,6 @@ from client.wire import (
     CLOSE_INTERNAL_ERROR,
     CLOSE_REPLACED_BY_OTHER,
     CLOSE_REPLACED_BY_SELF,
-    FLUSH_S,
     INSTANCE_HEADER,
 )
 
@@ -93,8 +92,9 @@ class Agent:
     def join(self, deadline: float) -> bool:
         """Join all threads until the deadline; whether all have ended."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
+        is_over = self._tunnels.join(deadline)
         self._timer.stop()
-        return not self._thread.is_alive()
+        return is_over and not self._thread.is_alive()
 
     def _tick(self, now: float, slept: bool) -> float:
         due = [run.transport.tick(now, slept=slept) for run in self._runs]
@@ -113,7 +113,6 @@ class Agent:
             self._wait(wait_s)
         for reader in self._readers:  # The timer ends a leg that does not close.
             reader.join()
-        self._tunnels.join(time.monotonic() + FLUSH_S)
 
     def _wait(self, seconds: float) -> None:
         self._stopping.wait(seconds)

@@ -50,10 +50,13 @@ class Timer:
         for side in self._pair:
             side.setblocking(False)
         self._thread.start()
-        for number in signals:
+        numbers = tuple(signals)
+        if numbers:
+            # First: a signal that only the handler got would be lost.
+            signal.set_wakeup_fd(self._pair[1].fileno(), warn_on_full_buffer=False)
+        for number in numbers:
             # Replaces the default action only; the number comes by the socket pair.
             signal.signal(number, lambda _number, _frame: None)
-            signal.set_wakeup_fd(self._pair[1].fileno(), warn_on_full_buffer=False)
 
     def wake(self) -> None:
         """Let the timer look anew: something is due sooner than it knows. Never waits."""

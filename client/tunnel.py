@@ -127,9 +127,10 @@ class Tunnel:
             self.end.hand_on_by(None)
             sock.close()  # The user went away during the dial.
             return None
+        # First: once it is told, another thread may log its end.
+        log.info("tunnel opened %s target=%s:%d", self.about, host, port)
         self._first_link.put_first("opened", limit=self.end.first_limit, grace_s=self._grace_s)
         self._first_link.push()
-        log.info("tunnel opened %s target=%s:%d", self.about, host, port)
         return sock
 
     def _filter(self, asked: Host) -> Callable[[str], bool]:

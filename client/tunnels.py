@@ -41,8 +41,10 @@ class Tunnels:
         self._max_window_bytes = max_window_bytes
         self._grace_s = grace_s
         self._allow = allow
-        # Guards the two below.
+        # Guards the three below.
         self._lock = threading.Lock()
+        # Why no more are opened.
+        self._stopped: RelayError | None = None
         self._alive: dict[_Key, Tunnel] = {}
         # Closed ones, oldest first, with the time of their end.
         self._over: dict[_Key, tuple[Tunnel, float]] = {}
@@ -54,6 +56,8 @@ class Tunnels:
         settings = (self._max_window_bytes, self._grace_s, self._allow)
         tunnel = Tunnel(control, link, *settings, self._on_closed)
         with self._lock:
+            if self._stopped is not None:
+                raise self._stopped
             self._forget_late_locked()
             if tunnel.key in self._alive or tunnel.key in self._over:
                 raise RelayError("protocol_error", "a tunnel with this id is there already")
@@ -135,11 +139,15 @@ class Tunnels:
     # The end.
 
     def reset_all(self, error: RelayError) -> None:
-        """Reset every tunnel with a reason."""
+        """Reset every tunnel with a reason, and refuse those that are still to come."""
+        with self._lock:
+            self._stopped = error
         for tunnel in self.alive():
             tunnel.end.reset(error, deliver_s=0.5)
 
-    def join(self, deadline: float) -> None:
-        """Join the tunnels' threads; each ends within a second of its end."""
-        for tunnel in self.alive():
+    def join(self, deadline: float) -> bool:
+        """Join the tunnels' threads; each ends within a second of its end. Whether all have."""
+        tunnels = self.alive()
+        for tunnel in tunnels:
             tunnel.thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(tunnel.thread.is_alive() for tunnel in tunnels)

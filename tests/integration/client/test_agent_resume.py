@@ -109,6 +109,19 @@ def is_alive(leg: PlayedLeg, channel: int = 1) -> bool:
     return leg.wait_bytes(before + 6, channel)[before:] == b"alive?"
 
 
+def test_open_that_comes_while_the_client_stops_begins_nothing(
+    server: PlayedServer, echo: EchoTarget
+) -> None:
+    """Its leg would be lost in a moment, and the process wait for the grace to end."""
+    with running(server) as agent:
+        leg = server.leg()
+        agent.stop()
+        assert leg.wait_close() == 1001
+        leg.say("open", 1, **opening(echo.port))
+        leg.cut()
+    assert echo.conversations == []
+
+
 @pytest.mark.usefixtures("agent")
 @pytest.mark.parametrize("rst", [False, True], ids=["FIN", "RST"])
 def test_leg_that_is_cut_in_a_transfer_costs_no_byte_either_way(
