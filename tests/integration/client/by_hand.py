@@ -179,9 +179,14 @@ class HandServer:
         finally:
             visitor.sock.close()
 
-    def stop(self) -> None:
+    def stop_listening(self) -> None:
+        """Who comes from now on is refused by the kernel; who is here stays."""
+        # Linux: wakes the thread in accept(); close() alone would not.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
+
+    def stop(self) -> None:
+        self.stop_listening()
         self._acceptor.join()
         self._listener.close()
         for visitor in self.visitors:
@@ -316,12 +321,17 @@ class PlayedServer:
         return self.hand.port
 
     def _serve(self, visitor: Visitor) -> None:
-        if self.refusals:
-            status, code, headers = self.refusals.popleft()
+        try:
+            refusal = self.refusals.popleft()
+        except IndexError:  # A test may clear them at any time.
+            refusal = None
+        if refusal is not None:
+            status, code, headers = refusal
             visitor.read_head()
             body = json.dumps({"code": code, "message": "because"}).encode()
-            visitor.answer(status, body, HTTP_Network_Relay="v1", **headers)
+            # First: once it is answered, the next may be up.
             self.refused.append(code)
+            visitor.answer(status, body, HTTP_Network_Relay="v1", **headers)
             return
         visitor.upgrade()
         self._up.put(PlayedLeg(visitor))

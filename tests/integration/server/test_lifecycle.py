@@ -223,8 +223,9 @@ def _is_gone(pid: int) -> bool:
 def test_worker_comes_back_when_it_is_killed(tmp_path: Path) -> None:
     """The master starts another one, and peers reconnect to it."""
     with start_server(tmp_path, threads=8) as server:
+        before = server.line_count
         os.kill(server.worker_pid, signal.SIGKILL)
-        server.wait_for_line("relay ready", after=server.line_count)
+        server.wait_for_line("relay ready", after=before)
         _serves(server)
 
 

@@ -21,7 +21,7 @@ import pytest
 import ssh_proxy_command as script
 from tests.support.processes import ROOT, child_environment
 from tests.support.taking import take
-from tests.support.waiting import eventually
+from tests.support.waiting import STALL_S, eventually
 
 LOST = script.RelayError("leg_lost", "lost")
 WINDOW = script.MIN_WINDOW_BYTES
@@ -526,7 +526,7 @@ def test_signal_does_not_wait_for_stdin(desk: Desk) -> None:
     begun = time.monotonic()
     desk.pumps.leave(143)
     gone(desk)
-    assert time.monotonic() - begun < 0.5
+    assert time.monotonic() - begun < STALL_S
     assert desk.pumps.exit_code == 143
 
 
@@ -693,8 +693,8 @@ def test_user_who_goes_away_without_a_leg_ends_the_tunnel_at_once(
         desk.end._inbound.append(b"x")  # Came before the loss, and is written now.
         with desk.end._changed:
             desk.end._changed.notify_all()
-    desk.pumps.join(1.0)
-    assert time.monotonic() - begun < 0.9
+    desk.pumps.join(5.0)
+    assert time.monotonic() - begun < STALL_S
     assert desk.end.is_over
     assert desk.end.ended is not None
     assert desk.end.ended.code == "user_gone"
@@ -725,17 +725,19 @@ def test_pumps_carry_without_poll(
     monkeypatch.setattr(script, "CAN_POLL", False)
     desk.pumps._watches_stdout = False
     desk.start()
-    os.write(desk.stdin_w, b"0123456789more")
-    desk.wait(lambda: desk.up == b"0123456789")
-    desk.end.on_ack(desk.link, script.Ack(10, 100, False))
-    desk.wait(lambda: desk.up == b"0123456789more")
-    desk.end.on_data(desk.link, b"down")
-    assert read_exactly(desk.stdout_r, 4) == b"down"
-    desk.close(desk.stdin_w)
-    desk.wait(lambda: desk.kinds() == ["eof"])
-    desk.pumps.leave(130)
-    gone(desk)
-    desk.end_all()
+    try:
+        os.write(desk.stdin_w, b"0123456789more")
+        desk.wait(lambda: desk.up == b"0123456789")
+        desk.end.on_ack(desk.link, script.Ack(10, 100, False))
+        desk.wait(lambda: desk.up == b"0123456789more")
+        desk.end.on_data(desk.link, b"down")
+        assert read_exactly(desk.stdout_r, 4) == b"down"
+        desk.close(desk.stdin_w)
+        desk.wait(lambda: desk.kinds() == ["eof"])
+        desk.pumps.leave(130)
+        gone(desk)
+    finally:
+        desk.end_all()
 
 
 # Closing stdout, in a process of its own: the descriptors are the real ones.
