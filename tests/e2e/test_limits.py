@@ -29,7 +29,7 @@ def test_paced_download_is_whole_and_takes_its_time(tmp_path: Path) -> None:
 
 def test_user_reads_why_when_a_limit_is_reached(tmp_path: Path) -> None:
     """One line, and the exit code of docs/limits.md."""
-    env = {"HTTP_NETWORK_RELAY_IDLE_TIMEOUT": "2", "HTTP_NETWORK_RELAY_TUNNELS_PER_USER": "1"}
+    env = {"HTTP_NETWORK_RELAY_IDLE_TIMEOUT": "4", "HTTP_NETWORK_RELAY_TUNNELS_PER_USER": "1"}
     with (
         running_relay(tmp_path, env=env) as relay,
         EchoTarget() as target,
@@ -41,5 +41,5 @@ def test_user_reads_why_when_a_limit_is_reached(tmp_path: Path) -> None:
             assert second.wait() == 6
             assert "as many tunnels are open with this token as may be (1)" in second.text
         assert idle.wait() == 1
-        assert "nothing went through the tunnel for 2 s" in idle.text
+        assert "nothing went through the tunnel for 4 s" in idle.text
         relay.client.wait_for_line("tunnel closed .*reason=idle_timeout")

@@ -146,7 +146,7 @@ def copy_through_restarts(
         begun_at: list[float] = []
         outages_s: list[float] = []
         for number in range(RESTARTS):
-            due = (number + 1) * FILE_BYTES // (RESTARTS + 1)
+            due = (number + 1) * FILE_BYTES // (RESTARTS + 2)
             eventually(
                 lambda due=due: growth.size >= due or not copy.is_running,
                 COPY_S / RESTARTS * 2,
