@@ -235,7 +235,7 @@ def test_held_resume_is_counted_once(tmp_path: Path) -> None:
 
 def test_tunnel_is_reset_at_both_ends_when_it_was_idle(tmp_path: Path) -> None:
     """Those that carry something live on, and so do the legs."""
-    with relay_with(tmp_path, idle_timeout=1) as relay:
+    with relay_with(tmp_path, idle_timeout=2) as relay:
         idle, idle_channel = relay.open(1)
         busy, busy_channel = relay.open(2)
         told: list[tuple[int, str]] = []
@@ -251,7 +251,7 @@ def test_tunnel_is_reset_at_both_ends_when_it_was_idle(tmp_path: Path) -> None:
         assert told == [(idle_channel, "idle_timeout")]
         reset = idle.recv_control("reset")
         assert reset["code"] == "idle_timeout"
-        assert "1 s" in reset["message"]
+        assert "2 s" in reset["message"]
         assert idle.recv_close()[0] == 1000
         relay.client.send_on(busy_channel, b"still here")
         assert busy.recv_binary() == b"still here"

@@ -270,7 +270,7 @@ def test_waiting_writer_is_woken(end: str) -> None:
     else:
         put(outbox, 1, b"x")
         outbox.push()
-    writer.join(1.0)
+    writer.join(5.0)
     assert not writer.is_alive()
     expected: Any = {"stop": None, "close": CLOSE}.get(end, Frame(OP_BINARY, b"\0\0\0\1", b"x"))
     assert taken == [expected]
@@ -293,7 +293,7 @@ def test_put_calls_the_writer(put_it: Callable[[Outbox], Any]) -> None:
     writer = threading.Thread(target=lambda: taken.append(take(outbox)))
     writer.start()
     put_it(outbox)
-    writer.join(1.0)
+    writer.join(5.0)
     assert not writer.is_alive()
     assert taken == [text("it")]
 
@@ -362,7 +362,7 @@ def test_try_put_leg_never_waits_while_the_lock_is_held() -> None:
             target=lambda: answers.append(outbox.try_put_leg("ping", text("ping")))
         )
         timer.start()
-        timer.join(1.0)
+        timer.join(5.0)
         assert not timer.is_alive()
         assert answers == [False]
     assert outbox.try_put_leg("ping", text("ping"))
@@ -378,7 +378,7 @@ def test_try_put_leg_wakes_the_writer() -> None:
     assert outbox.try_put_leg("ping", text("ping")) or not taken
     while not taken and not outbox.try_put_leg("ping", text("ping")):
         pass  # The writer held the lock: that is the point of "try".
-    writer.join(1.0)
+    writer.join(5.0)
     assert taken == [text("ping")]
 
 

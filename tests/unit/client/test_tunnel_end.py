@@ -143,7 +143,7 @@ def test_producer_without_credit_is_woken(end: TunnelEnd, link: Link, by: str) -
         end.on_end(LOST)
     else:
         end.reset(LOST)
-    thread.join(1.0)
+    thread.join(5.0)
     assert not thread.is_alive()
     assert results == [1000 if by == "ack" else 0]
 
@@ -187,7 +187,7 @@ def test_consumer_without_news_is_woken(end: TunnelEnd, link: Link, by: str) -> 
         end.on_eof(link, 0)
     else:
         end.on_end(LOST)
-    thread.join(1.0)
+    thread.join(5.0)
     assert not thread.is_alive()
     assert results == [{"data": b"x", "eof": b"", "end": None}[by]]
 
@@ -382,7 +382,7 @@ def test_eof_while_the_reader_hands_on_is_not_forgotten(end: TunnelEnd, link: Li
     consumer, chunks = waiting(end.next_chunk)
     eventually(lambda: end._changed._waiters)  # type: ignore[attr-defined]
     end.on_data(link, b"abcd")
-    consumer.join(1.0)
+    consumer.join(5.0)
     woken = list(chunks)
     end.on_end(LOST)  # So that a thread that waits for ever ends with its test.
     consumer.join(5.0)
@@ -528,7 +528,7 @@ def test_waiting_for_the_end_is_woken_by_it(end: TunnelEnd, link: Link) -> None:
     end.wait_over(0.001)
     thread, _ = waiting(end.wait_over)
     finish(end, link)
-    thread.join(1.0)
+    thread.join(5.0)
     assert not thread.is_alive()
 
 
@@ -537,7 +537,7 @@ def test_change_is_told_without_the_lock(outbox: Outbox) -> None:
     told: list[bool] = []
 
     def lock_is_free() -> bool:
-        taken = end._changed.acquire(timeout=1.0)
+        taken = end._changed.acquire(timeout=5.0)
         if taken:
             end._changed.release()
         return taken

@@ -82,7 +82,7 @@ class Desk:
             while self.pumps._down.is_alive():
                 if dict(poll.poll(5)).get(self.stdout_r, 0) & select.POLLIN:
                     os.read(self.stdout_r, 65536)
-        self.pumps.join(2.0)
+        self.pumps.join(5.0)
         self.outbox.stop()
         self._taker.join()
         self.close(self.stdin_r, self.stdout_r, self.stdout_w)
@@ -160,7 +160,7 @@ def test_clean_end_ends_both_pumps(desk: Desk) -> None:
     desk.wait(lambda: desk.controls)
     desk.end.on_eof(desk.link, 0)
     desk.end.on_ack(desk.link, script.Ack(0, WINDOW, True))
-    desk.pumps.join(2.0)
+    desk.pumps.join(5.0)
     assert desk.end.is_finished
     assert not desk.pumps._up.is_alive()
     assert not desk.pumps._down.is_alive()
@@ -446,7 +446,7 @@ def gone(desk: Desk) -> None:
     """The tunnel was reset as it should be, and soon."""
     desk.wait(lambda: any(each["type"] == "reset" for each in desk.controls), 1.0)
     assert desk.controls[-1]["code"] == "user_gone"
-    desk.pumps.join(1.0)
+    desk.pumps.join(5.0)
     assert not desk.pumps._up.is_alive()
 
 
@@ -538,7 +538,7 @@ def test_signal_when_both_eofs_are_there_lets_the_tunnel_finish(desk: Desk) -> N
     desk.pumps.leave(129)
     eventually(lambda: desk.pumps.exit_code == 129)
     desk.end.on_ack(desk.link, script.Ack(0, WINDOW, True))
-    desk.pumps.join(1.0)
+    desk.pumps.join(5.0)
     assert desk.end.is_finished
     assert "reset" not in desk.kinds()
 
@@ -706,11 +706,11 @@ def test_tunnel_that_expires_ends_pump_down(make_desk: Callable[..., Desk]) -> N
     """Main wakes the other one."""
     desk = make_desk(grace_s=0.05)
     lose(desk)
-    desk.pumps._down.join(2.0)
+    desk.pumps._down.join(5.0)
     assert not desk.pumps._down.is_alive()
     assert desk.end.ended is LOST
     desk.pumps.wake()
-    desk.pumps.join(1.0)
+    desk.pumps.join(5.0)
     assert not desk.pumps._up.is_alive()
 
 

@@ -362,5 +362,5 @@ def test_thread_runs_only_when_a_limit_needs_it() -> None:
         names = [thread.name for thread in threading.enumerate()]
         assert ("pacer:tunnels" in names) == is_on
         pacer.stop()
-        pacer.join(1)
+        pacer.join(5.0)
         eventually(lambda: "pacer:tunnels" not in [t.name for t in threading.enumerate()])
