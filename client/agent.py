@@ -129,9 +129,11 @@ class Agent:
         if leg.spread_s is not None and not self._stopping.is_set():
             # The next leg comes up while this one still works.
             self._restart_until = time.monotonic() + leg.spread_s + _RESTART_S
+            self._note_leg(run)
             return self._draw(0.0, leg.spread_s)
         run.thread.join()
-        return self._wait_after(run)
+        self._note_leg(run)
+        return CAP_S if run.code == CLOSE_REPLACED_BY_OTHER else self._backoff.next_s()
 
     def _start(self, transport: Transport) -> _Run:
         run = _Run(transport, Leg(transport, self._tunnels), self._serve)
@@ -179,9 +181,8 @@ class Agent:
         log.error("connect refused reason=%s, next try in %d s: %s", exc.code, CAP_S, exc)
         return CAP_S
 
-    def _wait_after(self, run: _Run) -> float:
+    def _note_leg(self, run: _Run) -> None:
         self._backoff.held(time.monotonic() - run.begun, was_used=run.leg.was_used)
-        return CAP_S if run.code == CLOSE_REPLACED_BY_OTHER else self._backoff.next_s()
 
     # A leg's reader.
 

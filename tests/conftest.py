@@ -10,15 +10,15 @@ import pytest
 from tests.support import debian, processes
 from tests.support.certs import Certs, make_certs
 from tests.support.processes import Relay, running_relay
-from tests.support.waiting import eventually
+from tests.support.waiting import STALL_S, eventually
 
 # Set by .ci/run, where every package is installed: a skipped test fails the run.
 NO_SKIP = os.environ.get("RELAY_TESTS_NO_SKIP") == "1"
 
 # A thread that was told to end may take a moment; more is a thread that nobody joined.
-_THREADS_END_S = 1.0
+_THREADS_END_S = 1.0 + STALL_S
 
-_missing: set[str] = set()
+_NEEDS = "needs "
 _skipped: list[pytest.TestReport] = []
 
 
@@ -57,8 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         wanted = [name for mark in item.iter_markers("debian") for name in mark.args]
         missing = debian.missing_packages(wanted)
         if missing:
-            _missing.update(missing)
-            item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}"))
+            item.add_marker(pytest.mark.skip(reason=_NEEDS + " ".join(missing)))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -66,12 +65,16 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.skipped and not hasattr(report, "wasxfail"):
-        _skipped.append(report)
     if report.failed:
         for process in processes.started:
             report.sections.append((repr(process), "\n".join(process.lines[-100:])))
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    # Of all the processes in which tests run, their starter hears this too, and counts.
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _skipped.append(report)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -84,9 +87,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     reasons = sorted({_reason(report) for report in _skipped})
     line = f"{len(_skipped)} skipped"
-    if _missing:
-        line += f"; not installed: {' '.join(sorted(_missing))} (run `make setup-debian`)"
-    others = [reason for reason in reasons if not reason.startswith("needs ")]
+    needs = [reason.removeprefix(_NEEDS) for reason in reasons if reason.startswith(_NEEDS)]
+    if needs:
+        missing = sorted({name for names in needs for name in names.split()})
+        line += f"; not installed: {' '.join(missing)} (run `make setup-debian`)"
+    others = [reason for reason in reasons if not reason.startswith(_NEEDS)]
     if others:
         line += f"; other reasons: {'; '.join(others)}"
     if NO_SKIP:

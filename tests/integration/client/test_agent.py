@@ -209,6 +209,13 @@ def test_leg_that_held_starts_the_backoff_anew_before_it_is_asked(
     assert waits[5:] == [0.0, 0.0]
 
 
+def carry(visitor: Visitor, number: int, port: int) -> None:
+    """Open a tunnel on this leg."""
+    opening = {**OPEN, "port": port, "tunnel_id": f"{number:032x}"}
+    visitor.upgrade(frame(OP_TEXT, json.dumps(opening).encode()))
+    assert json.loads(visitor.read_frame()[1])["type"] == "opened"
+
+
 def test_leg_that_carried_a_tunnel_starts_the_backoff_anew() -> None:
     """However short it held: the tunnel waits for the next one."""
     count = 0
@@ -219,14 +226,36 @@ def test_leg_that_carried_a_tunnel_starts_the_backoff_anew() -> None:
         if count <= 5:
             drop(visitor)
             return
-        opening = {**OPEN, "port": target.port, "tunnel_id": f"{count:032x}"}
-        visitor.upgrade(frame(OP_TEXT, json.dumps(opening).encode()))
-        assert json.loads(visitor.read_frame()[1])["type"] == "opened"
+        carry(visitor, count, target.port)
 
     with RecordingTarget() as target:
         waits, _ = tries(serve, 7)
     assert waits[4] > 0
     assert waits[5:] == [0.0, 0.0]
+
+
+def test_leg_that_was_told_to_leave_starts_the_backoff_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server that restarts time and again, and is away for longer each time."""
+    monkeypatch.setattr(client.agent, "_RESTART_S", 0.0)
+    count = 0
+
+    def serve(visitor: Visitor) -> None:
+        nonlocal count
+        count += 1
+        if count != 6:
+            drop(visitor)
+            return
+        carry(visitor, count, target.port)
+        visitor.sock.sendall(frame(OP_TEXT, b'{"type":"going_away","spread_ms":0}'))
+        visitor.wait_gone()
+
+    with RecordingTarget() as target:
+        waits, _ = tries(serve, 8)
+    assert waits[4] > 0
+    assert waits[5:7] == [0.0, 0.0]  # Within spread_ms; then the first failure.
+    assert 0 < waits[7] <= 0.2
 
 
 def test_leg_that_does_not_hold_does_not_start_the_backoff_anew() -> None:
