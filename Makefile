@@ -3,8 +3,10 @@
 PYTHON ?= python3
 PORT ?= 8000
 SSH_PORT ?= 22
-# More arguments for pytest: make test ARGS='-k half_close -x'
+# More arguments for pytest: make test ARGS='-k half_close -x'; ARGS='-n 0 -s' in one process
 ARGS ?=
+# Most tests wait most of the time. A file is one process's: its tests share a server.
+TEST_PROCESSES := -n 3 --dist loadfile
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -43,8 +45,8 @@ setup-debian: ## install the Debian packages that the end-to-end tests use
 run: $(STAMP) ## start a server and a client named demo here, and print an ssh line (PORT=8000 SSH_PORT=22)
 	@exec $(BIN)/python deploy/demo.py --port $(PORT) --ssh-port $(SSH_PORT)
 
-test: $(STAMP) ## run every test but those of survival and soak (about 5 minutes)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## run every test but those of survival and soak (about 3 minutes)
+	$(BIN)/python -m pytest $(TEST_PROCESSES) $(ARGS)
 
 survival: $(STAMP) ## the flaky-link oracle and restarts under real ssh (RELAY_ORACLE_HITS=300 RELAY_ORACLE_SEED=1)
 	$(BIN)/python -m pytest tests/survival $(ARGS)

@@ -28,6 +28,7 @@ from tests.e2e.flows import (
 )
 from tests.support import debian
 from tests.support.debian import Sshd
+from tests.support.ports import free_port
 from tests.support.processes import (
     Pipes,
     Proc,
@@ -176,8 +177,7 @@ def test_git_clones_and_pushes_when_over_ssh(relay: Relay, sshd: Sshd, tmp_path:
 def test_forwarded_port_echoes_when_ssh_listens(relay: Relay, sshd: Sshd) -> None:
     """`ssh -N -L`: several connections at once, each half-closed and answered to the end."""
     with EchoTarget() as target:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
+        port = free_port()
         forward = f"127.0.0.1:{port}:127.0.0.1:{target.port}"
         options = ("-N", "-o", "ExitOnForwardFailure=yes", "-L", forward)
         mark = Mark.now(relay)

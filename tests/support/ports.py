@@ -1,15 +1,22 @@
 """Free TCP ports on loopback."""
 
+import random
 import socket
+
+# Below those that a kernel hands out by itself, so that no connection and no listener of another
+# test takes one before the caller does.
+_PORTS = range(10_000, 32_000)
+# Not the module's own generator, which a test may have seeded.
+_random = random.SystemRandom()
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 on which nothing listens now.
-
-    Another process may take it before the caller does; the kernel hands out ephemeral
-    ports in random order, so on one machine that is rare.
-    """
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """Return a TCP port of 127.0.0.1 on which nothing listens now."""
+    while True:
+        port = _random.choice(_PORTS)
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
