@@ -655,6 +655,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     Mutant(
+        "resume: many restarts in a row are each the first",
+        "client/agent.py",
+        "            self._note_leg(run)\n            return self._draw",
+        "            return self._draw",
+        ("tests/integration/client/test_agent.py",),
+    ),
+    Mutant(
         "resume: it takes its old leg's slot over",
         "server/registry.py",
         "            if not olds:\n                self._check_room_locked()",
