@@ -34,7 +34,7 @@ from tests.support.raw import RawClient, RawUser
 from tests.support.targets import Conversation, RecordingTarget, pseudo_random_bytes
 from tests.support.waiting import STALL_S, eventually
 
-INTERVAL_S = 0.5
+INTERVAL_S = 0.8
 # The shortest that the wire can tell.
 GRACE_S = 1
 KEPT = ("proxy command SIGKILLed", "client SIGKILLed", "server SIGKILLed")
