@@ -3814,6 +3814,9 @@ class Session:
             raise RelayError("leg_lost", "the tunnel ended meanwhile")
 
     def _leave(self, transport: Transport) -> None:
+        if self._end.is_over:
+            # Who ended it has perhaps not come to that, or did not see this leg yet.
+            self._say_goodbye(transport)
         self._transport = None
         transport.stop()
 
@@ -3822,12 +3825,16 @@ class Session:
         self._pumps.wake()
         transport = self._transport
         if self._end.is_over and transport is not None:
-            ended = self._end.ended
-            if ended is not None and ended.code == "user_gone":
-                # Again, for a leg that is just resuming: behind the `resume` it counts.
-                Link(transport.outbox).put_reset(ended)
-            transport.close(CLOSE_NORMAL)
+            self._say_goodbye(transport)
             self._timer.wake()
+
+    def _say_goodbye(self, transport: Transport) -> None:
+        """Close a leg of a tunnel that is over. Any thread; again is harmless."""
+        ended = self._end.ended
+        if ended is not None and ended.code == "user_gone":
+            # Again, for a leg that is just resuming: behind the `resume` it counts.
+            Link(transport.outbox).put_reset(ended)
+        transport.close(CLOSE_NORMAL)
 
     def _lost(self, transport: Transport, close_code: int) -> RelayError:
         if transport.gave_up is not None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,8 +31,8 @@ RESTART = ("503 No", "server_restart", {"Retry_After": "0"})
 class Command:
     """The proxy command with pipes."""
 
-    def __init__(self, port: int, *more: str) -> None:
-        argv = [sys.executable, str(ROOT / "ssh_proxy_command.py"), "lab-1", "127.0.0.1", "22"]
+    def __init__(self, port: int, *more: str, script: Path = ROOT / "ssh_proxy_command.py") -> None:
+        argv = [sys.executable, str(script), "lab-1", "127.0.0.1", "22"]
         argv += ["tcp", "--server-url", f"ws://127.0.0.1:{port}", *more]
         env = {**child_environment(), "HTTP_NETWORK_RELAY_SECRET_KEY": "pu-secret"}
         pipe = subprocess.PIPE
@@ -76,8 +77,8 @@ def run(server: PlayedServer) -> Iterator[Callable[..., Command]]:
     """Start a proxy command of that relay, with more arguments."""
     commands: list[Command] = []
 
-    def start(*more: str) -> Command:
-        commands.append(Command(server.port, *more))
+    def start(*more: str, **options: Path) -> Command:
+        commands.append(Command(server.port, *more, **options))
         return commands[-1]
 
     yield start
@@ -447,6 +448,44 @@ def test_signal_without_a_leg_ends_it_within_a_second(
     asked = without_leg(server, leg, state)
     command.process.send_signal(number)
     ends(asked, command, 128 + number)
+
+
+# The thread that ends the tunnel is held up before it closes the leg.
+LATE = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import ssh_proxy_command as script
+
+on_change = script.Session._on_change
+
+def late(self):
+    if self._end.is_over:
+        Path({over!r}).touch()
+        time.sleep(0.5)
+    on_change(self)
+
+script.Session._on_change = late
+sys.exit(script.main(sys.argv[1:]))
+"""
+
+
+def test_user_who_goes_away_as_the_resume_is_answered_is_told_to_the_client(
+    server: PlayedServer, run: Callable[..., Command], tmp_path: Path
+) -> None:
+    """Whoever sees it first: else the client would keep the target for the whole grace."""
+    late, over = tmp_path / "late.py", tmp_path / "over"
+    late.write_text(LATE.format(root=str(ROOT), over=str(over)))
+    command = run(script=late)
+    leg = server.leg()
+    answer_open(leg)
+    asked = without_leg(server, leg, "has asked")
+    assert asked is not None
+    command.process.send_signal(signal.SIGHUP)
+    eventually(over.exists)
+    asked.say("resumed", received=0, delivered=0, limit=WINDOW)
+    assert asked.control("reset")["code"] == "user_gone"
+    ends(asked, command, 128 + signal.SIGHUP)
 
 
 @pytest.mark.parametrize("state", STATES)
