@@ -12,12 +12,12 @@ from typing import TypeVar
 
 from tests.support.processes import Pipes, Proc, Relay, proxy_argv, proxy_env
 from tests.support.targets import pseudo_random
-from tests.support.waiting import STALL_S, eventually
+from tests.support.waiting import eventually
 
 T = TypeVar("T")
 
-# No end of a tunnel takes longer than 1 s where there is a FIN or an RST (docs/protocol.md).
-AT_ONCE_S = 1.0 + STALL_S
+# No end of a tunnel takes longer where there is a FIN or an RST (docs/protocol.md).
+AT_ONCE_S = 1.0
 _LOGS = ("server", "client")
 
 

@@ -417,7 +417,7 @@ def test_tunnel_opens_when_the_server_restarts_during_its_open(tmp_path: Path) -
         server.terminate()
         assert client.recv_control("going_away")
         assert client.recv_close()[0] == 1012
-        server.wait()
+        server.wait(2.0)
         server = stack.enter_context(start_server(tmp_path, port=port, wait=False))
         # The client is slower to come back than the user.
         server.wait_for_line("reason=client_offline")

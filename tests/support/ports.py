@@ -12,11 +12,11 @@ _random = random.SystemRandom()
 
 def free_port() -> int:
     """Return a TCP port of 127.0.0.1 on which nothing listens now."""
-    while True:
-        port = _random.choice(_PORTS)
+    for port in _random.sample(_PORTS, 100):
         with socket.socket() as sock:
             try:
                 sock.bind(("127.0.0.1", port))
             except OSError:
                 continue
             return port
+    raise OSError("a hundred ports in a row are taken")

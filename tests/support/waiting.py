@@ -10,10 +10,6 @@ T = TypeVar("T")
 # Short against every deadline of the relay, long enough to cost no CPU that a test would notice.
 _POLL_S = 0.005
 
-# For upper bounds: on a loaded machine a thread may be held back for so long, on top of what the
-# product itself takes. `< STALL_S` is "at once".
-STALL_S = 1.0
-
 
 def eventually(
     predicate: Callable[[], T], timeout_s: float = 5.0, *, message: str | None = None

@@ -22,7 +22,6 @@ from client.dial import Endpoint
 from client.wire import OP_BINARY, OP_CLOSE, OP_TEXT
 from tests.integration.client.by_hand import HandServer, Visitor, frame, hand_server, stay
 from tests.support.targets import RecordingTarget, SilentTarget, black_hole_port
-from tests.support.waiting import STALL_S
 
 SECRET = "cs-a-secret-that-is-looked-for"
 SEED = 11
@@ -55,7 +54,7 @@ def config_for(endpoint: Endpoint) -> ClientConfig:
 
 
 @contextmanager
-def running(agent: Agent, *, stops_in_s: float = 1.0 + STALL_S) -> Iterator[Agent]:
+def running(agent: Agent, *, stops_in_s: float = 2.0) -> Iterator[Agent]:
     """The agent, stopped at the end and in time."""
     agent.start()
     try:
@@ -324,7 +323,7 @@ def test_stop_while_waiting_to_retry_ends_at_once() -> None:
     """In the middle of 30 s."""
     with hand_server(answering("401 No", "unauthorized")) as server:
         agent = PromptAgent(config_for(server.endpoint), tries=1)
-        with running(agent, stops_in_s=STALL_S):
+        with running(agent, stops_in_s=0.5):
             assert agent.has_tried.wait(5.0)
             assert agent.waits == [CAP_S]
 
@@ -335,7 +334,7 @@ def test_stop_during_a_dial_ends_soon(stage: str) -> None:
     with hand_server(stay) as server, black_hole_port() as hole:
         port = hole if stage == "tcp" else server.port
         agent = Agent(config_for(Endpoint(False, "127.0.0.1", port, "/p")))
-        with running(agent, stops_in_s=0.6 + STALL_S):
+        with running(agent, stops_in_s=0.6):
             if stage == "upgrade":
                 server.visitor()
 
@@ -372,7 +371,7 @@ def test_stop_while_a_leg_comes_up_is_not_missed(
         begun = time.monotonic()
         agent.start()
         assert agent.join(begun + 5.0)
-        assert time.monotonic() - begun < 1.0 + STALL_S
+        assert time.monotonic() - begun < 1.0
 
 
 OPEN = {

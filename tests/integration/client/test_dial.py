@@ -22,7 +22,7 @@ from tests.integration.client.by_hand import HandServer, Visitor, hand_server, s
 from tests.support.certs import Certs
 from tests.support.ports import free_port
 from tests.support.targets import EchoTarget, black_hole_port
-from tests.support.waiting import STALL_S, eventually
+from tests.support.waiting import eventually
 
 
 def info(port: int, address: str = "127.0.0.1") -> Any:
@@ -61,7 +61,7 @@ def test_dead_first_address_costs_a_quarter_second(addresses: list[Any]) -> None
         sock, seconds = timed(lambda: dial_tcp("name", 1, soon()))
         with sock:
             assert sock.getpeername()[1] == target.port
-    assert 0.24 <= seconds < 0.48 + STALL_S
+    assert 0.24 <= seconds < 0.48
 
 
 def test_two_dead_addresses_cost_half_a_second(addresses: list[Any]) -> None:
@@ -70,7 +70,7 @@ def test_two_dead_addresses_cost_half_a_second(addresses: list[Any]) -> None:
         addresses += [info(hole), info(hole), info(target.port)]
         sock, seconds = timed(lambda: dial_tcp("name", 1, soon()))
         sock.close()
-    assert 0.49 <= seconds < 0.74 + STALL_S
+    assert 0.49 <= seconds < 0.74
 
 
 def test_refused_first_address_costs_nothing(addresses: list[Any]) -> None:
@@ -80,7 +80,7 @@ def test_refused_first_address_costs_nothing(addresses: list[Any]) -> None:
         addresses += [*[info(free_port())] * 8, info(target.port)]
         sock, seconds = timed(lambda: dial_tcp("name", 1, soon()))
         sock.close()
-    assert seconds < STALL_S
+    assert seconds < 0.1
 
 
 def test_address_that_cannot_even_be_begun_costs_nothing(addresses: list[Any]) -> None:
@@ -92,7 +92,7 @@ def test_address_that_cannot_even_be_begun_costs_nothing(addresses: list[Any]) -
         addresses += [*bad, info(hole), *bad, info(target.port)]
         sock, seconds = timed(lambda: dial_tcp("name", 1, soon()))
         sock.close()
-    assert 0.24 <= seconds < 0.48 + STALL_S
+    assert 0.24 <= seconds < 0.48
 
 
 def test_first_that_answers_wins_and_the_others_are_closed(addresses: list[Any]) -> None:
@@ -128,7 +128,7 @@ def test_deadline_holds_when_nothing_answers(addresses: list[Any]) -> None:
         addresses += [info(hole), info(hole)]
         error, seconds = timed(lambda: dial_tcp("name", 9, soon(0.35)))
     assert (error.kind, str(error)) == ("timeout", "name:9 did not answer in time")
-    assert 0.34 <= seconds < 0.8 + STALL_S
+    assert 0.34 <= seconds < 0.8
 
 
 def test_cancellation_is_seen_in_0_3_seconds(addresses: list[Any]) -> None:
@@ -140,7 +140,7 @@ def test_cancellation_is_seen_in_0_3_seconds(addresses: list[Any]) -> None:
             lambda: dial_tcp("name", 1, soon(), lambda: time.monotonic() >= cancelled_at)
         )
     assert error.kind == "cancelled"
-    assert seconds < 0.7 + STALL_S
+    assert seconds < 0.7
 
 
 def test_cancellation_before_the_first_address_dials_nobody(addresses: list[Any]) -> None:
@@ -157,7 +157,7 @@ def test_refused_port_is_told_as_refused() -> None:
     port = free_port()
     error, seconds = timed(lambda: dial_tcp("127.0.0.1", port, soon()))
     assert (error.kind, str(error)) == ("refused", f"127.0.0.1:{port} refused the connection")
-    assert seconds < STALL_S
+    assert seconds < 0.2
 
 
 def test_name_without_addresses_is_unreachable(addresses: list[Any]) -> None:
@@ -242,7 +242,7 @@ def test_stuck_lookup_ends_by_the_deadline(stuck_lookups: threading.Event) -> No
     error, seconds = timed(lambda: resolve("slow.example", 1, soon(0.3)))
     assert error.kind == "timeout"
     assert "slow.example" in str(error)
-    assert 0.29 <= seconds < 0.8 + STALL_S
+    assert 0.29 <= seconds < 0.8
 
 
 def test_stuck_lookups_are_bounded(stuck_lookups: threading.Event) -> None:
@@ -267,7 +267,7 @@ def test_stuck_lookup_is_cancelled_in_0_3_seconds(
         lambda: resolve("slow.example", 1, soon(), lambda: time.monotonic() >= cancelled_at)
     )
     assert error.kind == "cancelled"
-    assert seconds < 0.7 + STALL_S
+    assert seconds < 0.7
 
 
 # HTTP CONNECT.
@@ -386,7 +386,7 @@ def test_proxy_that_is_silent_ends_by_the_deadline() -> None:
         for server in (silent, trickling):
             error, seconds = through(server, 0.3)
             assert "did not answer in time" in str(error)
-            assert 0.28 <= seconds < 0.8 + STALL_S
+            assert 0.28 <= seconds < 0.8
 
 
 def test_proxy_that_is_not_there_is_told_as_the_proxy() -> None:
@@ -451,7 +451,7 @@ def test_handshake_that_stalls_ends_by_the_deadline() -> None:
     with hand_server(stay) as server:
         error, seconds = dial_tls(server, None, 0.3)
     assert "did not answer in time" in str(error)
-    assert 0.28 <= seconds < 0.8 + STALL_S
+    assert 0.28 <= seconds < 0.8
 
 
 @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ def test_every_stage_is_cancelled_in_0_3_seconds(stage: str) -> None:
         )
     assert isinstance(error, RelayError)
     assert "cancelled" in str(error)
-    assert seconds < 0.7 + STALL_S
+    assert seconds < 0.7
 
 
 def test_address_is_dialled_while_every_lookup_hangs(monkeypatch: pytest.MonkeyPatch) -> None:

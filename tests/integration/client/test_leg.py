@@ -11,7 +11,7 @@ import client.tunnels
 from client.wire import MIN_WINDOW_BYTES, OP_BINARY, LegError
 from tests.integration.client.fake_leg import ServerSide
 from tests.support.targets import EchoTarget, SilentTarget, black_hole_port
-from tests.support.waiting import STALL_S, eventually
+from tests.support.waiting import eventually
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_message_before_opened_ends_that_tunnel_and_its_dial(
         else:
             server.ack(2, 0)
         assert server.control("reset", 2)["code"] == "protocol_error"
-        server.wait_forgotten(2, 0.8 + STALL_S)
+        server.wait_forgotten(2, 0.8)
     assert server.kinds(2) == ["reset"]
     assert is_alive(server, 1)
 

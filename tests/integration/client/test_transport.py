@@ -37,7 +37,7 @@ from client.wire import (
 )
 from tests.integration.client.by_hand import HandServer, Visitor, frame, hand_server, stay
 from tests.support.taking import take
-from tests.support.waiting import STALL_S, eventually
+from tests.support.waiting import eventually
 
 SECRET = "Basic c2VjcmV0LW9mLXRoZS1jbGllbnQ="
 RELAYS = {"HTTP-Network-Relay": "v1", "Content-Type": "application/json"}
@@ -75,7 +75,7 @@ def leg(server: HandServer, *, is_started: bool = True, **options: Any) -> Itera
         made.stop()
 
 
-def refusal(serve: Callable[[Visitor], None], *, within_s: float = 0.5 + STALL_S) -> RelayError:
+def refusal(serve: Callable[[Visitor], None], *, within_s: float = 1.0) -> RelayError:
     """How dialling that server fails."""
     with hand_server(serve) as server:
         begun = time.monotonic()
@@ -348,7 +348,7 @@ def test_answer_that_does_not_come_is_bounded_by_the_deadline(
 
     begun = time.monotonic()
     refusal(serve)
-    assert 0.28 <= time.monotonic() - begun < 0.9 + STALL_S
+    assert 0.28 <= time.monotonic() - begun < 0.9
 
 
 def test_handshake_is_cancelled_in_0_3_seconds() -> None:
@@ -357,7 +357,7 @@ def test_handshake_is_cancelled_in_0_3_seconds() -> None:
         begun = time.monotonic()
         with pytest.raises(RelayError):
             dial(server, is_cancelled=lambda: time.monotonic() > begun + 0.05)
-        assert time.monotonic() - begun < 0.7 + STALL_S
+        assert time.monotonic() - begun < 0.7
 
 
 # Frames that come.
@@ -640,7 +640,7 @@ def test_stop_of_a_leg_whose_peer_does_not_read_ends_in_time(deaf: HandServer) -
         transport.close(1000)
         begun = time.monotonic()
         transport.stop()
-        assert 0.9 < time.monotonic() - begun < 1.5 + STALL_S
+        assert 0.9 < time.monotonic() - begun < 1.5
 
 
 def test_pings_are_answered_while_a_large_send_is_stuck_and_no_frame_breaks() -> None:
@@ -793,7 +793,7 @@ def test_tick_never_waits_for_a_stuck_writer(deaf: HandServer) -> None:
         fill(transport)
         begun = time.monotonic()
         transport.tick(begun + 100, slept=False)
-        assert time.monotonic() - begun < STALL_S
+        assert time.monotonic() - begun < 0.05
         assert transport.receive() == (OP_CLOSE, 1006)
         transport.stop()
         assert time.monotonic() - begun < 1.0

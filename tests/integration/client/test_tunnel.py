@@ -34,7 +34,7 @@ from tests.support.targets import (
     black_hole_port,
     pseudo_random_bytes,
 )
-from tests.support.waiting import STALL_S, eventually
+from tests.support.waiting import eventually
 
 KIB = 1024
 
@@ -207,7 +207,7 @@ def test_target_that_does_not_answer_is_told(
         begun = time.monotonic()
         server.open(1, hole)
         assert server.control("refused", 1)["code"] == "target_timeout"
-        assert time.monotonic() - begun < 0.7 + STALL_S
+        assert time.monotonic() - begun < 1.0
 
 
 def test_target_without_a_way_is_told(server: ServerSide, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +265,7 @@ def test_target_that_goes_after_its_eof_is_noticed_in_a_second(server: ServerSid
         conversation.close()
         server.control("eof", 1)
         server.send(1, b"x")  # Its answer is an RST, and nobody writes again.
-        assert server.control("reset", 1, 1.0 + STALL_S)["code"] == "target_reset"
+        assert server.control("reset", 1, 1.0)["code"] == "target_reset"
         server.wait_forgotten(1)
 
 
@@ -327,7 +327,7 @@ def test_user_gone_is_a_fin_even_while_the_target_is_sending(server: ServerSide)
         server.wait_bytes(1, 10_000)
         server.say("reset", 1, code="user_gone", message="")
         assert conversation.wait_ended() == "eof"
-        server.wait_forgotten(1, 1.0 + STALL_S)
+        server.wait_forgotten(1, 1.0)
         conversation.wait(lambda me: me.is_closed)
         assert conversation.ended == "eof"
 
@@ -350,7 +350,7 @@ def test_user_gone_ends_the_tunnel_although_the_target_sends_for_ever(
         begun = time.monotonic()
         server.say("reset", 1, code="user_gone", message="")
         server.wait_forgotten(1)
-        assert time.monotonic() - begun < 1.5 + STALL_S
+        assert time.monotonic() - begun < 1.5
 
 
 def test_user_gone_ends_the_tunnel_although_bytes_are_always_there(
@@ -373,7 +373,7 @@ def test_user_gone_ends_the_tunnel_although_bytes_are_always_there(
         begun = time.monotonic()
         server.say("reset", 1, code="user_gone", message="")
         server.wait_forgotten(1)
-        assert time.monotonic() - begun < 1.5 + STALL_S
+        assert time.monotonic() - begun < 1.5
 
 
 def test_user_gone_is_no_reset_for_a_target_that_stays(server: ServerSide) -> None:
@@ -475,9 +475,9 @@ def test_target_that_does_not_read_delays_the_end_by_a_second(
         server.say("reset", 1, code=code, message="")
         server.send(2, b"again")
         assert server.wait_bytes(2, 10) == b"quickagain"
-        assert time.monotonic() - begun < STALL_S
+        assert time.monotonic() - begun < 0.2
         server.wait_forgotten(1)
-        assert 0.9 < time.monotonic() - begun < 1.5 + STALL_S
+        assert 0.9 < time.monotonic() - begun < 1.4
 
 
 @pytest.mark.usefixtures("small_buffers")
@@ -530,7 +530,7 @@ def test_reset_cancels_a_dial_that_gets_no_answer(server: ServerSide) -> None:
         begun = time.monotonic()
         server.say("reset", 1, code="user_gone", message="")
         server.wait_forgotten(1)
-        assert time.monotonic() - begun < 0.8 + STALL_S
+        assert time.monotonic() - begun < 0.8
     assert server.kinds(1) == []
 
 
@@ -540,7 +540,7 @@ def test_lost_leg_drops_a_tunnel_that_dials(server: ServerSide) -> None:
         server.open(1, hole)
         eventually(lambda: server.tunnels.alive())
         server.lose()
-        server.wait_forgotten(1, 0.8 + STALL_S)
+        server.wait_forgotten(1, 0.8)
 
 
 # The log.

@@ -121,7 +121,7 @@ def test_tunnel_works_and_the_server_stops_in_time_when_nothing_can_be_written(
         assert client.recv_on() == (1, b"12345")
         server.wait_for_line("WARNING audit log cannot be written")
         server.terminate()
-        assert server.wait(5) == 0
+        assert server.wait(2.5) == 0
         assert "process ended hard" not in server.text
         assert "audit lines lost at the end count=" in server.text
 
@@ -136,7 +136,7 @@ def test_last_lines_are_written_when_the_server_stops(tmp_path: Path) -> None:
         client.send_opened(client.recv_control("open")["channel"])
         user.recv_control("opened")
         server.terminate()
-        assert server.wait(5) == 0
+        assert server.wait(2.5) == 0
     told = [(event["event"], event.get("reason")) for event in events(path)]
     assert told[:2] == [("client_up", None), ("tunnel_opened", None)]
     assert sorted(told[2:]) == [

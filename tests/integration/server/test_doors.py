@@ -26,7 +26,7 @@ from tests.support.raw import (
     upgrade_request,
     user_headers,
 )
-from tests.support.waiting import STALL_S, eventually
+from tests.support.waiting import eventually
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_request_that_is_no_http_is_answered_or_dropped_at_once(
     begun = time.monotonic()
     answer = ask(server, request_bytes)
 
-    assert time.monotonic() - begun < STALL_S
+    assert time.monotonic() - begun < 1
     assert not answer or answer.startswith(b"HTTP/1.1 400 ")
     assert not answer or b"HTTP-Network-Relay: v1\r\n" in answer
     assert TOKEN.encode() not in answer
@@ -152,7 +152,7 @@ def test_body_is_ignored_when_a_request_has_one(server: Server) -> None:
     for request in (head, head + b"x" * 20_000):
         begun = time.monotonic()
         assert ask(server, request).startswith(b"HTTP/1.1 405 ")
-        assert time.monotonic() - begun < STALL_S
+        assert time.monotonic() - begun < 1
 
 
 def test_head_is_dropped_when_it_is_too_large(server: Server) -> None:
@@ -175,17 +175,17 @@ def test_relay_answers_503_and_health_when_all_slots_are_taken(tmp_path: Path) -
         assert (answer.status, answer.json["code"]) == (503, "busy")
         assert int(answer.headers["retry-after"]) > 0
         assert full.health(timeout_s=1) == 200
-        assert time.monotonic() - begun < 1 + STALL_S
+        assert time.monotonic() - begun < 1
 
         # The client takes its own slot over, though nothing is free.
         with RawClient(full.url):
-            assert client.recv_close()[0] == 4408
+            assert client.recv_close(1)[0] == 4408
             users[0].close()
             users[1].drop()
             begun = time.monotonic()
             for _ in range(2):
-                eventually(lambda: stack.enter_context(_try_user(full.url)))
-            assert time.monotonic() - begun < STALL_S
+                eventually(lambda: stack.enter_context(_try_user(full.url)), 1.0)
+            assert time.monotonic() - begun < 0.5
 
 
 def _try_user(url: str) -> RawUser:
@@ -256,11 +256,11 @@ def test_health_and_tunnels_answer_when_200_peers_stall(tmp_path: Path) -> None:
                 assert server.health(timeout_s=1) == 200
                 with RawUser(server.url) as user:
                     user.send_open()
-                    client.send_opened(client.recv_control("open")["channel"])
-                    user.recv_control("opened")
-                assert client.recv_control("detached")["code"] == "user_lost"
+                    client.send_opened(client.recv_control("open", 1)["channel"])
+                    user.recv_control("opened", 1)
+                assert client.recv_control("detached", 1)["code"] == "user_lost"
                 worst_s = max(worst_s, time.monotonic() - begun)
-            assert worst_s < 1 + STALL_S
+            assert worst_s < 1
         finally:
             stop.set()
             thread.join()
@@ -315,7 +315,7 @@ def test_head_is_dropped_when_it_takes_longer_than_ten_seconds(tmp_path: Path) -
                 continue
             except OSError:
                 break
-        assert 9.5 < time.monotonic() - begun < 10.5 + STALL_S
+        assert 9.5 < time.monotonic() - begun < 11
 
 
 def test_no_secret_is_logged_when_peers_come_and_fail(server: Server) -> None:

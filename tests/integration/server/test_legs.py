@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.processes import Server, resident_bytes, start_server, thread_count
 from tests.support.raw import RawClient, RawPeer, RawUser
-from tests.support.waiting import STALL_S, eventually
+from tests.support.waiting import eventually
 
 KIB = 1024
 WINDOW = 4096 * KIB
@@ -76,8 +76,8 @@ def test_server_pings_each_leg_when_nothing_else_happens(hasty: Server) -> None:
             while time.monotonic() < until:
                 with pytest.raises(TimeoutError):
                     user.recv(until - time.monotonic())
-        assert 4 <= user.pings_seen <= 7
-        assert 4 <= client.pings_seen <= 7
+        assert 5 <= user.pings_seen <= 7
+        assert 5 <= client.pings_seen <= 7
         user.send_binary(b"alive")
         assert client.recv_on()[1] == b"alive"
 
@@ -94,7 +94,7 @@ def test_leg_is_given_up_when_it_is_silent(hasty: Server, who: str) -> None:
         poll.register(silent.sock, select.POLLRDHUP)
         with Alive(other):
             assert poll.poll(5000)
-        assert 2.2 * INTERVAL_S < time.monotonic() - begun < 2.5 * INTERVAL_S + 0.3 + STALL_S
+        assert 2.2 * INTERVAL_S < time.monotonic() - begun < 2.5 * INTERVAL_S + 0.3
         hasty.wait_for_line(f"leg down reason=silent .*{who}=")
 
 
@@ -104,7 +104,7 @@ def test_user_leg_is_given_up_when_it_says_nothing(tmp_path: Path) -> None:
     with start_server(tmp_path, env=setting) as server, RawUser(server.url) as user:
         begun = time.monotonic()
         assert user.recv(3)[:2] == ("close", 1006)
-        assert 0.9 < time.monotonic() - begun < 1.5 + STALL_S
+        assert 0.9 < time.monotonic() - begun < 2
         server.wait_for_line("leg down reason=no_open")
 
 
@@ -163,7 +163,7 @@ def test_nobody_else_waits_when_a_user_does_not_read(server: Server) -> None:
             assert live.recv_binary() == b"key"
             live.send_binary(b"echo")
             assert client.recv_on() == (channel, b"echo")
-            assert time.monotonic() - begun < STALL_S
+            assert time.monotonic() - begun < 0.5
         assert resident_bytes(server.worker_pid) - before < 4 * WINDOW + 24 * 1024 * KIB
 
 
@@ -190,7 +190,7 @@ def test_nobody_else_waits_when_a_client_does_not_read(tmp_path: Path) -> None:
             begun = time.monotonic()
             user.send_binary(b"key")
             assert client.recv_on() == (channel, b"key")
-            assert time.monotonic() - begun < STALL_S
+            assert time.monotonic() - begun < 0.5
         # The uploader's ack and end still find their way out, too.
         uploader.send_control({"type": "reset", "code": "user_gone", "message": ""})
         server.wait_for_line("tunnel closed reason=user_gone")
@@ -244,11 +244,11 @@ def test_client_is_replaced_at_once_when_its_link_died_without_a_word(server: Se
 
         begun = time.monotonic()
         new = stack.enter_context(RawClient(server.url))
-        assert user.recv_control("detached")["code"] == "client_replaced"
+        assert user.recv_control("detached", 1)["code"] == "client_replaced"
         other = stack.enter_context(RawUser(server.url))
         open_tunnel(new, other)
-        assert time.monotonic() - begun < STALL_S
-        server.wait_for_line("leg down reason=replaced")
+        assert time.monotonic() - begun < 0.5
+        server.wait_for_line("leg down reason=replaced", timeout_s=1)
 
 
 def test_threads_and_memory_are_flat_when_legs_come_and_go(server: Server) -> None:

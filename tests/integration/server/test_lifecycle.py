@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.processes import Server, start_server, write_credentials
 from tests.support.raw import CLIENT_PATH, RawClient, RawUser, client_headers, handshake_status
-from tests.support.waiting import STALL_S, eventually
+from tests.support.waiting import eventually
 
 KIB = 1024
 WINDOW = 4096 * KIB
@@ -54,18 +54,18 @@ def test_every_leg_closes_with_1012_when_the_server_is_told_to_stop(
 
         assert user.recv_control("going_away")["spread_ms"] > 0
         assert user.recv_control("detached")["code"] == "server_restart"
-        assert user.recv_close()[0] == 1012
+        assert user.recv_close(1)[0] == 1012
         assert opening.recv_control("going_away")
         assert opening.recv_control("refused")["code"] == "server_restart"
-        assert opening.recv_close()[0] == 1000
+        assert opening.recv_close(1)[0] == 1000
         assert client.recv_control("going_away")
-        assert client.recv_close()[0] == 1012
+        assert client.recv_close(1)[0] == 1012
         assert idle.recv_control("going_away")
-        assert idle.recv_close()[0] == 1012
+        assert idle.recv_close(1)[0] == 1012
         for peer in (user, opening, client, idle):
             peer.drop()
-        assert server.wait(5) == 0
-        assert time.monotonic() - begun < 1.5 + STALL_S
+        assert server.wait(2) == 0
+        assert time.monotonic() - begun < 1.5
 
 
 def test_tunnels_go_on_for_half_a_second_when_the_server_is_told_to_stop(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_tunnels_go_on_for_half_a_second_when_the_server_is_told_to_stop(tmp_pat
         }
         opening.send_open(tunnel_id="f" * 32)
         assert opening.recv_control("refused")["code"] == "server_restart"
-        while time.monotonic() < begun + 0.2:
+        while time.monotonic() < begun + 0.3:
             user.send_binary(b"key")
             assert client.recv_on() == (channel, b"key")
             client.send_on(channel, b"echo")
@@ -101,13 +101,13 @@ def test_tunnels_go_on_for_half_a_second_when_the_server_is_told_to_stop(tmp_pat
 
         assert user.recv_control("detached")["code"] == "server_restart"
         assert time.monotonic() - begun > 0.45
-        assert user.recv_close()[0] == 1012
+        assert user.recv_close(1)[0] == 1012
         # Not past other messages: there are none.
         assert client.recv()[:2] == ("close", 1012)
         for last in (client, user, opening):
             last.drop()
-        assert server.wait(5) == 0
-        assert time.monotonic() - begun < 1.5 + STALL_S
+        assert server.wait(2) == 0
+        assert time.monotonic() - begun < 1.5
 
 
 def test_legs_are_not_ended_when_all_of_them_leave(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_legs_are_not_ended_when_all_of_them_leave(tmp_path: Path) -> None:
             server.terminate()
             client.recv_control("going_away")
             user.recv_control("going_away")
-        assert server.wait(5) == 0
+        assert server.wait(2) == 0
         assert server.text.count("leg down reason=") == 2
         assert "server_restart" not in server.text
 
@@ -141,8 +141,8 @@ def test_process_is_gone_in_two_seconds_when_everything_is_stuck(tmp_path: Path)
         begun = time.monotonic()
         server.terminate()
 
-        assert server.wait(5) == 0
-        assert time.monotonic() - begun < 2 + STALL_S
+        assert server.wait(3) == 0
+        assert time.monotonic() - begun < 2
         assert not Path(f"/proc/{worker}").exists()
         assert "SIGKILL" not in server.text
 
@@ -155,7 +155,7 @@ def test_newcomers_are_refused_when_the_server_drains(tmp_path: Path) -> None:
         user.recv_control("going_away")
         with pytest.raises(OSError, match=r"refused|reset"):
             handshake_status(server.url + CLIENT_PATH, client_headers())
-        assert server.wait(5) == 0
+        assert server.wait(2) == 0
 
 
 def test_new_worker_serves_when_the_master_gets_sighup(tmp_path: Path) -> None:
@@ -165,11 +165,11 @@ def test_new_worker_serves_when_the_master_gets_sighup(tmp_path: Path) -> None:
         wait_up(server, 1)
         server.signal(signal.SIGHUP)
         client.recv_control("going_away")
-        assert client.recv_close()[0] == 1012
+        assert client.recv_close(1)[0] == 1012
         # Right away: the listener was never closed.
         with RawClient(server.url) as again, RawUser(server.url) as user:
             open_tunnel(again, user)
-            eventually(lambda: server.worker_pid != old)
+            eventually(lambda: server.worker_pid != old, 3)
             user.send_binary(b"x")
             assert again.recv_on()[1] == b"x"
 
@@ -187,7 +187,7 @@ def test_old_worker_goes_on_when_sighup_finds_bad_credentials(tmp_path: Path) ->
 
         write_credentials(tmp_path, {"clients": {"new": "s"}, "proxy_users": ["t"]})
         server.signal(signal.SIGHUP)
-        assert client.recv_close()[0] == 1012
+        assert client.recv_close(3)[0] == 1012
         with RawClient(server.url, "new", "s"):
             pass
 
@@ -210,8 +210,8 @@ def test_worker_drains_when_its_master_is_killed(tmp_path: Path) -> None:
         worker = server.worker_pid
         wait_up(server, 1)
         server.signal(signal.SIGKILL)
-        assert user.recv_close()[0] == 1012
-        eventually(lambda: _is_gone(worker))
+        assert user.recv_close(3)[0] == 1012
+        eventually(lambda: _is_gone(worker), 3)
 
 
 def _is_gone(pid: int) -> bool:

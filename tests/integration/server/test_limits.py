@@ -22,7 +22,7 @@ from tests.support.raw import (
     upgrade_request,
     user_headers,
 )
-from tests.support.waiting import STALL_S, eventually
+from tests.support.waiting import eventually
 
 OTHER_TOKEN = "another-token-of-another-user"
 CREDENTIALS = {"clients": {CLIENT_NAME: CLIENT_SECRET}, "proxy_users": [TOKEN, OTHER_TOKEN]}
@@ -168,7 +168,7 @@ def test_head_that_does_not_end_is_refused_when_its_time_is_over(tmp_path: Path)
         answer = read_handshake(talking)
         assert (answer.status, answer.json["code"]) == (408, "head_timeout")
         assert silent.recv(1) == b""
-        assert 0.4 < time.monotonic() - begun < 1 + STALL_S
+        assert 0.4 < time.monotonic() - begun < 2
 
 
 # Tunnels.
@@ -318,7 +318,7 @@ def test_credit_is_raised_later_when_a_user_is_faster_than_their_rate(tmp_path: 
         assert eventually_control(relay.client, "eof")["count"] == 1024 * KIB
         user.send_control({"type": "reset", "code": "user_gone", "message": ""})
         eventually_control(relay.client, "reset")
-        assert time.monotonic() - begun < STALL_S
+        assert time.monotonic() - begun < 1
         assert "tunnel slowed reason=bytes_per_second" in relay.server.text
 
 

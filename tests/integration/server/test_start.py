@@ -161,7 +161,7 @@ def test_command_serves_when_it_is_run_as_a_module(tmp_path: Path) -> None:
             assert TOKEN not in command_line(pid)
             assert CLIENT_SECRET not in command_line(pid)
         server.terminate()
-        assert server.wait(5) == 0
+        assert server.wait(2) == 0
 
 
 @pytest.mark.parametrize(

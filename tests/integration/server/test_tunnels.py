@@ -142,7 +142,7 @@ def test_first_message_is_refused_when_it_is_wrong(
     with RawUser(server.url) as user:
         user.send_open(**fields)
         assert user.recv_control("refused")["code"] == code
-        assert user.recv_close() == (1000, "")
+        assert user.recv_close(1) == (1000, "")
     client.expect_nothing(0.05)
 
 
@@ -151,7 +151,7 @@ def test_data_before_open_is_refused(server: Server) -> None:
     with RawUser(server.url) as user:
         user.send_binary(b"SSH-2.0-")
         assert user.recv_control("refused")["code"] == "protocol_error"
-        assert user.recv_close()[0] == 1000
+        assert user.recv_close(1)[0] == 1000
 
 
 def test_refusal_of_the_client_reaches_the_user(server: Server, client: RawClient) -> None:
@@ -165,7 +165,7 @@ def test_refusal_of_the_client_reaches_the_user(server: Server, client: RawClien
             "code": "target_refused",
             "message": "port 22: no",
         }
-        assert user.recv_close()[0] == 1000
+        assert user.recv_close(1)[0] == 1000
 
 
 Act = Callable[[Pair], None]
@@ -244,7 +244,7 @@ def test_tunnel_is_reset_at_both_ends_when_a_rule_is_broken(pair: Pair, case: st
         reset = pair.client.recv_control("reset")
         assert (reset["channel"], reset["code"]) == (pair.channel, "protocol_error")
         assert pair.user.recv_control("reset")["code"] == "protocol_error"
-        assert pair.user.recv_close()[0] == 1000
+        assert pair.user.recv_close(1)[0] == 1000
 
         # What still comes for the ended channel is a normal race.
         pair.client.send_on(pair.channel, b"late")
@@ -324,7 +324,7 @@ def test_user_leg_ends_alone_when_its_rules_are_broken(pair: Pair, case: str) ->
     """Its close code says why; the client's leg lives and hears `detached`."""
     act, close_code = LEG_ERRORS[case]
     act(pair.user)
-    assert pair.user.recv_close()[0] == close_code
+    assert pair.user.recv_close(1)[0] == close_code
     assert pair.client.recv_control("detached")["code"] == "user_lost"
     with RawUser(pair.server.url) as other:
         open_tunnel(pair.client, other)
@@ -335,9 +335,9 @@ def test_client_leg_ends_with_its_tunnels_when_its_rules_are_broken(pair: Pair, 
     """Its close code says why; its users hear `detached`, then close 1012."""
     act, close_code = CLIENT_LEG_ERRORS[case]
     act(pair.client)
-    assert pair.client.recv_close()[0] == close_code
+    assert pair.client.recv_close(1)[0] == close_code
     assert pair.user.recv_control("detached")["code"] == "client_lost"
-    assert pair.user.recv_close()[0] == 1012
+    assert pair.user.recv_close(1)[0] == 1012
 
 
 def test_message_in_fragments_is_one_message(pair: Pair) -> None:
@@ -352,7 +352,7 @@ def test_message_in_fragments_is_one_message(pair: Pair) -> None:
 
     pair.user.send_raw_frame(2, bytes(40_000), fin=False)
     pair.user.send_raw_frame(0, bytes(40_000), fin=False)
-    assert pair.user.recv_close()[0] == 1009
+    assert pair.user.recv_close(1)[0] == 1009
 
 
 def test_memory_stays_flat_when_the_corpus_comes_again_and_again(pair: Pair) -> None:
@@ -363,7 +363,7 @@ def test_memory_stays_flat_when_the_corpus_comes_again_and_again(pair: Pair) -> 
         for act, _code in LEG_ERRORS.values():
             with RawUser(pair.server.url) as bad:
                 act(bad)
-                assert bad.recv_close()[0] in (1000, 1002, 1007, 1009)
+                assert bad.recv_close(1)[0] in (1000, 1002, 1007, 1009)
         pair.user.send_binary(b"still here")
         assert pair.client.recv_on()[1] == b"still here"
         sizes.append(resident_bytes(pid))
@@ -394,14 +394,14 @@ def test_reset_of_the_client_comes_behind_its_bytes_when_the_target_ended_it(pai
     for _ in range(4):
         assert len(pair.user.recv_binary()) == 60 * KIB
     assert pair.user.recv_control("reset")["code"] == "target_reset"
-    assert pair.user.recv_close()[0] == 1000
+    assert pair.user.recv_close(1)[0] == 1000
 
 
 @pytest.mark.parametrize("how", ["drop", "close"])
 def test_client_hears_detached_when_the_user_is_lost(pair: Pair, how: str) -> None:
     """Whether with a close frame or without: before a reset it is a loss."""
     getattr(pair.user, how)()
-    detached = pair.client.recv_control("detached")
+    detached = pair.client.recv_control("detached", 1)
     assert detached == {"type": "detached", "channel": pair.channel, "code": "user_lost"}
     pair.server.wait_for_line("tunnel closed reason=user_lost")
 
@@ -414,8 +414,8 @@ def test_user_hears_client_offline_when_the_client_is_lost_before_opened(
         user.send_open()
         client.recv_control("open")
         client.drop()
-        assert user.recv_control("refused")["code"] == "client_offline"
-        assert user.recv_close()[0] == 1000
+        assert user.recv_control("refused", 1)["code"] == "client_offline"
+        assert user.recv_close(1)[0] == 1000
 
 
 @pytest.mark.parametrize("instance", ["00112233445566778899aabbccddeeff", "f" * 32])
@@ -423,9 +423,9 @@ def test_user_hears_client_replaced_when_the_client_comes_again(pair: Pair, inst
     """Rule 6: the newcomer wins at once, and serves the next tunnel."""
     with RawClient(pair.server.url, instance=instance) as new, RawUser(pair.server.url) as user:
         same = instance == "00112233445566778899aabbccddeeff"
-        assert pair.client.recv_close()[0] == (4408 if same else 4409)
-        assert pair.user.recv_control("detached")["code"] == "client_replaced"
-        assert pair.user.recv_close()[0] == 1012
+        assert pair.client.recv_close(1)[0] == (4408 if same else 4409)
+        assert pair.user.recv_control("detached", 1)["code"] == "client_replaced"
+        assert pair.user.recv_close(1)[0] == 1012
         # The loser's end leaves the winner alone.
         pair.client.drop()
         eventually(lambda: "leg down reason=replaced" in pair.server.text)

@@ -15,7 +15,7 @@ import pytest
 
 from server import audit
 from server.audit import AuditLog
-from tests.support.waiting import STALL_S, eventually
+from tests.support.waiting import eventually
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_new_file_is_used_when_the_old_one_was_rotated_away(tmp_path: Path) -> N
 def quickly(act: Callable[[], object]) -> None:
     begun = time.monotonic()
     act()
-    assert time.monotonic() - begun < STALL_S
+    assert time.monotonic() - begun < 1
 
 
 def put_many(log: AuditLog, count: int) -> None:
@@ -156,7 +156,7 @@ def test_nobody_waits_when_the_disk_is_full(
         begun = time.monotonic()
         log.stop()
         log.join(5)
-        assert time.monotonic() - begun < STALL_S
+        assert time.monotonic() - begun < 1
     assert caplog.text.count("cannot be written") == 1
     assert "audit lines lost at the end count=" in caplog.text
 
@@ -216,7 +216,7 @@ def test_nobody_waits_when_the_disk_blocks(tmp_path: Path, monkeypatch: pytest.M
     begun = time.monotonic()
     log.stop()
     log.join(0.2)
-    assert time.monotonic() - begun < STALL_S
+    assert time.monotonic() - begun < 1
     release.set()
     log.join(5)
 
