@@ -54,7 +54,7 @@ _HEAD_TOO_LARGE = ("head_too_large", "the request's head is larger than the rela
 _HEAD_TIMEOUT = ("head_timeout", "the request's head did not come in time")
 # The drain: legs leave, those that stay flush, then threads end; all is gone within 2 s of the
 # signal (rule 9 of the design), whatever is stuck. Not the whole second that the wire allows for
-# the flush: the master needs up to 0.4 s to notice and to end itself, more on a busy machine.
+# the flush: the master needs 0.2 s to notice and to end itself, 0.4 s on a busy machine.
 # To leave is to have the next leg up first: one TLS handshake, and the tries before it.
 _LEAVE_S = 0.5
 _FLUSH_S = 0.5

@@ -145,6 +145,20 @@ class RawPeer:
     def ping(self, payload: bytes = b"") -> None:
         self.send_raw_frame(ABNF.OPCODE_PING, payload)
 
+    def settle(self, timeout_s: float = 5.0) -> None:
+        """Wait until the server has acted on all that was sent before; nothing may come meanwhile.
+
+        The server reads a leg in order, so its pong says so much.
+        """
+        pongs = self.pongs_seen
+        self.ping()
+        deadline = time.monotonic() + timeout_s
+        while self.pongs_seen == pongs:
+            self._wait_readable(deadline)
+            frame = self.ws.recv_frame()  # type: ignore[no-untyped-call]  # as above
+            assert frame.opcode == ABNF.OPCODE_PONG, f"unexpected {frame}"
+            self.pongs_seen += 1
+
     def recv(self, timeout_s: float = 5.0) -> Message:
         """The next message: ("text", object), ("binary", bytes) or ("close", code, reason).
 

@@ -207,9 +207,11 @@ def test_keystroke_overtakes_when_another_tunnel_downloads(server: Server) -> No
         for _ in range(WINDOW // (64 * KIB)):
             bulk.send_binary(bytes(64 * KIB))
         # All of it waits in the server and the kernel, for the client does not read yet.
-        server.wait_healthy()
+        bulk.settle()
         typing.send_binary(b"key")
         typing.send_control({"type": "ack", "delivered": 0, "limit": WINDOW, "eof": False})
+        # And so does the key, before the first byte is taken.
+        typing.settle()
         before = 0
         while True:
             message = client.recv()
