@@ -267,7 +267,7 @@ def encode_channel(channel: int) -> bytes:
     return channel.to_bytes(CHANNEL_BYTES, "big")
 
 
-def split_channel(message: bytes | bytearray) -> int:
+def split_channel(message: bytes | bytearray | memoryview) -> int:
     """Return the channel of a binary message of a client leg; its bytes follow at 4."""
     if len(message) < CHANNEL_BYTES:
         raise LegError("a binary message is shorter than its channel")
@@ -1003,11 +1003,12 @@ class FrameReader:
 
     def read_message(
         self, on_pause: Callable[[], None] | None = None
-    ) -> tuple[int, bytearray] | None:
+    ) -> tuple[int, bytearray | memoryview] | None:
         """Wait for a frame and take it, if it is a whole message, a ping or a pong.
 
-        Return its opcode and payload. None: it is the library's, by read(), and so is the end
-        of the stream. `on_pause`: as in Duplex.recv. Raises OSError.
+        Return its opcode and payload; of a large message that is a view of what was read. None:
+        it is the library's, by read(), and so is the end of the stream. `on_pause`: as in
+        Duplex.recv. Raises OSError.
         """
         # In one piece: it runs for each message of each leg.
         if self._others:
@@ -1038,6 +1039,11 @@ class FrameReader:
         self._at += header_bytes
         self._read_bytes = header_bytes + size if size >= _LARGE_BYTES else _READ_BYTES
         key = self._ahead[self._at - 4 : self._at] if self._is_masked else ZERO_KEY
+        is_large = size >= _LARGE_BYTES and opcode == OP_BINARY
+        if is_large and key == ZERO_KEY and len(self._ahead) - self._at >= size:
+            # As it lies: what was read with it, and is kept as long, is no more than it.
+            self._at += size
+            return opcode, memoryview(self._ahead)[self._at - size : self._at]
         data = self._take(size)
         if data is None:
             self._others = sys.maxsize

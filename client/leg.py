@@ -74,7 +74,7 @@ class Leg:
             except TunnelError as exc:
                 self._fail_tunnel(exc)
 
-    def _on_data(self, message: bytes | bytearray) -> None:
+    def _on_data(self, message: bytes | bytearray | memoryview) -> None:
         channel = split_channel(message)
         found = self._find(channel)
         if found is None:

@@ -220,7 +220,7 @@ def encode_channel(channel: int) -> bytes:
     return channel.to_bytes(CHANNEL_BYTES, "big")
 
 
-def split_channel(message: bytes | bytearray) -> int:
+def split_channel(message: bytes | bytearray | memoryview) -> int:
     """Return the channel of a binary message of a client leg; its bytes follow at 4."""
     if len(message) < CHANNEL_BYTES:
         raise LegError("a binary message is shorter than its channel")

@@ -85,11 +85,12 @@ class FrameReader:
 
     def read_message(
         self, on_pause: Callable[[], None] | None = None
-    ) -> tuple[int, bytearray] | None:
+    ) -> tuple[int, bytearray | memoryview] | None:
         """Wait for a frame and take it, if it is a whole message, a ping or a pong.
 
-        Return its opcode and payload. None: it is the library's, by read(), and so is the end
-        of the stream. `on_pause`: as in Duplex.recv. Raises OSError.
+        Return its opcode and payload; of a large message that is a view of what was read. None:
+        it is the library's, by read(), and so is the end of the stream. `on_pause`: as in
+        Duplex.recv. Raises OSError.
         """
         # In one piece: it runs for each message of each leg.
         if self._others:
@@ -120,6 +121,11 @@ class FrameReader:
         self._at += header_bytes
         self._read_bytes = header_bytes + size if size >= _LARGE_BYTES else _READ_BYTES
         key = self._ahead[self._at - 4 : self._at] if self._is_masked else ZERO_KEY
+        is_large = size >= _LARGE_BYTES and opcode == OP_BINARY
+        if is_large and key == ZERO_KEY and len(self._ahead) - self._at >= size:
+            # As it lies: what was read with it, and is kept as long, is no more than it.
+            self._at += size
+            return opcode, memoryview(self._ahead)[self._at - size : self._at]
         data = self._take(size)
         if data is None:
             self._others = sys.maxsize

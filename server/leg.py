@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from server.credentials import Login
 from server.logs import ROOT_NAME
 from server.outbox import Frame, Outbox
-from server.transport import ReadEnd, Transport, close_frame
+from server.transport import Message, ReadEnd, Transport, close_frame
 from server.tunnel import Channels, Tunnel
 from server.wire import (
     CHANNEL_BYTES,
@@ -211,7 +211,7 @@ class Leg:
             _log.exception("leg's writer failed leg=%s", self.label)
             self._transport.abort()
 
-    def _on_message(self, message: bytes | bytearray | str) -> None:
+    def _on_message(self, message: Message) -> None:
         raise NotImplementedError
 
     def lost(self) -> None:
@@ -255,7 +255,7 @@ class ClientLeg(Leg):
         self.outbox.close(close_frame(close_code), flush=False)
         self._abort_by(time.monotonic() + _REPLACED_FLUSH_S)
 
-    def _on_message(self, message: bytes | bytearray | str) -> None:
+    def _on_message(self, message: Message) -> None:
         if isinstance(message, str):
             self._on_control(message)
             return

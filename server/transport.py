@@ -43,6 +43,10 @@ _RECEIVE_BYTES = 16 * 1024
 _UNSENT_BYTES = 128 * 1024
 
 
+# A binary message, or a text.
+Message = bytes | bytearray | memoryview | str
+
+
 class _NoThread:
     """Takes the place of the library's reader thread; the handler runs its loop."""
 
@@ -91,7 +95,7 @@ class LegSocket:
         self.is_lost = False
         # Set when the upgrade is done; the reader's thread alone uses them.
         self.outbox: Outbox | None = None
-        self.on_message: Callable[[bytes | bytearray | str], None] = _nobody
+        self.on_message: Callable[[Message], None] = _nobody
 
     def recv(self, size: int) -> bytes:
         """As socket.recv, but whole messages are dispatched here."""
@@ -105,7 +109,7 @@ class LegSocket:
         self.is_lost = not data_for_library
         return data_for_library
 
-    def _dispatch(self, opcode: int, data: bytearray) -> None:
+    def _dispatch(self, opcode: int, data: Any) -> None:
         if opcode == OP_BINARY:
             self.on_message(data)
         elif opcode == OP_TEXT:
@@ -158,7 +162,7 @@ class LegSocket:
                 self._sock.setsockopt(socket.IPPROTO_TCP, lowat, _UNSENT_BYTES)
 
 
-def _nobody(_: bytes | bytearray | str) -> None:
+def _nobody(_: Message) -> None:
     raise ValueError("a message before read()")
 
 
@@ -175,7 +179,7 @@ def _control_frames(data: bytes) -> list[Frame]:
 class _Dispatch:
     """Takes the place of the library's list of received messages."""
 
-    def __init__(self, on_message: Callable[[bytes | bytearray | str], None]) -> None:
+    def __init__(self, on_message: Callable[[Message], None]) -> None:
         # Messages in fragments, which come from some proxies.
         self.append = on_message
 
@@ -220,7 +224,7 @@ class Transport:
         return self._sock.duplex.heard_at
 
     def read(
-        self, websocket: Any, on_message: Callable[[bytes | bytearray | str], None], outbox: Outbox
+        self, websocket: Any, on_message: Callable[[Message], None], outbox: Outbox
     ) -> ReadEnd:
         """Run the loop of the library's `websocket`: call `on_message` for each message.
 

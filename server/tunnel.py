@@ -218,7 +218,7 @@ class Tunnel:
 
     # From the user's leg.
 
-    def on_user_data(self, data: bytes | bytearray) -> None:
+    def on_user_data(self, data: bytes | bytearray | memoryview) -> None:
         """Forward stream bytes to the client."""
         with self._channels.lock:
             if self._is_over:

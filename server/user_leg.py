@@ -15,7 +15,7 @@ from server.errors import TunnelRefused
 from server.held import HeldResumes
 from server.leg import RETRY_S, Helpers, Leg
 from server.outbox import Frame
-from server.transport import Transport, close_frame
+from server.transport import Message, Transport, close_frame
 from server.tunnel import USER_CHANNEL, Tunnel
 from server.wire import (
     CLOSE_NORMAL,
@@ -113,7 +113,7 @@ class UserLeg(Leg):
 
     # What comes in.
 
-    def _on_message(self, message: bytes | bytearray | str) -> None:
+    def _on_message(self, message: Message) -> None:
         if self._is_refused:
             return
         tunnel = self.tunnel

@@ -40,7 +40,7 @@ from server.config import Config
 from server.credentials import Credentials
 from server.outbox import Outbox
 from server.relay import Relay
-from server.transport import SERVER_OPTIONS, ReadEnd, Transport, prepare_upgrade
+from server.transport import SERVER_OPTIONS, Message, ReadEnd, Transport, prepare_upgrade
 from server.wire import LegError as ServerLegError
 from server.worker import RelayWorker, _Head
 from tests.fuzz.decoders import Decoder, check_sentence
@@ -175,7 +175,7 @@ def fuzz_server_frames(data: bytes) -> None:
     sock.sent = b""
     came: list[tuple[int, bytes]] = []
 
-    def on_message(message: bytes | bytearray | str) -> None:
+    def on_message(message: Message) -> None:
         is_text = isinstance(message, str)
         payload = message.encode() if isinstance(message, str) else bytes(message)
         came.append((OP_TEXT if is_text else OP_BINARY, payload))
