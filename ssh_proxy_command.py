@@ -1615,13 +1615,15 @@ class Sender:
         self._free(peer.delivered)
         self.sent, self.limit = peer.received, peer.limit
         self.eof_sent = self.eof_acked = False
-        # Copies: a merged piece may still grow, which it cannot while a view of it exists.
         self._unsent.clear()
         at = self._kept_from
         for piece in self._kept:
             skipped = max(0, peer.received - at)
             if skipped < len(piece):
-                self._unsent.append(bytes(memoryview(piece)[skipped:]))
+                # A merged piece, which is small, may still grow: not while a view of it exists.
+                # All others are not copied: they may wait for credit as long as they are kept.
+                whole = bytes(piece) if isinstance(piece, bytearray) else piece
+                self._unsent.append(memoryview(whole)[skipped:])
             at += len(piece)
 
     def forget(self) -> None:
@@ -3179,6 +3181,14 @@ class TunnelEnd:
                 self._flush_locked()
             return True
 
+    def wait_sent(self, timeout_s: float) -> None:
+        """Wait until nothing that was taken waits for credit, as it may after a resume."""
+        with self._changed:
+            self._wait_locked(
+                lambda: self.is_over or self._link is None or not self._stream.out.waits_for_credit,
+                timeout_s,
+            )
+
     def _flush_locked(self) -> None:
         """Send what the credit allows, and the eof behind the last byte."""
         link, out = self._link, self._stream.out
@@ -3879,6 +3889,10 @@ def _detached(code: str) -> str:
     return sentences.get(code, f"the tunnel was cut ({code})")
 
 
+# For the credit of bytes that are sent again; all of a user's leaving takes a second at most.
+GOODBYE_S = 0.5
+
+
 class Pumps:
     """stdin -> leg and leg -> stdout, one thread each."""
 
@@ -3994,6 +4008,8 @@ class Pumps:
     def _say_goodbye(self) -> None:
         """Take what stdin still holds without waiting, then tell the client."""
         end = self._end
+        # What was taken before a resume may still wait for its credit.
+        end.wait_sent(GOODBYE_S)
         if end.has_both_eofs:
             end.wait_over(FLUSH_S)
         elif CAN_POLL:

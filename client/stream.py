@@ -152,13 +152,15 @@ class Sender:
         self._free(peer.delivered)
         self.sent, self.limit = peer.received, peer.limit
         self.eof_sent = self.eof_acked = False
-        # Copies: a merged piece may still grow, which it cannot while a view of it exists.
         self._unsent.clear()
         at = self._kept_from
         for piece in self._kept:
             skipped = max(0, peer.received - at)
             if skipped < len(piece):
-                self._unsent.append(bytes(memoryview(piece)[skipped:]))
+                # A merged piece, which is small, may still grow: not while a view of it exists.
+                # All others are not copied: they may wait for credit as long as they are kept.
+                whole = bytes(piece) if isinstance(piece, bytearray) else piece
+                self._unsent.append(memoryview(whole)[skipped:])
             at += len(piece)
 
     def forget(self) -> None:

@@ -534,6 +534,14 @@ class TunnelEnd:
                 self._flush_locked()
             return True
 
+    def wait_sent(self, timeout_s: float) -> None:
+        """Wait until nothing that was taken waits for credit, as it may after a resume."""
+        with self._changed:
+            self._wait_locked(
+                lambda: self.is_over or self._link is None or not self._stream.out.waits_for_credit,
+                timeout_s,
+            )
+
     def _flush_locked(self) -> None:
         """Send what the credit allows, and the eof behind the last byte."""
         link, out = self._link, self._stream.out

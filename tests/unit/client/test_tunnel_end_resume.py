@@ -6,6 +6,8 @@ import json
 import random
 import sys
 import threading
+import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from client.errors import RelayError
 from client.outbox import Outbox
 from client.stream import Ack, Position
 from client.tunnel_end import Link, TunnelEnd
-from client.wire import MIN_WINDOW_BYTES, OP_BINARY, TunnelError
+from client.wire import MESSAGE_BYTES, MIN_WINDOW_BYTES, OP_BINARY, TunnelError
 from tests.support.taking import take
 from tests.support.targets import pseudo_random_bytes
 from tests.support.waiting import eventually
@@ -113,6 +115,38 @@ def finish(end: TunnelEnd, link: Link) -> None:
     assert end.next_chunk() == b""
     end.delivered_eof()
     assert end.is_finished
+
+
+def test_no_more_than_a_window_each_way_is_kept_however_often_it_is_cut() -> None:
+    """What is sent again is not kept twice. Measured, since a counter cannot know."""
+    window = 4 * 2**20
+    source = random.Random(1)
+    tracemalloc.start()
+    try:
+        link = new_link()
+        end = TunnelEnd(link, window)
+        end.on_open(window, GRACE_S)
+        # Both ways as much as there may be: nothing is acked, and nobody takes what came.
+        while size := min(end.credit(), 2 * MESSAGE_BYTES):
+            end.send(source.randbytes(size))
+            sent(link)
+        # So large it is only where that was needed.
+        end._stream.into._window.size = window
+        end._stream.into.limit = window
+        while end._stream.into.received < window:
+            room = window - end._stream.into.received
+            end.on_data(link, source.randbytes(min(MESSAGE_BYTES, room)))
+        for attempt in range(1, 6):
+            end.detach(link, LOST)
+            assert end.detached_bytes() == (pytest.approx(time.monotonic(), abs=60), 2 * window)
+            held, _ = tracemalloc.get_traced_memory()
+            assert held < 2 * (window + 2**20), attempt
+            link = new_link(attempt)
+            # As the first limit of a new leg is: most of it waits for credit.
+            end.accept_resume(link, Position(attempt, 0, WINDOW), attempt)
+            sent(link)
+    finally:
+        tracemalloc.stop()
 
 
 # Deaf to all links but the newest.

@@ -521,6 +521,46 @@ def test_eof_of_stdin_after_a_signal_comes_before_the_reset(make_desk: Callable[
         desk.end_all()
 
 
+def test_what_was_taken_is_sent_after_a_signal_when_a_resume_left_it_without_credit(
+    make_desk: Callable[..., Desk],
+) -> None:
+    """The limit of a new channel may be lower than all that is sent again."""
+    desk = make_desk(grace_s=60)
+    data = os.urandom(WINDOW)
+    sending = threading.Thread(target=os.write, args=(desk.stdin_w, data))
+    sending.start()
+    desk.wait(lambda: len(desk.up) == WINDOW)
+    sending.join()
+    desk.end.detach(desk.link, LOST)
+    desk.up.clear()
+    desk.link = script.Link(desk.outbox)
+    desk.end.begin_resume()
+    desk.end.on_resumed(desk.link, script.Position(0, 0, WINDOW // 2))
+    desk.pumps.leave(143)
+    desk.wait(lambda: len(desk.up) == WINDOW // 2)
+    assert "reset" not in desk.kinds()
+    desk.end.on_ack(desk.link, script.Ack(WINDOW // 2, WINDOW, False))
+    gone(desk)
+    assert desk.up == data
+
+
+def test_user_who_goes_away_does_not_wait_for_credit_that_never_comes(
+    make_desk: Callable[..., Desk],
+) -> None:
+    """All of it is over within a second."""
+    desk = make_desk(grace_s=60)
+    os.write(desk.stdin_w, bytes(1000))
+    desk.wait(lambda: len(desk.up) == 1000)
+    desk.end.detach(desk.link, LOST)
+    desk.link = script.Link(desk.outbox)
+    desk.end.begin_resume()
+    desk.end.on_resumed(desk.link, script.Position(0, 0, 0))
+    begun = time.monotonic()
+    desk.pumps.leave(143)
+    gone(desk)
+    assert time.monotonic() - begun < 0.9
+
+
 def test_signal_does_not_wait_for_stdin(desk: Desk) -> None:
     """Open and silent: nothing to take."""
     begun = time.monotonic()
