@@ -71,6 +71,7 @@ mutants: $(STAMP) ## break each rule of the design once, and see its test fail
 	$(BIN)/python tests/mutants.py
 
 bench: $(STAMP) ## measure speed, CPU and memory beside plain TCP: benchmarks/README.md (half an hour)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove .venv, caches and build artefacts (never credentials.json)

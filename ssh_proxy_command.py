@@ -1268,6 +1268,8 @@ class Gather:
         # Quick small pieces in a row; below 0, how many more reads are left alone.
         self._times = 0
         self._gather_s = _FIRST_GATHER_S
+        # What comes later than this was not quick.
+        self._soon_s = _SOON_S
 
     def wait_s(self, size: int, wanted: int, now: float) -> float:
         """Return the seconds to wait before the next read, after one of `size` bytes at `now`.
@@ -1275,7 +1277,7 @@ class Gather:
         `wanted` is what was asked for: less than a whole read if there was no credit for one.
         """
         waits_s = 0.0
-        if size < _LEAST_BYTES or now - self._ready_at >= _SOON_S:
+        if size < _LEAST_BYTES or now - self._ready_at >= self._soon_s:
             self._times = min(0, self._times)
         elif self._times < _TIMES:
             self._times = self._times + 1 if size < wanted or self._times < 0 else 0
@@ -1290,6 +1292,8 @@ class Gather:
             else:
                 waits_s = self._gather_s
         self._ready_at = now + waits_s
+        # A sleep may take far longer than was asked for, which is not the source's doing.
+        self._soon_s = max(_SOON_S, waits_s)
         return waits_s
 
 

@@ -88,8 +88,7 @@ def main() -> int:
         "figures": bench.results.as_json(),
     }
     (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    if not args.quick:
-        print(chart.draw(bench.results, args.out / f"{name}.png"))
+    print(chart.draw(bench.results, args.out / f"{name}.png"))
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0

@@ -45,6 +45,12 @@ def test_a_pause_or_a_keystroke_begins_anew() -> None:
     assert waits([quick] * 6 + [key] + [quick] * 4)[6:] == [0.0] * 4 + [FIRST_WAIT_S]
 
 
+def test_a_sleep_that_took_too_long_ends_nothing() -> None:
+    """On a busy machine half of the sleeps do."""
+    quick, late = (16_384, 0.0005), (WANTED * 7 // 8, 0.0024)
+    assert waits([quick] * 5 + [late] * 3)[4:] == [FIRST_WAIT_S] * 4
+
+
 class Source:
     """Writes pieces of `piece` bytes at `rate` bytes a second into a buffer; read by a Gather."""
 
