@@ -515,8 +515,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "access: a version is read twice",
         "server/watch.py",
+        "if is_same and not self._is_fresh and not self._vain_looks:",
+        "if is_same and not self._vain_looks:",
+        ("tests/unit/server/test_watch.py",),
+    ),
+    Mutant(
+        "access: a version that could not be read is not settled",
+        "server/watch.py",
+        "if is_same and not self._is_fresh and not self._vain_looks:",
         "if is_same and not self._is_fresh:",
-        "if is_same:",
         ("tests/unit/server/test_watch.py",),
     ),
     Mutant(
