@@ -8,10 +8,10 @@ would have no effect is an error, never ignored. No message quotes a secret.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 from datetime import date
 from typing import NamedTuple, NoReturn
 
+from server.client_names import ClientNames
 from server.credentials import (
     HASH_PREFIX,
     Credentials,
@@ -71,7 +71,7 @@ class _Form:
         self._path = path
         self._today = today
         self._owners: dict[bytes, list[_Owner]] = {}
-        self._client_names: Collection[str] = ()
+        self._client_names = ClientNames(())
         self._name_rules: list[str] = []
         # Level and line of what is in force as it stands, but perhaps not meant.
         self.doubts: list[tuple[int, str]] = []
@@ -87,10 +87,10 @@ class _Form:
         clients, users = root.value["clients"], root.value["proxy_users"]
         if not isinstance(clients.value, dict):
             self._fail(clients.line, f'"clients" must map names to secrets; write {SEED_FORM}')
-        self._client_names = clients.value.keys()
         read_clients = [
             self._client(name, clients.keys[name], node) for name, node in clients.value.items()
         ]
+        self._client_names = ClientNames(clients.value)
         read_users = self._users(users)
         self._doubt_secrets()
         if self._name_rules:
@@ -265,14 +265,10 @@ class _Form:
         except RuleError as exc:
             self._fail(node.line, f"{about}: {exc}")
         # The star alone is no mistyped name, and may stand before the first client does.
-        if rule.client not in self._client_names and rule.client != "*":
-            self._check_pattern(about, rule, node.line)
-        return rule
-
-    def _check_pattern(self, about: str, rule: AccessRule, line: int) -> None:
-        if not any(map(rule.matches_client, self._client_names)):
+        if rule.client != "*" and not self._client_names.has_match(rule):
             self._fail(
-                line,
+                node.line,
                 f"{about}: no client is named {rule.client}, so the rule {rule.text} has no "
                 "effect; add the client first, or remove the rule",
             )
+        return rule

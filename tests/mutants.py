@@ -499,7 +499,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "access: a rule that names no client is an error",
         "server/credentials_form.py",
-        "if not any(map(rule.matches_client, self._client_names)):",
+        'if rule.client != "*" and not self._client_names.has_match(rule):',
         "if False:",
         ("tests/unit/server/test_credentials_form.py",),
     ),
