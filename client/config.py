@@ -122,7 +122,15 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str]) -> ClientConfig
 
 
 def _allow(flags: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[TargetRule, ...]:
-    texts = flags or environ.get("HTTP_NETWORK_RELAY_ALLOW", "").split()
+    given = environ.get("HTTP_NETWORK_RELAY_ALLOW")
+    texts = flags or (given or "").split()
+    if given is not None and not texts:
+        # What was to fill it in has failed: that must not mean that everything may be dialled.
+        raise RelayError(
+            "usage",
+            "HTTP_NETWORK_RELAY_ALLOW (--allow) is set but empty; write targets such as"
+            " 127.0.0.1:22 into it, or unset it to dial whatever the server asks for",
+        )
     try:
         return tuple(TargetRule.parse(text) for text in texts)
     except RuleError as exc:
