@@ -12,6 +12,7 @@ from datetime import date
 from typing import NamedTuple, NoReturn
 
 from server.client_names import ClientNames
+from server.covering import find_covered
 from server.credentials import (
     HASH_PREFIX,
     Credentials,
@@ -236,24 +237,15 @@ class _Form:
             about, node, "allow", 'list what it may open, such as "lab-*:127.0.0.1:22", or '
             '"*:*:*" for everything',
         )  # fmt: skip
-        rules: dict[AccessRule, Node] = {}
-        for each in nodes:
-            rule = self._rule(about, each)
-            if rule in rules:
-                self._fail(
-                    each.line,
-                    f"{about}: a rule above says the same as {rule.text}; remove one",
-                )
-            rules[rule] = each
-            if rule.target.is_name:
-                self._name_rules.append(rule.text)
-        everything = [(rule, each.line) for rule, each in rules.items() if rule.is_everything]
-        if everything and len(rules) > 1:
-            rule, line = everything[0]
+        rules = [self._rule(about, each) for each in nodes]
+        self._name_rules += [rule.text for rule in rules if rule.target.is_name]
+        found = find_covered(rules)
+        if found is not None:
+            covered, other = found
             self._fail(
-                line,
-                f"{about} has the rule {rule.text}, which allows everything, so that the others "
-                "have no effect; remove it, or them",
+                nodes[covered].line,
+                f"{about}: the rule {rules[covered].text} has no effect beside "
+                f"{rules[other].text}; remove one of them",
             )
         return tuple(rules)
 

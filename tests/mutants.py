@@ -504,6 +504,20 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/unit/server/test_credentials_form.py",),
     ),
     Mutant(
+        "access: a rule that has no effect beside another one is an error",
+        "server/credentials_form.py",
+        "if found is not None:\n            covered",
+        "if False:\n            covered",
+        ("tests/unit/server/test_credentials_form.py",),
+    ),
+    Mutant(
+        "access: a name covers another one label by label",
+        "client/rules.py",
+        "return len(patterns) == len(others) and all(map(covers_names, patterns, others))",
+        "return covers_names(what, other)",
+        ("tests/unit/client/test_covering.py",),
+    ),
+    Mutant(
         "access: edits wait for each other",
         "server/credentials_write.py",
         "while not _try_lock(descriptor):",

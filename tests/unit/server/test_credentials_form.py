@@ -74,7 +74,7 @@ GOOD: dict[str, Any] = {
         allow=[
             "lab-1:[::1]:22",
             "lab-1:[fd00::/8]:1-5",
-            "*:*:22",
+            "*:*:80",
             "*:db-*.lan:*",
             "lab-*:10.1.2.3:22",
         ]
@@ -127,6 +127,21 @@ BAD: dict[str, tuple[Any, str, bool]] = {
     "rule of no client": (with_user(allow=["lba-*:*:22"]), "no client is named lba-*", False),
     "rules equal": (with_user(allow=["lab-1:lan:22", "lab-1:lan:22"]), "remove one", True),
     "rules the same": (with_user(allow=["lab-1:lan:22", "lab-1:lan:22-22"]), "remove one", False),
+    "rule beside its network": (
+        with_user(allow=["lab-1:10.0.0.1:22", "lab-*:10.0.0.0/8:22"]),
+        "the rule lab-1:10.0.0.1:22 has no effect beside lab-*:10.0.0.0/8:22; remove one",
+        False,
+    ),
+    "rule beside its network of one": (
+        with_user(allow=["lab-1:127.0.0.1:22", "lab-1:127.0.0.1/32:22"]),
+        "the rule lab-1:127.0.0.1/32:22 has no effect beside lab-1:127.0.0.1:22; remove one",
+        False,
+    ),
+    "rule beside all of a client": (
+        with_user(allow=["lab-1:*:*", "lab-1:10.0.0.1:22"]),
+        "the rule lab-1:10.0.0.1:22 has no effect beside lab-1:*:*; remove one",
+        False,
+    ),
     "rules beside everything": (with_user(allow=["lab-1:lan:22", "*:*:*"]), "no effect", False),
     "date null": (with_client({"secrets": ["x"], "expires": [None]}), "no date", True),
     "date with a time": (with_user(expires="2027-01-31T00:00"), "no date", True),
@@ -219,6 +234,7 @@ LINES = {
     '{"clients": {"a": {"secrets": [\n"x",\n"x"\n]}}, "proxy_users": []}': 3,
     '{"clients": {"a": {"secrets": ["x"],\n\n"expires": "soon"}}, "proxy_users": []}': 3,
     '{"clients": {"a": "x"},\n "proxy_users": ["x",\n"y",\n"y"]}': 4,
+    '{"clients": {}, "proxy_users": {"o": {"secrets": ["t"], "allow": [\n"*:a:1",\n"*:*:1"]}}}': 2,
     '{"clients": {"a": "x",\n"a": "y"}, "proxy_users": []}': 2,
     '{"clients": {"a": "x",\n"b" "y"}, "proxy_users": []}': 2,
 }
