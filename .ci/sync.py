@@ -3,7 +3,8 @@
 The server, the client and the script never import each other. What they must have
 in common stands once, in client/, and is copied by this command:
 
-- wire.py, outbox.py, duplex.py, framing.py, outlet.py and rules.py whole into server/;
+- wire.py, outbox.py, duplex.py, framing.py, outlet.py, rules.py and covering.py whole into
+  server/;
 - the files of BLOCK_PARTS in order, without their imports of each other, into the
   marked block of ssh_proxy_command.py.
 
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVER_COPIES = ("wire", "outbox", "duplex", "framing", "outlet", "rules")
+SERVER_COPIES = ("wire", "outbox", "duplex", "framing", "outlet", "rules", "covering")
 BLOCK_PARTS = (
     "wire",
     "errors",

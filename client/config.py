@@ -7,9 +7,10 @@ import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from client.covering import find_covered
 from client.dial import Endpoint, make_context, parse_server_url
 from client.errors import RelayError
-from client.rules import RuleError, TargetRule
+from client.rules import AccessRule, RuleError, TargetRule
 from client.settings import (
     DEFAULT_GRACE_S,
     OneLineParser,
@@ -122,11 +123,24 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str]) -> ClientConfig
 
 
 def _allow(flags: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[TargetRule, ...]:
-    texts = flags or environ.get("HTTP_NETWORK_RELAY_ALLOW", "").split()
+    given = environ.get("HTTP_NETWORK_RELAY_ALLOW")
+    texts = flags or (given or "").split()
+    if given is not None and not texts:
+        # What was to fill it in has failed: that must not mean that everything may be dialled.
+        raise RelayError(
+            "usage",
+            "HTTP_NETWORK_RELAY_ALLOW (--allow) is set but empty; write targets such as"
+            " 127.0.0.1:22 into it, or unset it to dial whatever the server asks for",
+        )
     try:
-        return tuple(TargetRule.parse(text) for text in texts)
+        rules = tuple(TargetRule.parse(text) for text in texts)
+        found = find_covered([AccessRule("*", rule, rule.text) for rule in rules])
+        if found is not None:
+            covered, other = (rules[place].text for place in found)
+            raise RuleError(f"{covered} has no effect beside {other}; remove one of them")
     except RuleError as exc:
         raise RelayError("usage", f"--allow (HTTP_NETWORK_RELAY_ALLOW): {exc}") from exc
+    return rules
 
 
 def _secret(args: argparse.Namespace, environ: Mapping[str, str]) -> str:

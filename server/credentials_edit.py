@@ -12,6 +12,7 @@ import secrets
 from datetime import date
 from typing import Any
 
+from server.client_names import ClientNames
 from server.credentials import HASH_PREFIX, Kind, digest_in_file, id_of, user_name_of, utc_today
 from server.errors import ConfigError
 from server.rules import AccessRule
@@ -108,9 +109,9 @@ def revoke_secret(data: Data, name: str, kind: Kind | None, secret_id: str) -> l
 def _drop_rules(data: Data) -> list[str]:
     """Remove rules that match no client any more: with one of them the file would not load."""
     done = []
-    users = data["proxy_users"]
+    users, clients = data["proxy_users"], ClientNames(data["clients"])
     for name, entry in users.items() if isinstance(users, dict) else ():
-        kept = [rule for rule in entry["allow"] if _is_of_use(rule, data["clients"])]
+        kept = [rule for rule in entry["allow"] if _is_of_use(rule, clients)]
         if not kept:
             raise EditError(
                 f"proxy user {name} would be left without a rule: name {name} too to revoke "
@@ -123,9 +124,9 @@ def _drop_rules(data: Data) -> list[str]:
     return done
 
 
-def _is_of_use(text: str, clients: Data) -> bool:
+def _is_of_use(text: str, clients: ClientNames) -> bool:
     rule = AccessRule.parse(text)
-    return rule.client == "*" or any(map(rule.matches_client, clients))
+    return rule.client == "*" or clients.has_match(rule)
 
 
 def kind_of(data: Data, name: str, kind: Kind | None) -> Kind:

@@ -17,6 +17,10 @@ _log = logging.getLogger("http_network_relay.server.credentials")
 _MAX_FILE_BYTES = 16 * 1024 * 1024
 
 
+class UnreadableError(ConfigError):
+    """Nothing is known of the content: there is no such file, or the system does not give it."""
+
+
 def load_credentials(path: str, *, warn: bool = True) -> Credentials:
     """Read the file. Raises ConfigError that names it, the line and the mend, never a secret.
 
@@ -26,7 +30,7 @@ def load_credentials(path: str, *, warn: bool = True) -> Credentials:
 
 
 def read_file(path: str, *, warn: bool = False) -> bytes:
-    """Return the file's content; raises ConfigError."""
+    """Return the file's content; raises ConfigError, UnreadableError where there is none."""
     try:
         # Non-blocking: opening a FIFO would wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -36,12 +40,12 @@ def read_file(path: str, *, warn: bool = False) -> bytes:
                 raise OSError(0, "not a regular file")
             content = file.read(_MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(
+        raise UnreadableError(
             f"{path}: no such file; create it as {SEED_FORM}, or name another file with "
             f"--credentials-file or {CREDENTIALS_FILE_VARIABLE}"
         ) from None
     except OSError as exc:
-        raise ConfigError(
+        raise UnreadableError(
             f"{path}: cannot be read ({exc.strerror}); make it readable for the server's "
             f"user, or name another file with {CREDENTIALS_FILE_VARIABLE}"
         ) from exc

@@ -1,17 +1,19 @@
 """What may stand in the credentials file (docs/access.md). No I/O.
 
 A content is in force as it stands or is refused whole, with the line and the mend: what
-would have no effect is an error, never ignored. No message quotes a secret.
+would have no effect is an error, never ignored. No message quotes a secret, nor a name whose value
+has the wrong shape: the secret may stand in the place of the name. The line tells which it is.
 `credentials.schema.json` beside this file says the same of the form, for editors.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 from datetime import date
 from typing import NamedTuple, NoReturn
 
+from server.client_names import ClientNames
+from server.covering import find_covered
 from server.credentials import (
     HASH_PREFIX,
     Credentials,
@@ -22,7 +24,7 @@ from server.credentials import (
     utc_today,
 )
 from server.errors import ConfigError
-from server.positions import JsonError, Node, parse_json, quoted
+from server.positions import JsonError, Node, parse_json
 from server.rules import AccessRule, RuleError
 from server.wire import NAME_PATTERN, is_secret, matches
 
@@ -63,6 +65,12 @@ class _Owner(NamedTuple):
     place: str
     is_seed: bool
 
+    @property
+    def shape_place(self) -> str:
+        """The place while the secret may be no secret at all, and so the name none."""
+        is_bare = self.is_seed and self.kind == "client"
+        return "the secret of this client" if is_bare else self.place
+
 
 class _Form:
     """One reading of one file, top down; the first fault ends it."""
@@ -71,7 +79,7 @@ class _Form:
         self._path = path
         self._today = today
         self._owners: dict[bytes, list[_Owner]] = {}
-        self._client_names: Collection[str] = ()
+        self._client_names = ClientNames(())
         self._name_rules: list[str] = []
         # Level and line of what is in force as it stands, but perhaps not meant.
         self.doubts: list[tuple[int, str]] = []
@@ -87,10 +95,10 @@ class _Form:
         clients, users = root.value["clients"], root.value["proxy_users"]
         if not isinstance(clients.value, dict):
             self._fail(clients.line, f'"clients" must map names to secrets; write {SEED_FORM}')
-        self._client_names = clients.value.keys()
         read_clients = [
             self._client(name, clients.keys[name], node) for name, node in clients.value.items()
         ]
+        self._client_names = ClientNames(clients.value)
         read_users = self._users(users)
         self._doubt_secrets()
         if self._name_rules:
@@ -134,8 +142,8 @@ class _Form:
             if not isinstance(node.value, dict):
                 self._fail(
                     node.line,
-                    f"proxy user {name} must be an object; write "
-                    '{"secrets": ["TOKEN"], "allow": ["*:*:*"]}',
+                    "a proxy user must be an object behind a name; write "
+                    '"NAME": {"secrets": ["TOKEN"], "allow": ["*:*:*"]}',
                 )
             entries.append(self._entry("user", name, node, ("secrets", "allow", "expires")))
         return entries
@@ -144,20 +152,20 @@ class _Form:
         if not matches(NAME_PATTERN, name):
             self._fail(
                 line,
-                f"the {what} name {quoted(name)} must be 1 to 128 printable ASCII characters "
-                "without spaces and colons; rename it",
+                f"the name of this {what} must be 1 to 128 printable ASCII characters without "
+                "spaces and colons; rename it",
             )
 
     def _entry(self, kind: Kind, name: str, node: Node, known: tuple[str, ...]) -> Entry:
-        about = f"client {name}" if kind == "client" else f"proxy user {name}"
+        what = "client" if kind == "client" else "proxy user"
+        about, nameless = f"{what} {name}", f"this {what}"
         for key, line in node.keys.items():
             if key not in known:
                 # Not quoted: it may be a secret in the wrong place.
                 listed = ", ".join(f'"{each}"' for each in known)
-                self._fail(line, f"{about} has an unknown key; it may have {listed}")
-        secrets = self._list(
-            about, node, "secrets", "list at least one, or remove the entry: nobody could log in"
-        )
+                self._fail(line, f"{nameless} has an unknown key; it may have {listed}")
+        mend = "list at least one, or remove the entry: nobody could log in"
+        secrets = self._list(nameless, node, "secrets", mend)
         digests = []
         for number, each in enumerate(secrets, 1):
             place = f"secret number {number} of {about}"
@@ -194,7 +202,7 @@ class _Form:
     # Secrets.
 
     def _secret(self, owner: _Owner, node: Node) -> bytes:
-        text, place = node.value, owner.place
+        text, place = node.value, owner.shape_place
         if not isinstance(text, str) or not text:
             self._fail(node.line, f"{place} is empty or not a string; {_NEW_SECRET}")
         if not is_secret(text):
@@ -217,7 +225,7 @@ class _Form:
             if not is_allowed:
                 self._fail(
                     node.line,
-                    f"{other.place} and {place} are equal; give each its own, or remove one",
+                    f"{other.place} and {owner.place} are equal; give each its own, or remove one",
                 )
         owners.append(owner)
         return digest
@@ -236,24 +244,15 @@ class _Form:
             about, node, "allow", 'list what it may open, such as "lab-*:127.0.0.1:22", or '
             '"*:*:*" for everything',
         )  # fmt: skip
-        rules: dict[AccessRule, Node] = {}
-        for each in nodes:
-            rule = self._rule(about, each)
-            if rule in rules:
-                self._fail(
-                    each.line,
-                    f"{about}: a rule above says the same as {rule.text}; remove one",
-                )
-            rules[rule] = each
-            if rule.target.is_name:
-                self._name_rules.append(rule.text)
-        everything = [(rule, each.line) for rule, each in rules.items() if rule.is_everything]
-        if everything and len(rules) > 1:
-            rule, line = everything[0]
+        rules = [self._rule(about, each) for each in nodes]
+        self._name_rules += [rule.text for rule in rules if rule.target.is_name]
+        found = find_covered(rules)
+        if found is not None:
+            covered, other = found
             self._fail(
-                line,
-                f"{about} has the rule {rule.text}, which allows everything, so that the others "
-                "have no effect; remove it, or them",
+                nodes[covered].line,
+                f"{about}: the rule {rules[covered].text} has no effect beside "
+                f"{rules[other].text}; remove one of them",
             )
         return tuple(rules)
 
@@ -265,14 +264,10 @@ class _Form:
         except RuleError as exc:
             self._fail(node.line, f"{about}: {exc}")
         # The star alone is no mistyped name, and may stand before the first client does.
-        if rule.client not in self._client_names and rule.client != "*":
-            self._check_pattern(about, rule, node.line)
-        return rule
-
-    def _check_pattern(self, about: str, rule: AccessRule, line: int) -> None:
-        if not any(map(rule.matches_client, self._client_names)):
+        if rule.client != "*" and not self._client_names.has_match(rule):
             self._fail(
-                line,
+                node.line,
                 f"{about}: no client is named {rule.client}, so the rule {rule.text} has no "
                 "effect; add the client first, or remove the rule",
             )
+        return rule

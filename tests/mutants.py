@@ -499,9 +499,23 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "access: a rule that names no client is an error",
         "server/credentials_form.py",
-        "if not any(map(rule.matches_client, self._client_names)):",
+        'if rule.client != "*" and not self._client_names.has_match(rule):',
         "if False:",
         ("tests/unit/server/test_credentials_form.py",),
+    ),
+    Mutant(
+        "access: a rule that has no effect beside another one is an error",
+        "server/credentials_form.py",
+        "if found is not None:\n            covered",
+        "if False:\n            covered",
+        ("tests/unit/server/test_credentials_form.py",),
+    ),
+    Mutant(
+        "access: a name covers another one label by label",
+        "client/rules.py",
+        "return len(patterns) == len(others) and all(map(covers_names, patterns, others))",
+        "return covers_names(what, other)",
+        ("tests/unit/client/test_covering.py",),
     ),
     Mutant(
         "access: edits wait for each other",
@@ -515,8 +529,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "access: a version is read twice",
         "server/watch.py",
+        "if is_same and not self._is_fresh and not self._vain_looks:",
+        "if is_same and not self._vain_looks:",
+        ("tests/unit/server/test_watch.py",),
+    ),
+    Mutant(
+        "access: a version that could not be read is not settled",
+        "server/watch.py",
+        "if is_same and not self._is_fresh and not self._vain_looks:",
         "if is_same and not self._is_fresh:",
-        "if is_same:",
         ("tests/unit/server/test_watch.py",),
     ),
     Mutant(

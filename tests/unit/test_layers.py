@@ -28,7 +28,7 @@ FENCED = {
 CLIENT_LEVELS = [
     {"wire", "errors", "backoff", "duplex"},
     {"outbox", "settings", "rules", "framing", "window", "gather"},
-    {"dial", "stream", "outlet"},
+    {"dial", "stream", "outlet", "covering"},
     {"transport", "tunnel_end", "timer"},
     {"tunnel", "config"},
     {"tunnels"},
@@ -45,6 +45,7 @@ PURE = {
     "client/backoff.py": {"os"},
     "client/gather.py": set(),
     "client/rules.py": {"dataclasses", "ipaddress", "re"},
+    "client/covering.py": {"itertools"},
 }
 
 

@@ -217,14 +217,13 @@ VARIABLE = "HTTP_NETWORK_RELAY_ALLOW"
     ("flags", "value", "expected"),
     [
         ([], None, []),
-        ([], "", []),
-        ([], "  ", []),
         (["127.0.0.1:22"], None, ["127.0.0.1:22"]),
         (["127.0.0.1:22", "db.lan:*"], None, ["127.0.0.1:22", "db.lan:*"]),
         ([], "127.0.0.1:22", ["127.0.0.1:22"]),
         ([], " 127.0.0.1:22  [fd00::/8]:1-9 ", ["127.0.0.1:22", "[fd00::/8]:1-9"]),
         # The flag replaces the variable, as everywhere: it adds nothing to it.
         (["127.0.0.1:22"], "*:*", ["127.0.0.1:22"]),
+        (["127.0.0.1:22"], "", ["127.0.0.1:22"]),
     ],
 )
 def test_rules_are_read_when_flag_or_variable_gives_them(
@@ -260,3 +259,11 @@ def test_empty_flag_is_a_usage_error_when_it_is_given() -> None:
     with pytest.raises(RelayError) as caught:
         read_config([*GOOD, "--allow", ""], {VARIABLE: "127.0.0.1:22"})
     assert caught.value.code == "usage"
+
+
+@pytest.mark.parametrize("value", ["", "  ", "\t\n"])
+def test_empty_variable_is_a_usage_error_when_it_is_set(value: str) -> None:
+    """As an empty flag is; the variable has to be unset to dial anything."""
+    with pytest.raises(RelayError, match=r"HTTP_NETWORK_RELAY_ALLOW .*unset") as caught:
+        read_config(GOOD, {VARIABLE: value})
+    assert (caught.value.code, caught.value.exit_code) == ("usage", 2)

@@ -382,4 +382,7 @@ def test_rules_are_equal_when_they_say_the_same() -> None:
     assert AccessRule.parse("a:10.0.0.1:22") == AccessRule.parse("a:[::ffff:10.0.0.1]:22-22")
     assert TargetRule.parse("*:*") == TargetRule.parse("*:1-65535")
     assert AccessRule.parse("a:10.0.0.1:22") != AccessRule.parse("b:10.0.0.1:22")
-    assert TargetRule.parse("10.0.0.1:22") != TargetRule.parse("10.0.0.1/32:22")
+    assert TargetRule.parse("10.0.0.1:22") == TargetRule.parse("10.0.0.1/32:22")
+    assert TargetRule.parse("[::ffff:a00:1/128]:22") == TargetRule.parse("10.0.0.1:22")
+    assert TargetRule.parse("[fd00::1/128]:22") == TargetRule.parse("[fd00::1]:22")
+    assert TargetRule.parse("10.0.0.0:22") != TargetRule.parse("10.0.0.0/31:22")

@@ -193,7 +193,7 @@ def test_revoked_client_takes_its_own_rules_along_and_says_so(path: Path, run: R
     """Rules that match another client, or everything, stay."""
     for name in ("lab-1", "lab-2", "gw"):
         run("add-client", name)
-    rules = ["lab-1:lan:22", "lab-*:lan:22", "gw:lan:22", "*:lan:22"]
+    rules = ["lab-1:lan:22", "lab-*:lan:80", "gw:lan:22", "*:lan:443"]
     run("add-user", "ops", *[word for rule in rules for word in ("--allow", rule)])
 
     code, out, _ = run("revoke", "lab-1")
@@ -272,8 +272,8 @@ FAILS = {
     "add-client lab": "there is a client lab",
     "add-user ops --allow *:*:*": "there is a proxy user ops",
     "add-user new --allow lba-*:lan:22": "not changed: proxy user new: no client is named lba-*",
-    "add-user new --allow *:*:* --allow lab:lan:22": "not changed: proxy user new has the rule",
-    "add-user new --allow lab:lan:22 --allow lab:lan:22": "says the same",
+    "add-user new --allow *:*:* --allow lab:lan:22": "not changed: proxy user new: the rule",
+    "add-user new --allow lab:lan:22 --allow lab:lan:22": "has no effect beside",
     "rotate nobody": "there is no client or user nobody",
     "rotate --user lab": "there is no user lab",
     "revoke lab nobody": "there is no client or user nobody",

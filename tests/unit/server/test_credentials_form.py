@@ -74,7 +74,7 @@ GOOD: dict[str, Any] = {
         allow=[
             "lab-1:[::1]:22",
             "lab-1:[fd00::/8]:1-5",
-            "*:*:22",
+            "*:*:80",
             "*:db-*.lan:*",
             "lab-*:10.1.2.3:22",
         ]
@@ -101,10 +101,45 @@ BAD: dict[str, tuple[Any, str, bool]] = {
     "client an empty object": (with_client({}), 'no list "secrets"', True),
     "user a string": (
         {"clients": {}, "proxy_users": {"ops": "hush"}},
-        "ops must be an object",
+        "must be an object behind a name",
         True,
     ),
     "user name bad": ({"clients": {}, "proxy_users": {"a b": {}}}, "rename it", True),
+    "token as a user's name": (
+        {"clients": {}, "proxy_users": {"hush": ["*:*:*"]}},
+        "must be an object behind a name",
+        True,
+    ),
+    "token as the name of an empty user": (
+        {"clients": {}, "proxy_users": {"hush": {}}},
+        'no list "secrets"',
+        True,
+    ),
+    "token as the name of rules": (
+        {"clients": {}, "proxy_users": {"hush": {"allow": ["*:*:*"]}}},
+        'no list "secrets"',
+        True,
+    ),
+    "token as the name of an unknown key": (
+        {"clients": {}, "proxy_users": {"hush": {"name": "ops", "allow": ["*:*:*"]}}},
+        "unknown key",
+        True,
+    ),
+    "token with a colon as a user's name": (
+        {"clients": {}, "proxy_users": {"hush:hush": {"secrets": ["t"], "allow": ["*:*:*"]}}},
+        "rename it",
+        True,
+    ),
+    "secret as a client's name": (
+        {"clients": {"hush": ["lab-1"]}, "proxy_users": []},
+        "the secret of this client is empty or not a string",
+        True,
+    ),
+    "secret as the name of a client with a space": (
+        {"clients": {"hush": "lab 1"}, "proxy_users": []},
+        "the secret of this client must be printable",
+        True,
+    ),
     "token list with an object": (
         {"clients": {}, "proxy_users": [{"secrets": ["hush"]}]},
         "number 1",
@@ -127,6 +162,21 @@ BAD: dict[str, tuple[Any, str, bool]] = {
     "rule of no client": (with_user(allow=["lba-*:*:22"]), "no client is named lba-*", False),
     "rules equal": (with_user(allow=["lab-1:lan:22", "lab-1:lan:22"]), "remove one", True),
     "rules the same": (with_user(allow=["lab-1:lan:22", "lab-1:lan:22-22"]), "remove one", False),
+    "rule beside its network": (
+        with_user(allow=["lab-1:10.0.0.1:22", "lab-*:10.0.0.0/8:22"]),
+        "the rule lab-1:10.0.0.1:22 has no effect beside lab-*:10.0.0.0/8:22; remove one",
+        False,
+    ),
+    "rule beside its network of one": (
+        with_user(allow=["lab-1:127.0.0.1:22", "lab-1:127.0.0.1/32:22"]),
+        "the rule lab-1:127.0.0.1/32:22 has no effect beside lab-1:127.0.0.1:22; remove one",
+        False,
+    ),
+    "rule beside all of a client": (
+        with_user(allow=["lab-1:*:*", "lab-1:10.0.0.1:22"]),
+        "the rule lab-1:10.0.0.1:22 has no effect beside lab-1:*:*; remove one",
+        False,
+    ),
     "rules beside everything": (with_user(allow=["lab-1:lan:22", "*:*:*"]), "no effect", False),
     "date null": (with_client({"secrets": ["x"], "expires": [None]}), "no date", True),
     "date with a time": (with_user(expires="2027-01-31T00:00"), "no date", True),
@@ -179,6 +229,13 @@ def test_bad_file_is_refused_with_line_and_mend_and_by_the_schema(case: str) -> 
     assert VALIDATOR.is_valid(content) is not schema_can_tell
 
 
+def test_name_that_stands_twice_is_told_by_its_line_alone() -> None:
+    """It may be a token, too."""
+    with pytest.raises(CredentialsError, match=r"line 2: .*second time") as caught:
+        parse('{"clients": {}, "proxy_users": {"hush": ["*:*:*"],\n"hush": ["*:*:*"]}}')
+    assert "hush" not in str(caught.value)
+
+
 def test_schema_is_one() -> None:
     """It is valid by its own standard."""
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
@@ -219,6 +276,7 @@ LINES = {
     '{"clients": {"a": {"secrets": [\n"x",\n"x"\n]}}, "proxy_users": []}': 3,
     '{"clients": {"a": {"secrets": ["x"],\n\n"expires": "soon"}}, "proxy_users": []}': 3,
     '{"clients": {"a": "x"},\n "proxy_users": ["x",\n"y",\n"y"]}': 4,
+    '{"clients": {}, "proxy_users": {"o": {"secrets": ["t"], "allow": [\n"*:a:1",\n"*:*:1"]}}}': 2,
     '{"clients": {"a": "x",\n"a": "y"}, "proxy_users": []}': 2,
     '{"clients": {"a": "x",\n"b" "y"}, "proxy_users": []}': 2,
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,20 +183,78 @@ def test_file_that_turns_into_something_else_is_told(path: Path, watch: FileWatc
     assert [error(watch) is not None for _ in range(3)] == [False, True, False]
 
 
-def test_file_that_becomes_readable_is_read_though_nobody_wrote_it(
-    path: Path, watch: FileWatch, monkeypatch: pytest.MonkeyPatch
+class Reading:
+    """Stands for os.open(): what the system says instead of giving the file, if anything."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.problem: BaseException | None = None
+        self._open = os.open
+        monkeypatch.setattr("server.credentials_file.os.open", self)
+
+    def __call__(self, *args: Any) -> int:
+        if self.problem is not None:
+            raise self.problem
+        return self._open(*args)
+
+
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
+    """Files can be read until a test says otherwise."""
+    return Reading(monkeypatch)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])
+def test_change_is_returned_when_it_could_not_be_read_for_a_while(
+    path: Path, watch: FileWatch, reading: Reading, number: int
 ) -> None:
-    """The time of the last change of its mode is a part of the version."""
-
-    def no_read(path: str) -> bytes:
-        raise ConfigError(f"{path}: cannot be read (Permission denied)")
-
+    """A revocation must not be lost, though nobody writes again; the log has one line of it."""
     path.write_text(content("b"))
-    with monkeypatch.context() as patch:
-        patch.setattr("server.watch.read_file", no_read)
-        assert [error(watch) is not None for _ in range(3)] == [False, True, False]
+    reading.problem = OSError(number, "not now")
+    assert [error(watch) is not None for _ in range(5)] == [False, True, False, False, False]
+    reading.problem = None
+    assert has(watch, "b")
     assert watch.poll() is None
-    path.chmod(0o640)
+
+
+def test_file_is_returned_when_it_is_read_again_though_it_is_the_old_one(
+    path: Path, watch: FileWatch, reading: Reading
+) -> None:
+    """So the log says that the trouble is over; trouble of one look is not told at all."""
+    os.utime(path, ns=(1, 1))
+    reading.problem = OSError(errno.EIO, "not now")
+    assert [error(watch) is not None for _ in range(3)] == [False, True, False]
+    reading.problem = None
+    assert has(watch, "a")
+    os.utime(path, ns=(2, 2))
+    reading.problem = OSError(errno.EIO, "not now")
+    assert error(watch) is None
+    reading.problem = None
+    assert watch.poll() is None
+    assert watch.poll() is None
+
+
+def test_mistake_is_told_once_when_the_file_could_not_be_read_before(
+    path: Path, watch: FileWatch, reading: Reading
+) -> None:
+    """What was read is settled, be it right or wrong."""
+    path.write_text("{")
+    reading.problem = OSError(errno.EIO, "not now")
+    assert [error(watch) is not None for _ in range(3)] == [False, True, False]
+    reading.problem = None
+    assert "not JSON" in str(error(watch))
+    assert [error(watch) for _ in range(3)] == [None] * 3
+
+
+def test_change_is_returned_when_a_look_was_broken_off(
+    path: Path, watch: FileWatch, reading: Reading
+) -> None:
+    """Whatever it was: nobody has read the file."""
+    path.write_text(content("b"))
+    reading.problem = MemoryError()
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            watch.poll()
+    reading.problem = None
     assert has(watch, "b")
 
 
