@@ -127,7 +127,7 @@ class Tunnel:
         self._user_leg = user_leg
         self._channels = client_leg.channels
         self._control = control
-        self._kind = control["type"]
+        self._kind: str = control["type"]
         self._user = user
         # By which it was allowed, as the credentials file has it.
         self._rule = rule
@@ -168,6 +168,16 @@ class Tunnel:
         """Its id, 32 hex digits."""
         return str(self._control["tunnel_id"])
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """Its client and id, which a `resume` has in common with the tunnel's older leg."""
+        return str(self._control["client"]), self.tunnel_id
+
+    @property
+    def is_resume(self) -> bool:
+        """Whether it came by `resume`."""
+        return self._kind == "resume"
+
     def assign_locked(self, max_window_bytes: int) -> Frame:
         """Take a channel and window; return the `open` or `resume` for the client.
 
@@ -195,13 +205,15 @@ class Tunnel:
     def _check_room_locked(self) -> None:
         """Raise TunnelRefused when the client has as many tunnels as it may have.
 
-        A `resume` does not count beside its own older channel.
+        A `resume` does not count beside its own older channel; an `open` always does, whatever
+        id its user has chosen.
         """
         channels = self._channels
         if not channels.tunnels_at_most or len(channels.tunnels) < channels.tunnels_at_most:
             return
         mine = (self._user, self.tunnel_id)
-        if any((each._user, each.tunnel_id) == mine for each in channels.tunnels.values()):
+        older = ((each._user, each.tunnel_id) for each in channels.tunnels.values())
+        if self.is_resume and mine in older:
             return
         raise TunnelRefused(
             "client_full",

@@ -706,6 +706,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/unit/server/test_limits.py",),
     ),
     Mutant(
+        "limits: an id in use makes no room",
+        "server/limits.py",
+        "tunnel.place if tunnel.is_resume else None",
+        "tunnel.place",
+        ("tests/unit/server/test_limits.py",),
+    ),
+    Mutant(
         "limits: a held resume is counted once",
         "server/relay.py",
         "                is_spent = True\n",

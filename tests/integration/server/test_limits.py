@@ -25,7 +25,11 @@ from tests.support.raw import (
 from tests.support.waiting import eventually
 
 OTHER_TOKEN = "another-token-of-another-user"
-CREDENTIALS = {"clients": {CLIENT_NAME: CLIENT_SECRET}, "proxy_users": [TOKEN, OTHER_TOKEN]}
+OTHER_CLIENT = "other-device"
+CREDENTIALS = {
+    "clients": {CLIENT_NAME: CLIENT_SECRET, OTHER_CLIENT: CLIENT_SECRET + "2"},
+    "proxy_users": [TOKEN, OTHER_TOKEN],
+}
 KIB = 1024
 
 
@@ -203,6 +207,23 @@ def test_open_is_refused_when_the_client_has_all_its_tunnels(tmp_path: Path) -> 
         first.drop()
         relay.client.recv_control("detached")
         relay.open(3)
+
+
+@pytest.mark.parametrize("setting", ["tunnels_per_user", "tunnels_per_client"])
+def test_open_is_refused_when_its_id_is_that_of_another_tunnel(
+    tmp_path: Path, setting: str
+) -> None:
+    """One id at the same client again, and at another client: each `open` is one tunnel more."""
+    with relay_with(tmp_path, **{setting: 1}) as relay:
+        relay.open(1)
+        assert refusal(relay.ask(1)) == setting[len("tunnels_per_") :] + "_full"
+        other = RawClient(relay.server.url, OTHER_CLIENT, CLIENT_SECRET + "2")
+        relay.stack.enter_context(other)
+        elsewhere = relay.ask(1, client=OTHER_CLIENT)
+        if setting == "tunnels_per_user":
+            assert refusal(elsewhere) == "user_full"
+        else:
+            other.recv_control("open")
 
 
 def test_opens_are_refused_when_they_come_too_quickly(tmp_path: Path) -> None:
