@@ -55,10 +55,13 @@ class UserLeg(Leg):
         self._first: dict[str, Any] | None = None
         # Nothing that comes is heard any more. Set by the reader and the timer.
         self._is_refused = False
-        # Guards _wanted and the setting of tunnel. Held while the tunnel is opened, so that
+        # Guards the next two and the setting of tunnel. Held while the tunnel is opened, so that
         # whoever else decides about it finds either what is wanted or the tunnel itself:
         # before all other locks.
         self._opening = threading.Lock()
+        # Whether a first message may still be acted on: the reader may have it in its hands when
+        # another thread ends the leg.
+        self._is_expecting = True
         # The first message while there is no tunnel for it yet.
         self._wanted: dict[str, Any] | None = None
         self.tunnel: Tunnel | None = None
@@ -149,6 +152,9 @@ class UserLeg(Leg):
         self._first = control
         self._first_by = float("inf")
         with self._opening:
+            if not self._is_expecting:
+                return  # Who ended the leg has answered.
+            self._is_expecting = False
             self._wanted = control
         if kind == "resume":
             # Before the client is looked for, see HeldResumes.park.
@@ -182,8 +188,9 @@ class UserLeg(Leg):
             self.tunnel.log_start()
 
     def _stop_waiting(self) -> Tunnel | None:
-        """Want no tunnel any more; return the one that is there."""
+        """Want no tunnel any more, nor hear of one; return the one that is there."""
         with self._opening:
+            self._is_expecting = False
             self._wanted = None
             tunnel = self.tunnel
         self._forget_held()

@@ -671,6 +671,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     Mutant(
+        "access: what is revoked opens nothing that was on its way",
+        "server/user_leg.py",
+        "            if not self._is_expecting:\n",
+        "            if False:\n",
+        ("tests/unit/server/test_held.py",),
+    ),
+    Mutant(
         "limits: a forged address does not count",
         "server/addresses.py",
         'for text in reversed(forwarded.split(",")):',
