@@ -346,8 +346,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "7: the server gives a silent leg up",
         "server/leg.py",
-        "abort_at = min(silent_at, self._abort_at, self._first_by)",
-        "abort_at = min(self._abort_at, self._first_by)",
+        "abort_at = min(silent_at, self._abort_at)",
+        "abort_at = self._abort_at",
         ("tests/integration/server/test_legs.py::test_leg_is_given_up_when_it_is_silent",),
     ),
     Mutant(

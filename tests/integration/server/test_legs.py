@@ -99,11 +99,14 @@ def test_leg_is_given_up_when_it_is_silent(hasty: Server, who: str) -> None:
 
 
 def test_user_leg_is_given_up_when_it_says_nothing(tmp_path: Path) -> None:
-    """It answers pings, but no `open` comes: after `--handshake-timeout` it is over."""
+    """It answers pings, but no `open` comes: after `--handshake-timeout` it is told, and over."""
     setting = {"HTTP_NETWORK_RELAY_HANDSHAKE_TIMEOUT": "1"}
     with start_server(tmp_path, env=setting) as server, RawUser(server.url) as user:
         begun = time.monotonic()
-        assert user.recv(3)[:2] == ("close", 1006)
+        refused = user.recv_control("refused", 3)
+        assert refused["code"] == "no_open"
+        assert "within 1 s" in refused["message"]
+        assert user.recv_close(1)[0] == 1000
         assert 0.9 < time.monotonic() - begun < 2
         server.wait_for_line("leg down reason=no_open")
 

@@ -332,6 +332,58 @@ def test_held_resume_is_opened_when_the_client_is_served(bench: Bench) -> None:
     assert bench.held == 0
 
 
+@pytest.mark.parametrize("name", ["_opening", "outbox"])
+def test_leg_is_refused_when_it_says_nothing(bench: Bench, name: str) -> None:
+    """With a code; the timer waits for no lock, says it once, and late words change nothing."""
+    user, client = bench.user(), bench.client()
+    begun = time.monotonic()
+    first_s = Config().handshake_timeout_s
+    assert begun + first_s - 1 < user.tick(begun) < begun + first_s + 1
+    now = time.monotonic() + first_s
+    with taken_lock(user._opening if name == "_opening" else user.outbox._ready):
+        assert now < user.tick(now) < now + 0.1
+    user.tick(now + 0.1)
+    say(user, {**RESUME, "type": "open"})
+    for _ in range(2):
+        user.tick(now + 0.2)
+    refused, close = taken(user.outbox)
+    assert (refused["type"], refused["code"], close) == ("refused", "no_open", CLOSE_NORMAL)
+    assert f"{first_s:g} s" in refused["message"]
+    assert taken(client.outbox) == []
+    assert user.reason == "no_open"
+    user.tick(now + 0.1 + FLUSH_S)
+    assert user._transport.aborted.is_set()  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("_switching")
+def test_tunnel_is_opened_or_refused_when_the_open_comes_at_the_last_moment() -> None:
+    """Never both, and never neither."""
+    for _ in range(ROUNDS):
+        bench = Bench()
+        user, client = bench.user(), bench.client()
+        now = time.monotonic() + Config().handshake_timeout_s
+        user._transport.heard_at = now  # type: ignore[misc]
+        together(lambda: say(user, {**RESUME, "type": "open"}), lambda: user.tick(now))  # noqa: B023
+        user.tick(now + 0.1)
+        seen = kinds(client.outbox), kinds(user.outbox)
+        assert seen in ((["open"], []), ([], ["refused", CLOSE_NORMAL]))
+
+
+@pytest.mark.usefixtures("_switching")
+def test_held_resume_keeps_its_deadline_when_it_comes_at_the_last_moment() -> None:
+    """The timer that looks for the first message must not take the other deadline away."""
+    for _ in range(ROUNDS):
+        bench = Bench()
+        user = bench.user()
+        now = time.monotonic() + Config().handshake_timeout_s
+        user._transport.heard_at = now  # type: ignore[misc]
+        together(lambda: say(user, RESUME), lambda: user.tick(now))  # noqa: B023
+        later = now + held.HELD_RESUME_S + 1
+        for _ in range(2):
+            user.tick(later)
+        assert kinds(user.outbox) == ["refused", CLOSE_NORMAL]
+
+
 REVOKED = ("revoked", "the access was revoked")
 # Who ends the leg from another thread -> what the user reads.
 ENDERS: dict[str, tuple[Callable[[UserLeg], None], list[Any]]] = {
