@@ -1,4 +1,4 @@
-"""Looks after open tunnels: ends those that are idle or too old, and paces a user's bytes.
+"""Looks after tunnels: ends those that are idle or too old, and paces a user's bytes.
 
 Bytes are paced by credit (docs/protocol.md, "A server that paces"): the limit that is passed
 on rises only as tokens come, and no leg is ever paused. One thread, `pacer:tunnels`, takes all
@@ -58,12 +58,13 @@ class Paced(Protocol):
 
 @dataclass(eq=False)
 class _Entry:
-    """An open tunnel. The pacer's thread alone uses it."""
+    """A tunnel, from its `open` or `resume` on. The pacer's thread alone uses it."""
 
     user: str
     tunnel: Paced
-    opened_at: float
+    begun_at: float
     active_at: float
+    is_opened: bool = False
     counts: tuple[int, ...] = ()
     is_told_of: bool = False
 
@@ -80,7 +81,7 @@ class _Meter:
 
 
 class Pacer:
-    """The thread and its tables. `opened`, `hungry` and `ended` may come from any thread."""
+    """The thread and its tables. What a tunnel does may be told by any thread."""
 
     def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = config.bytes_per_s
@@ -127,19 +128,23 @@ class Pacer:
 
     # Notes, from any thread. A deque's append is one step.
 
-    def opened(self, user: str, tunnel: Paced) -> None:
-        """The client has accepted the tunnel."""
-        self._note("opened", tunnel, user)
+    def started(self, user: str, tunnel: Paced) -> None:
+        """The client is asked for the tunnel: a client that never answers is idle, too."""
+        self._note("started", tunnel, user)
+
+    def opened(self, tunnel: Paced) -> None:
+        """The client has accepted it."""
+        self._note("opened", tunnel)
 
     def hungry(self, tunnel: Paced, is_up: bool) -> None:
         """The limit of this direction could rise: an ack has come."""
-        self._note("up" if is_up else "down", tunnel, "")
+        self._note("up" if is_up else "down", tunnel)
 
     def ended(self, tunnel: Paced) -> None:
         """The tunnel is over."""
-        self._note("ended", tunnel, "")
+        self._note("ended", tunnel)
 
-    def _note(self, kind: str, tunnel: Paced, user: str) -> None:
+    def _note(self, kind: str, tunnel: Paced, user: str = "") -> None:
         if self.is_on:
             self._notes.append((kind, tunnel, user))
             self._woken.set()
@@ -179,26 +184,34 @@ class Pacer:
 
     def _take_note(self, kind: str, tunnel: Paced, user: str, now: float) -> None:
         entry = self._entries.get(tunnel)
-        if kind == "opened":
-            opened_at = self._ages.setdefault((user, tunnel.tunnel_id), now)
-            entry = self._entries[tunnel] = _Entry(user, tunnel, opened_at, now)
+        if kind == "started":
+            self._entries[tunnel] = _Entry(user, tunnel, now, now)
+        elif entry is None:
+            return
+        elif kind == "opened":
+            # From here on it is as old as what it resumes; before, nobody knows whose that is.
+            key = (entry.user, tunnel.tunnel_id)
+            entry.begun_at = self._ages.setdefault(key, entry.begun_at)
+            entry.active_at, entry.is_opened = now, True
             for is_up in (True, False) if self._rate else ():
-                meter = self._meters.setdefault((user, is_up), _Meter(self._burst, now))
+                meter = self._meters.setdefault((entry.user, is_up), _Meter(self._burst, now))
                 meter.paid[entry] = _flow(tunnel, is_up).begun_at
                 meter.waiting.append(entry)
-        elif kind == "ended" and entry is not None:
+        elif kind == "ended":
             self._forget(entry)
-        elif kind in ("up", "down") and entry is not None:
+        else:
             meter = self._meters[entry.user, kind == "up"]
             if entry not in meter.waiting:
                 meter.waiting.append(entry)
 
     def _forget(self, entry: _Entry) -> None:
         del self._entries[entry.tunnel]
+        if not entry.is_opened:
+            return
         # Behind all others: so long it may still come back.
         key = (entry.user, entry.tunnel.tunnel_id)
         self._ages.pop(key, None)
-        self._ages[key] = entry.opened_at
+        self._ages[key] = entry.begun_at
         while len(self._ages) > max(_MOST_AGES, len(self._entries)):
             self._ages.popitem(last=False)
         for is_up in (True, False) if self._rate else ():
@@ -246,7 +259,7 @@ class Pacer:
         counts = (up.forwarded, up.delivered, down.forwarded, down.delivered)
         if counts != entry.counts:
             entry.counts, entry.active_at = counts, now
-        age_s, idle_s = now - entry.opened_at, now - entry.active_at
+        age_s, idle_s = now - entry.begun_at, now - entry.active_at
         if self._max_age_s and age_s >= self._max_age_s:
             message = f"the relay ends tunnels after {self._max_age_s:g} s; connect again"
             entry.tunnel.fail(TunnelError(message, code="max_age"))

@@ -82,13 +82,16 @@ class ChannelLeg(Protocol):
 class Record:
     """Who is told of a tunnel's life; does nothing by itself.
 
-    `accepted` and `ended` come with the lock of the channels held, so that they are told in the
-    order in which it happened, before either end can know and come back: they must not wait,
-    nor touch the tunnel's ends.
+    `started`, `accepted` and `ended` come with the lock of the channels held, so that they are
+    told in the order in which it happened, before either end can know and come back: they must
+    not wait, nor touch the tunnel's ends.
     """
 
     # Whether credit is given by Tunnel.raise_limit() alone.
     is_paced = False
+
+    def started(self, tunnel: Tunnel) -> None:
+        """It has a channel, and the client will be asked."""
 
     def accepted(self, tunnel: Tunnel) -> None:
         """The client has answered `opened` or `resumed`."""
@@ -200,6 +203,7 @@ class Tunnel:
         channels.tunnels[self.channel] = self
         fields = {name: value for name, value in self._control.items() if name != "type"}
         fields["limit"] = self.down.grant(self._control["limit"])
+        self._record.started(self)
         return _text(self._kind, self.channel, **fields, user=self._user)
 
     def _check_room_locked(self) -> None:

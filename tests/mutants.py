@@ -758,8 +758,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "limits: the age of a tunnel outlives its leg",
         "server/pacer.py",
-        "opened_at = self._ages.setdefault((user, tunnel.tunnel_id), now)",
-        "opened_at = now",
+        "entry.begun_at = self._ages.setdefault(key, entry.begun_at)",
+        "self._ages.setdefault(key, entry.begun_at)",
+        ("tests/unit/server/test_pacer.py",),
+    ),
+    Mutant(
+        "limits: a tunnel that is never answered is idle",
+        "server/guard.py",
+        "        self._guard.pacer.started(self._user, tunnel)\n\n",
+        "        pass\n\n",
         ("tests/unit/server/test_pacer.py",),
     ),
     Mutant(

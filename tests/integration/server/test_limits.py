@@ -288,6 +288,16 @@ def test_tunnel_is_reset_when_it_is_too_old(tmp_path: Path) -> None:
         assert (reset["channel"], reset["code"]) == (channel, "max_age")
 
 
+def test_slot_is_free_again_when_the_client_never_answers(tmp_path: Path) -> None:
+    """The user is refused, the client is told, and the tunnel does not count any more."""
+    with relay_with(tmp_path, idle_timeout=1, max_age=1, tunnels_per_user=1) as relay:
+        user = relay.ask(1)
+        channel = relay.client.recv_control("open")["channel"]
+        assert refusal(user) in ("idle_timeout", "max_age")
+        assert relay.client.recv_control("reset")["channel"] == channel
+        relay.open(2)
+
+
 # Bytes a second.
 
 

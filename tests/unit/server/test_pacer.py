@@ -19,7 +19,15 @@ from server.pacer import Pacer
 from server.tunnel import Tunnel
 from server.wire import MIN_WINDOW_BYTES
 from tests.support.waiting import eventually
-from tests.unit.server.test_tunnel import CAP, OPEN, RESUME, FakeClientLeg, FakeUserLeg, taken
+from tests.unit.server.test_tunnel import (
+    CAP,
+    OPEN,
+    RESUME,
+    RESUMED,
+    FakeClientLeg,
+    FakeUserLeg,
+    taken,
+)
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -352,6 +360,62 @@ def test_age_goes_on_when_a_tunnel_is_resumed() -> None:
     assert not tunnel.is_over
     bench.run(2, 0.5)
     assert tunnel.is_over
+
+
+def unanswered(bench: Bench, control: dict[str, Any]) -> tuple[Tunnel, FakeClientLeg, FakeUserLeg]:
+    """A tunnel whose client says nothing, but has read that it is asked."""
+    client_leg, user_leg = FakeClientLeg(), FakeUserLeg()
+    record = TunnelRecord(bench.guard, control, "u", "addr")
+    tunnel = Tunnel(client_leg, user_leg, control, "u", "*", record=record)
+    with client_leg.channels.lock:
+        tunnel.assign_locked(CAP)
+    return tunnel, client_leg, user_leg
+
+
+@pytest.mark.parametrize("code", ["idle_timeout", "max_age"])
+@pytest.mark.parametrize("first", [OPEN, RESUME], ids=["open", "resume"])
+def test_tunnel_ends_when_its_client_never_answers(code: str, first: dict[str, Any]) -> None:
+    """The user is refused with the code; a client's tunnel that may live is not reset."""
+    bench = Bench(**{f"{code}_s": 60})
+    tunnel, client_leg, user_leg = unanswered(bench, first)
+    bench.run(59, 0.5)
+    assert not tunnel.is_over
+    bench.run(2, 0.5)
+    assert tunnel.is_over
+    (refused,) = taken(user_leg.outbox)
+    assert (refused["type"], refused["code"]) == ("refused", code)
+    assert [end["type"] for end in taken(client_leg.outbox)] == (
+        ["reset"] if first is OPEN else ["detached"]
+    )
+    assert not bench.guard.pacer._ages
+
+
+def test_age_counts_from_the_open_when_the_client_takes_its_time() -> None:
+    """The wait for the answer is part of it; idle it is from the answer on."""
+    bench = Bench(idle_timeout_s=60, max_age_s=100)
+    tunnel, _, _ = unanswered(bench, OPEN)
+    bench.run(50, 0.5)
+    tunnel.on_client_control({"type": "opened", "limit": MIN_WINDOW_BYTES, "grace_s": 0})
+    bench.run(49, 0.5)
+    assert not tunnel.is_over
+    bench.run(2, 0.5)
+    assert tunnel.is_over
+    assert list(bench.guard.pacer._ages.values()) == [1000.5]
+
+
+def test_resume_of_an_old_tunnel_is_judged_when_the_client_has_accepted_it() -> None:
+    """Before that it could not be reset, and would be kept for its grace."""
+    bench = Bench(max_age_s=100)
+    bench.open()
+    bench.run(80, 0.5)
+    bench.tunnels[0].tunnel.user_lost()
+    bench.run(40, 0.5)
+    tunnel, client_leg, _ = unanswered(bench, {**RESUME, "tunnel_id": f"{0:032x}"})
+    bench.run(10, 0.5)
+    assert not tunnel.is_over
+    tunnel.on_client_control(dict(RESUMED))
+    bench.run(1, 0.5)
+    assert [end["code"] for end in taken(client_leg.outbox)] == ["max_age"]
 
 
 def test_thread_runs_only_when_a_limit_needs_it() -> None:
