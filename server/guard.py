@@ -106,6 +106,10 @@ class TunnelRecord(Record):
         self._fields = _asked(control, user, address, rule)
         self._started_at = time.monotonic()
 
+    def first_credit(self, is_up: bool, wanted: int) -> int:
+        """As in Record."""
+        return self._guard.pacer.first_credit(self._user, is_up, wanted)
+
     def started(self, tunnel: Tunnel) -> None:
         """As in Record."""
         self._guard.pacer.started(self._user, tunnel)

@@ -82,13 +82,17 @@ class ChannelLeg(Protocol):
 class Record:
     """Who is told of a tunnel's life; does nothing by itself.
 
-    `started`, `accepted` and `ended` come with the lock of the channels held, so that they are
-    told in the order in which it happened, before either end can know and come back: they must
-    not wait, nor touch the tunnel's ends.
+    All but `hungry` come with the lock of the channels held, so that they are told in the order
+    in which it happened, before either end can know and come back: they must not wait, nor
+    touch the tunnel's ends.
     """
 
-    # Whether credit is given by Tunnel.raise_limit() alone.
+    # Whether credit is given by first_credit() and Tunnel.raise_limit() alone.
     is_paced = False
+
+    def first_credit(self, is_up: bool, wanted: int) -> int:
+        """Return how much of the credit of a paced direction its user may have at once."""
+        return wanted
 
     def started(self, tunnel: Tunnel) -> None:
         """It has a channel, and the client will be asked."""
@@ -202,9 +206,15 @@ class Tunnel:
         self._prefix = encode_channel(self.channel)
         channels.tunnels[self.channel] = self
         fields = {name: value for name, value in self._control.items() if name != "type"}
-        fields["limit"] = self.down.grant(self._control["limit"])
+        fields["limit"] = self._first_limit_locked(False, self._control["limit"])
         self._record.started(self)
         return _text(self._kind, self.channel, **fields, user=self._user)
+
+    def _first_limit_locked(self, is_up: bool, asked: int) -> int:
+        flow = self.up if is_up else self.down
+        if not self._record.is_paced:
+            return flow.grant(asked)
+        return flow.begin(self._record.first_credit(is_up, flow.ask_first(asked)))
 
     def _check_room_locked(self) -> None:
         """Raise TunnelRefused when the client has as many tunnels as it may have.
@@ -340,7 +350,7 @@ class Tunnel:
                     raise TunnelError(f"a second {kind}")
                 self.up.start_at(*_counts(control))
                 self._is_opened, self._is_unproven = True, False
-                limit = self.up.grant(control["limit"])
+                limit = self._first_limit_locked(True, control["limit"])
                 self._record.accepted(self)
             fields = {name: control[name] for name in control if name not in ("type", "channel")}
             frame = _text(kind, **{**fields, "limit": limit})

@@ -750,10 +750,17 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "limits: the first credit is paid for",
-        "server/pacer.py",
-        "            meter.tokens -= limit - paid\n",
+        "server/purses.py",
+        "            purse.tokens -= size\n",
         "",
-        ("tests/unit/server/test_pacer.py",),
+        ("tests/unit/server/test_purses.py", "tests/unit/server/test_pacer.py"),
+    ),
+    Mutant(
+        "limits: the first credit is no more than may be owed",
+        "server/purses.py",
+        "max(0, min(wanted, int(purse.tokens + self._burst)))",
+        "wanted",
+        ("tests/unit/server/test_pacer.py::test_new_tunnels_are_no_way_around_the_rate",),
     ),
     Mutant(
         "limits: the age of a tunnel outlives its leg",

@@ -353,6 +353,37 @@ def test_credit_is_raised_later_when_a_user_is_faster_than_their_rate(tmp_path: 
         assert "tunnel slowed reason=bytes_per_second" in relay.server.text
 
 
+def test_short_tunnels_are_no_way_around_the_rate(tmp_path: Path) -> None:
+    """All they carry together is bounded, as fast as they come; one that waits gets its turn."""
+    rate = 64 * KIB
+    with relay_with(tmp_path, bytes_per_second=rate, opens_per_second=0) as relay:
+        begun = time.monotonic()
+        carried, number = 0, 0
+        while time.monotonic() - begun < 1.5:
+            number += 1
+            with RawUser(relay.server.url) as user:
+                user.send_open(tunnel_id=f"{number:032x}")
+                channel = eventually_control(relay.client, "open")["channel"]
+                relay.client.send_opened(channel)
+                limit = user.recv_control("opened")["limit"]
+                if limit:
+                    user.send_binary(b"x" * limit)
+                    carried += len(relay.client.recv_on()[1])
+                user.send_control({"type": "reset", "code": "user_gone", "message": ""})
+                eventually_control(relay.client, "reset")
+        took = time.monotonic() - begun
+        assert number > 10
+        assert rate < carried <= rate * (2 + took)
+        # Its very first credit comes by an ack of nothing.
+        user = relay.ask(number + 1)
+        channel = eventually_control(relay.client, "open")["channel"]
+        relay.client.send_opened(channel)
+        assert user.recv_control("opened")["limit"] < rate
+        ack = user.recv_control("ack")
+        assert (ack["delivered"], ack["eof"]) == (0, False)
+        assert ack["limit"] > 0
+
+
 def eventually_control(client: RawClient, kind: str) -> dict[str, Any]:
     """The next control of this type, past acks."""
     while True:
