@@ -671,6 +671,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     Mutant(
+        "10: what a peer presents is not written",
+        "server/app.py",
+        '    return value.strip() if given.lower() == scheme else ""',
+        '    print(value, flush=True)\n    return value.strip() if given.lower() == scheme else ""',
+        ("tests/integration/server/test_access.py",),
+    ),
+    Mutant(
         "access: what is revoked opens nothing that was on its way",
         "server/user_leg.py",
         "            if not self._is_expecting:\n",

@@ -11,8 +11,9 @@ from random import Random
 
 import pytest
 
-from tests.support.processes import Server, resident_bytes, start_server, thread_count
+from tests.support.processes import TOKEN, Server, resident_bytes, start_server, thread_count
 from tests.support.raw import RawClient, RawPeer, RawUser
+from tests.support.secrecy import secret_of
 from tests.support.waiting import eventually
 
 KIB = 1024
@@ -172,13 +173,14 @@ def test_nobody_else_waits_when_a_user_does_not_read(server: Server) -> None:
 
 def test_nobody_else_waits_when_a_client_does_not_read(tmp_path: Path) -> None:
     """A leg whose peer stopped reading delays no other client's tunnels."""
-    credentials = {"clients": {"a": "sa", "b": "sb"}, "proxy_users": ["t"]}
+    secrets = {name: secret_of(f"cs-{name}") for name in ("a", "b")}
+    credentials = {"clients": secrets, "proxy_users": [TOKEN]}
     with (
         start_server(tmp_path, threads=8, credentials=credentials) as server,
-        RawClient(server.url, "a", "sa") as stuck,
-        RawClient(server.url, "b", "sb") as client,
-        RawUser(server.url, "t") as uploader,
-        RawUser(server.url, "t") as user,
+        RawClient(server.url, "a", secrets["a"]) as stuck,
+        RawClient(server.url, "b", secrets["b"]) as client,
+        RawUser(server.url) as uploader,
+        RawUser(server.url) as user,
     ):
         uploader.send_open(client="a")
         stuck.send_opened(stuck.recv_control("open")["channel"], limit=2**40)
