@@ -38,6 +38,7 @@ ERRORS: dict[str, tuple[int, bool]] = {
     "user_full": (EXIT_SERVER, True),
     "client_full": (EXIT_SERVER, True),
     "too_many_opens": (EXIT_SERVER, True),
+    "no_open": (EXIT_SERVER, True),
     "unknown_tunnel": (EXIT_TUNNEL_LOST, False),
     "denied": (EXIT_DENIED, False),
     "denied_by_client": (EXIT_DENIED, False),

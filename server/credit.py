@@ -10,7 +10,7 @@ from server.wire import MAX_DATA_BYTES, MIN_WINDOW_BYTES, TunnelError
 # The part of a budget that no window grows into: each newcomer needs the smallest window
 # at once, or would be refused because of others' downloads. A quarter is 64 newcomers.
 _NEWCOMERS_SHARE = 4
-# What a paced tunnel may send each way at once, before its user's tokens are asked for: a
+# What a paced tunnel may send each way at once, where its user does not owe too much: a
 # message, so that a login does not wait for a download of the same user.
 FIRST_CREDIT_BYTES = MAX_DATA_BYTES
 
@@ -46,7 +46,7 @@ class Direction:
         self.start_at(received, delivered)
         self._budget = budget
         self._cap = cap_bytes
-        # Its limit rises by raise_by() alone, after the first one.
+        # Its limit is what begin() and raise_by() make it.
         self._is_paced = is_paced
         # The part of the budget that is ours: the window granted, at least the smallest.
         self._reserved = MIN_WINDOW_BYTES
@@ -101,14 +101,19 @@ class Direction:
 
         Never below `delivered` + the smallest window, which was reserved at the start,
         and never below what was passed on before. Where bytes are paced, what was passed on
-        before, but for the first time.
+        before: see begin().
         """
         self._asked = asked
-        if not self._is_paced:
-            return self._settle(self._highest())
-        if self.limit == 0:
-            return self._settle(min(self._highest(), self.forwarded + FIRST_CREDIT_BYTES))
-        return self._settle(self.limit)
+        return self._settle(self.limit if self._is_paced else self._highest())
+
+    def ask_first(self, asked: int) -> int:
+        """Take the first limit of a paced direction in; return how much credit begin() takes."""
+        self._asked = asked
+        return max(0, min(self._highest() - self.forwarded, FIRST_CREDIT_BYTES))
+
+    def begin(self, credit: int) -> int:
+        """Return the first limit to pass on: `credit` bytes, or less, from where we stand."""
+        return self._settle(min(self._highest(), self.forwarded + credit))
 
     @property
     def hunger(self) -> int:

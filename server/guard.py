@@ -106,11 +106,19 @@ class TunnelRecord(Record):
         self._fields = _asked(control, user, address, rule)
         self._started_at = time.monotonic()
 
+    def first_credit(self, is_up: bool, wanted: int) -> int:
+        """As in Record."""
+        return self._guard.pacer.first_credit(self._user, is_up, wanted)
+
+    def started(self, tunnel: Tunnel) -> None:
+        """As in Record."""
+        self._guard.pacer.started(self._user, tunnel)
+
     def accepted(self, tunnel: Tunnel) -> None:
         """As in Record."""
         event = "tunnel_resumed" if self._kind == "resume" else "tunnel_opened"
         self._guard.audit.put(event, **self._fields)
-        self._guard.pacer.opened(self._user, tunnel)
+        self._guard.pacer.opened(tunnel)
 
     def hungry(self, tunnel: Tunnel, is_up: bool) -> None:
         """As in Record."""
@@ -120,10 +128,10 @@ class TunnelRecord(Record):
         """As in Record."""
         guard = self._guard
         guard.limits.forget(self._user, tunnel)
+        guard.pacer.ended(tunnel)
         if not tunnel.is_opened:
             guard.audit.put("tunnel_refused", **self._fields, reason=reason)
             return
-        guard.pacer.ended(tunnel)
         up, down = (flow.forwarded - flow.begun_at for flow in (tunnel.up, tunnel.down))
         secs = round(time.monotonic() - self._started_at, 3)
         guard.audit.put("tunnel_closed", **self._fields, up=up, down=down, secs=secs, reason=reason)

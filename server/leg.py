@@ -77,10 +77,8 @@ class Leg:
         now = time.monotonic()
         # Used by the timer's thread alone.
         self._ping_at = now + ping_interval_s
-        # When the leg is shut down hard, and by when its first message must be there.
-        # A float is read and written whole: no lock.
+        # When the leg is shut down hard. A float is read and written whole: no lock.
         self._abort_at = float("inf")
-        self._first_by = float("inf")
         # Why it ends; the first reason stays.
         self.reason = ""
 
@@ -157,11 +155,9 @@ class Leg:
     def tick(self, now: float) -> float:
         """For the timer: never writes, never waits for a lock (rule 7)."""
         silent_at = self._transport.heard_at + SILENCE_INTERVALS * self._ping_interval_s
-        abort_at = min(silent_at, self._abort_at, self._first_by)
+        abort_at = min(silent_at, self._abort_at)
         if now >= abort_at:
-            self.abort(
-                "silent" if now >= silent_at else "stuck" if now >= self._abort_at else "no_open"
-            )
+            self.abort("silent" if now >= silent_at else "stuck")
             return now + self._ping_interval_s
         if now >= self._ping_at:
             if self.outbox.try_put_leg("ping", _PING):

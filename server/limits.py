@@ -25,8 +25,12 @@ class Counted(Protocol):
     """A tunnel, as far as it is counted."""
 
     @property
-    def tunnel_id(self) -> str:
-        """Its id."""
+    def place(self) -> tuple[str, str]:
+        """Its client and id: what a user's `resume` has in common with the tunnel's older leg."""
+
+    @property
+    def is_resume(self) -> bool:
+        """Whether it came by `resume`."""
 
     @property
     def is_over(self) -> bool:
@@ -73,13 +77,15 @@ class Limits:
     def admit(self, user: str, tunnel: Counted) -> None:
         """Count a tunnel until it is over. Raises TunnelRefused.
 
-        A `resume` counts as any other, but not beside the tunnel's own older leg.
+        A `resume` counts as any other, but not beside the tunnel's own older leg. An `open`
+        always counts: its id is the user's choice, and may be in use, here or at another client.
         """
         if not self._most:
             return
         with self._lock:
             tunnels = [each for each in self._tunnels.get(user, ()) if not each.is_over]
-            others = sum(each.tunnel_id != tunnel.tunnel_id for each in tunnels)
+            own = tunnel.place if tunnel.is_resume else None
+            others = _count([each for each in tunnels if each.place != own])
             if others < self._most:
                 tunnels.append(tunnel)
             self._tunnels[user] = tunnels
@@ -104,3 +110,11 @@ class Limits:
             for key, (tokens, since) in self._buckets.items()
             if tokens + (now - since) * self._rate < size
         }
+
+
+def _count(tunnels: list[Counted]) -> int:
+    """Return how many tunnels these are: a resume and its older leg are one."""
+    # Equal ids of two `open`s are two, until the client has refused one.
+    opens = [each.place for each in tunnels if not each.is_resume]
+    resumed = {each.place for each in tunnels if each.is_resume}
+    return len(opens) + len(resumed.difference(opens))

@@ -1,9 +1,10 @@
-"""Looks after open tunnels: ends those that are idle or too old, and paces a user's bytes.
+"""Looks after tunnels: ends those that are idle or too old, and paces a user's bytes.
 
 Bytes are paced by credit (docs/protocol.md, "A server that paces"): the limit that is passed
-on rises only as tokens come, and no leg is ever paused. One thread, `pacer:tunnels`, takes all
-tokens, so that nothing here needs a lock; others only leave notes in a queue. It may wait for
-a tunnel's locks, which are held for moments: therefore it is not the timer.
+on rises only as tokens come, and no leg is ever paused. One thread, `pacer:tunnels`, raises all
+limits after the first, so that nothing here needs a lock; others leave notes in a queue, and
+borrow the first credit of a tunnel from purses.py. The thread may wait for a tunnel's locks,
+which are held for moments: therefore it is not the timer.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from typing import Protocol
 from server.config import Config
 from server.credit import FIRST_CREDIT_BYTES, Direction
 from server.logs import ROOT_NAME
+from server.purses import Purses
 from server.wire import TunnelError
 
 _log = logging.getLogger(f"{ROOT_NAME}.pacer")
 
-# Tokens that are not used are kept for so long: a pause makes up for what follows.
-_BURST_S = 1.0
 # Between two looks at the tokens while somebody waits for them: short against a person's
 # patience, long enough that an ack carries some KiB.
 _TICK_S = 0.05
@@ -58,36 +58,35 @@ class Paced(Protocol):
 
 @dataclass(eq=False)
 class _Entry:
-    """An open tunnel. The pacer's thread alone uses it."""
+    """A tunnel, from its `open` or `resume` on. The pacer's thread alone uses it."""
 
     user: str
     tunnel: Paced
-    opened_at: float
+    begun_at: float
     active_at: float
+    is_opened: bool = False
     counts: tuple[int, ...] = ()
     is_told_of: bool = False
 
 
 @dataclass
 class _Meter:
-    """The tokens of one user in one direction, in bytes; below 0 is a debt."""
+    """The tunnels of one user in one direction. The pacer's thread alone uses it."""
 
-    tokens: float
-    since: float
-    # The limit of each tunnel as far as it was paid for.
+    # The limit of each as far as it was paid for.
     paid: dict[_Entry, int] = field(default_factory=dict)
     waiting: deque[_Entry] = field(default_factory=deque)
 
 
 class Pacer:
-    """The thread and its tables. `opened`, `hungry` and `ended` may come from any thread."""
+    """The thread and its tables. What a tunnel does may be told by any thread."""
 
     def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = config.bytes_per_s
         self._idle_timeout_s = config.idle_timeout_s
         self._max_age_s = config.max_age_s
         self._clock = clock
-        self._burst = max(self._rate * _BURST_S, float(FIRST_CREDIT_BYTES))
+        self._purses = Purses(self._rate, FIRST_CREDIT_BYTES, clock=clock)
         shortest = min([s for s in (self._idle_timeout_s, self._max_age_s) if s], default=0.0)
         self._look_s = min(_LOOK_S, shortest / _LOOKS) if shortest else float("inf")
         self._notes: deque[tuple[str, Paced, str]] = deque()
@@ -125,21 +124,32 @@ class Pacer:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
+    def first_credit(self, user: str, is_up: bool, wanted: int) -> int:
+        """Return how much of a tunnel's first credit it has at once. Any thread.
+
+        Where its user owes too much, that is less, or nothing: the tunnel then waits its turn.
+        """
+        return self._purses.borrow(user, is_up, wanted)
+
     # Notes, from any thread. A deque's append is one step.
 
-    def opened(self, user: str, tunnel: Paced) -> None:
-        """The client has accepted the tunnel."""
-        self._note("opened", tunnel, user)
+    def started(self, user: str, tunnel: Paced) -> None:
+        """The client is asked for the tunnel: a client that never answers is idle, too."""
+        self._note("started", tunnel, user)
+
+    def opened(self, tunnel: Paced) -> None:
+        """The client has accepted it."""
+        self._note("opened", tunnel)
 
     def hungry(self, tunnel: Paced, is_up: bool) -> None:
         """The limit of this direction could rise: an ack has come."""
-        self._note("up" if is_up else "down", tunnel, "")
+        self._note("up" if is_up else "down", tunnel)
 
     def ended(self, tunnel: Paced) -> None:
         """The tunnel is over."""
-        self._note("ended", tunnel, "")
+        self._note("ended", tunnel)
 
-    def _note(self, kind: str, tunnel: Paced, user: str) -> None:
+    def _note(self, kind: str, tunnel: Paced, user: str = "") -> None:
         if self.is_on:
             self._notes.append((kind, tunnel, user))
             self._woken.set()
@@ -164,10 +174,10 @@ class Pacer:
             self._take_note(*self._notes.popleft(), now)
         due_at = float("inf")
         for (user, is_up), meter in list(self._meters.items()):
-            self._share(meter, is_up, now)
+            self._share(meter, user, is_up)
             if meter.waiting:
                 due_at = now + _TICK_S
-            elif not meter.paid and meter.tokens >= self._burst:
+            elif not meter.paid and self._purses.forget(user, is_up):
                 del self._meters[user, is_up]
         if self._entries and self._look_s < float("inf"):
             if now >= self._look_at:
@@ -179,54 +189,69 @@ class Pacer:
 
     def _take_note(self, kind: str, tunnel: Paced, user: str, now: float) -> None:
         entry = self._entries.get(tunnel)
-        if kind == "opened":
-            opened_at = self._ages.setdefault((user, tunnel.tunnel_id), now)
-            entry = self._entries[tunnel] = _Entry(user, tunnel, opened_at, now)
-            for is_up in (True, False) if self._rate else ():
-                meter = self._meters.setdefault((user, is_up), _Meter(self._burst, now))
-                meter.paid[entry] = _flow(tunnel, is_up).begun_at
+        if kind == "started":
+            entry = self._entries[tunnel] = _Entry(user, tunnel, now, now)
+            self._note_first_limit(entry, False)
+        elif entry is None:
+            return
+        elif kind == "opened":
+            # From here on it is as old as what it resumes; before, nobody knows whose that is.
+            key = (entry.user, tunnel.tunnel_id)
+            entry.begun_at = self._ages.setdefault(key, entry.begun_at)
+            entry.active_at, entry.is_opened = now, True
+            self._note_first_limit(entry, True)
+            for meter in self._meters_of(entry).values():
                 meter.waiting.append(entry)
-        elif kind == "ended" and entry is not None:
+        elif kind == "ended":
             self._forget(entry)
-        elif kind in ("up", "down") and entry is not None:
-            meter = self._meters[entry.user, kind == "up"]
+        else:
+            meter = self._meters_of(entry)[kind == "up"]
             if entry not in meter.waiting:
                 meter.waiting.append(entry)
 
+    def _note_first_limit(self, entry: _Entry, is_up: bool) -> None:
+        """A direction has its first limit, which was borrowed for and nobody else raises."""
+        if self._rate:
+            flow = _flow(entry.tunnel, is_up)
+            meter = self._meters.setdefault((entry.user, is_up), _Meter())
+            meter.paid[entry] = max(flow.begun_at, flow.limit)
+
+    def _meters_of(self, entry: _Entry) -> dict[bool, _Meter]:
+        """Return those that know the tunnel, by whether they are for bytes up."""
+        found = {is_up: self._meters.get((entry.user, is_up)) for is_up in (True, False)}
+        return {is_up: meter for is_up, meter in found.items() if meter and entry in meter.paid}
+
     def _forget(self, entry: _Entry) -> None:
         del self._entries[entry.tunnel]
+        for is_up, meter in self._meters_of(entry).items():
+            # Credit that was never used is given back.
+            used = _flow(entry.tunnel, is_up).forwarded
+            self._purses.pay(entry.user, is_up, used - meter.paid.pop(entry))
+            if entry in meter.waiting:
+                meter.waiting.remove(entry)
+        if not entry.is_opened:
+            return
         # Behind all others: so long it may still come back.
         key = (entry.user, entry.tunnel.tunnel_id)
         self._ages.pop(key, None)
-        self._ages[key] = entry.opened_at
+        self._ages[key] = entry.begun_at
         while len(self._ages) > max(_MOST_AGES, len(self._entries)):
             self._ages.popitem(last=False)
-        for is_up in (True, False) if self._rate else ():
-            meter = self._meters[entry.user, is_up]
-            # Credit that was never used is given back; what was used and not paid is a debt.
-            meter.tokens += meter.paid.pop(entry) - _flow(entry.tunnel, is_up).forwarded
-            if entry in meter.waiting:
-                meter.waiting.remove(entry)
 
     # Bytes.
 
-    def _share(self, meter: _Meter, is_up: bool, now: float) -> None:
+    def _share(self, meter: _Meter, user: str, is_up: bool) -> None:
         """Give the tokens there are to those that wait, the same to each."""
-        for entry, paid in meter.paid.items():
-            # The first credit of a tunnel is given before it is paid for.
-            limit = max(paid, _flow(entry.tunnel, is_up).limit)
-            meter.tokens -= limit - paid
-            meter.paid[entry] = limit
-        tokens = meter.tokens + (now - meter.since) * self._rate
-        meter.tokens, meter.since = min(self._burst, tokens), now
-        while meter.waiting and meter.tokens >= _SMALLEST_RAISE_BYTES:
-            share = max(_SMALLEST_RAISE_BYTES, int(meter.tokens) // len(meter.waiting))
+        while meter.waiting and (tokens := self._purses.left(user, is_up)) >= _SMALLEST_RAISE_BYTES:
+            share = max(_SMALLEST_RAISE_BYTES, int(tokens) // len(meter.waiting))
             for _ in range(len(meter.waiting)):
-                if meter.tokens < _SMALLEST_RAISE_BYTES:
+                # Not what was left above: tunnels borrow meanwhile.
+                tokens = self._purses.left(user, is_up)
+                if tokens < _SMALLEST_RAISE_BYTES:
                     break
                 entry = meter.waiting.popleft()
-                used, hunger = entry.tunnel.raise_limit(is_up, min(share, int(meter.tokens)))
-                meter.tokens -= used
+                used, hunger = entry.tunnel.raise_limit(is_up, min(share, int(tokens)))
+                self._purses.pay(user, is_up, used)
                 meter.paid[entry] += used
                 if used and hunger:
                     meter.waiting.append(entry)
@@ -246,7 +271,7 @@ class Pacer:
         counts = (up.forwarded, up.delivered, down.forwarded, down.delivered)
         if counts != entry.counts:
             entry.counts, entry.active_at = counts, now
-        age_s, idle_s = now - entry.opened_at, now - entry.active_at
+        age_s, idle_s = now - entry.begun_at, now - entry.active_at
         if self._max_age_s and age_s >= self._max_age_s:
             message = f"the relay ends tunnels after {self._max_age_s:g} s; connect again"
             entry.tunnel.fail(TunnelError(message, code="max_age"))

@@ -82,13 +82,20 @@ class ChannelLeg(Protocol):
 class Record:
     """Who is told of a tunnel's life; does nothing by itself.
 
-    `accepted` and `ended` come with the lock of the channels held, so that they are told in the
-    order in which it happened, before either end can know and come back: they must not wait,
-    nor touch the tunnel's ends.
+    All but `hungry` come with the lock of the channels held, so that they are told in the order
+    in which it happened, before either end can know and come back: they must not wait, nor
+    touch the tunnel's ends.
     """
 
-    # Whether credit is given by Tunnel.raise_limit() alone.
+    # Whether credit is given by first_credit() and Tunnel.raise_limit() alone.
     is_paced = False
+
+    def first_credit(self, is_up: bool, wanted: int) -> int:
+        """Return how much of the credit of a paced direction its user may have at once."""
+        return wanted
+
+    def started(self, tunnel: Tunnel) -> None:
+        """It has a channel, and the client will be asked."""
 
     def accepted(self, tunnel: Tunnel) -> None:
         """The client has answered `opened` or `resumed`."""
@@ -127,7 +134,7 @@ class Tunnel:
         self._user_leg = user_leg
         self._channels = client_leg.channels
         self._control = control
-        self._kind = control["type"]
+        self._kind: str = control["type"]
         self._user = user
         # By which it was allowed, as the credentials file has it.
         self._rule = rule
@@ -168,6 +175,16 @@ class Tunnel:
         """Its id, 32 hex digits."""
         return str(self._control["tunnel_id"])
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """Its client and id, which a `resume` has in common with the tunnel's older leg."""
+        return str(self._control["client"]), self.tunnel_id
+
+    @property
+    def is_resume(self) -> bool:
+        """Whether it came by `resume`."""
+        return self._kind == "resume"
+
     def assign_locked(self, max_window_bytes: int) -> Frame:
         """Take a channel and window; return the `open` or `resume` for the client.
 
@@ -189,19 +206,28 @@ class Tunnel:
         self._prefix = encode_channel(self.channel)
         channels.tunnels[self.channel] = self
         fields = {name: value for name, value in self._control.items() if name != "type"}
-        fields["limit"] = self.down.grant(self._control["limit"])
+        fields["limit"] = self._first_limit_locked(False, self._control["limit"])
+        self._record.started(self)
         return _text(self._kind, self.channel, **fields, user=self._user)
+
+    def _first_limit_locked(self, is_up: bool, asked: int) -> int:
+        flow = self.up if is_up else self.down
+        if not self._record.is_paced:
+            return flow.grant(asked)
+        return flow.begin(self._record.first_credit(is_up, flow.ask_first(asked)))
 
     def _check_room_locked(self) -> None:
         """Raise TunnelRefused when the client has as many tunnels as it may have.
 
-        A `resume` does not count beside its own older channel.
+        A `resume` does not count beside its own older channel; an `open` always does, whatever
+        id its user has chosen.
         """
         channels = self._channels
         if not channels.tunnels_at_most or len(channels.tunnels) < channels.tunnels_at_most:
             return
         mine = (self._user, self.tunnel_id)
-        if any((each._user, each.tunnel_id) == mine for each in channels.tunnels.values()):
+        older = ((each._user, each.tunnel_id) for each in channels.tunnels.values())
+        if self.is_resume and mine in older:
             return
         raise TunnelRefused(
             "client_full",
@@ -324,7 +350,7 @@ class Tunnel:
                     raise TunnelError(f"a second {kind}")
                 self.up.start_at(*_counts(control))
                 self._is_opened, self._is_unproven = True, False
-                limit = self.up.grant(control["limit"])
+                limit = self._first_limit_locked(True, control["limit"])
                 self._record.accepted(self)
             fields = {name: control[name] for name in control if name not in ("type", "channel")}
             frame = _text(kind, **{**fields, "limit": limit})

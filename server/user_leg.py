@@ -1,7 +1,8 @@
 """UserLeg: the WebSocket of one proxy user, which carries one tunnel.
 
-Its first message asks for the tunnel. An `open` is answered at once; a `resume` may wait for
-its client, and is then opened by that client's thread, or refused by the timer.
+Its first message asks for the tunnel, and is refused by the timer if it does not come. An `open`
+is answered at once; a `resume` may wait for its client, and is then opened by that client's
+thread, or refused by the timer.
 """
 
 from __future__ import annotations
@@ -50,15 +51,20 @@ class UserLeg(Leg):
         super().__init__(transport, label, ping_interval_s, helpers)
         self._open_tunnel = open_tunnel
         self._held = held
+        # By when that must have come: a float, read by the timer.
         self._first_by = time.monotonic() + first_message_s
+        self._no_open = f"neither open nor resume came within {first_message_s:g} s"
         # The reader's own: the first message, once it has come.
         self._first: dict[str, Any] | None = None
         # Nothing that comes is heard any more. Set by the reader and the timer.
         self._is_refused = False
-        # Guards _wanted and the setting of tunnel. Held while the tunnel is opened, so that
+        # Guards the next two and the setting of tunnel. Held while the tunnel is opened, so that
         # whoever else decides about it finds either what is wanted or the tunnel itself:
         # before all other locks.
         self._opening = threading.Lock()
+        # Whether a first message may still be acted on: the reader may have it in its hands when
+        # another thread ends the leg.
+        self._is_expecting = True
         # The first message while there is no tunnel for it yet.
         self._wanted: dict[str, Any] | None = None
         self.tunnel: Tunnel | None = None
@@ -149,6 +155,9 @@ class UserLeg(Leg):
         self._first = control
         self._first_by = float("inf")
         with self._opening:
+            if not self._is_expecting:
+                return  # Who ended the leg has answered.
+            self._is_expecting = False
             self._wanted = control
         if kind == "resume":
             # Before the client is looked for, see HeldResumes.park.
@@ -182,8 +191,9 @@ class UserLeg(Leg):
             self.tunnel.log_start()
 
     def _stop_waiting(self) -> Tunnel | None:
-        """Want no tunnel any more; return the one that is there."""
+        """Want no tunnel any more, nor hear of one; return the one that is there."""
         with self._opening:
+            self._is_expecting = False
             self._wanted = None
             tunnel = self.tunnel
         self._forget_held()
@@ -194,30 +204,44 @@ class UserLeg(Leg):
             self._held.forget(self._first["client"], self)
 
     def tick(self, now: float) -> float:
-        """For the timer, as in Leg; refuses a `resume` whose client has not come."""
-        if now < self._held_until:
-            return min(super().tick(now), self._held_until)
-        if not self._give_up_waiting(now):
-            return min(super().tick(now), now + RETRY_S)
-        self._held_until = float("inf")
-        return super().tick(now)
+        """For the timer, as in Leg; refuses who says nothing, or waits for a client in vain."""
+        is_late, is_held = now >= self._first_by, now >= self._held_until
+        if is_late or is_held:
+            if not self._give_up_waiting(now, is_held):
+                return min(super().tick(now), now + RETRY_S)
+            # Only what was looked at: the reader may set the other one in this moment.
+            if is_held:
+                self._held_until = float("inf")
+            else:
+                self._first_by = float("inf")
+        return min(super().tick(now), self._first_by, self._held_until)
 
-    def _give_up_waiting(self, now: float) -> bool:
-        """Say `refused` and close; wait for no lock: False if that is not done yet."""
+    def _give_up_waiting(self, now: float, is_held: bool) -> bool:
+        """Say `refused` and close; wait for no lock: False if that is not done yet.
+
+        `is_held`: for the client of a `resume`, else for the first message.
+        """
         if not self._last_words:
             if not self._opening.acquire(blocking=False):
                 return False
             try:
-                is_waiting, self._wanted = self._wanted is not None, None
+                if is_held:
+                    is_waiting, self._wanted = self._wanted is not None, None
+                else:
+                    is_waiting, self._is_expecting = self._is_expecting, False
             finally:
                 self._opening.release()
             if not is_waiting:
                 return True
             self._is_refused = True
-            self._note("client_offline")
+            if is_held:
+                code, message = "client_offline", "the client did not come back"
+            else:
+                code, message = "no_open", self._no_open
+            self._note(code)
             # Through slots of the fast lane, in this order: to put them needs no waiting.
             # Nothing may follow the close, so no ping does.
-            refused = _refused("client_offline", "the client did not come back")
+            refused = _refused(code, message)
             self._last_words = [("refused", refused), ("close", close_frame(CLOSE_NORMAL))]
             self._ping_at = float("inf")
             self._abort_at = min(self._abort_at, now + FLUSH_S)

@@ -346,8 +346,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "7: the server gives a silent leg up",
         "server/leg.py",
-        "abort_at = min(silent_at, self._abort_at, self._first_by)",
-        "abort_at = min(self._abort_at, self._first_by)",
+        "abort_at = min(silent_at, self._abort_at)",
+        "abort_at = self._abort_at",
         ("tests/integration/server/test_legs.py::test_leg_is_given_up_when_it_is_silent",),
     ),
     Mutant(
@@ -692,6 +692,20 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     Mutant(
+        "10: what a peer presents is not written",
+        "server/app.py",
+        '    return value.strip() if given.lower() == scheme else ""',
+        '    print(value, flush=True)\n    return value.strip() if given.lower() == scheme else ""',
+        ("tests/integration/server/test_access.py",),
+    ),
+    Mutant(
+        "access: what is revoked opens nothing that was on its way",
+        "server/user_leg.py",
+        "            if not self._is_expecting:\n",
+        "            if False:\n",
+        ("tests/unit/server/test_held.py",),
+    ),
+    Mutant(
         "limits: a forged address does not count",
         "server/addresses.py",
         'for text in reversed(forwarded.split(",")):',
@@ -727,6 +741,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/unit/server/test_limits.py",),
     ),
     Mutant(
+        "limits: an id in use makes no room",
+        "server/limits.py",
+        "tunnel.place if tunnel.is_resume else None",
+        "tunnel.place",
+        ("tests/unit/server/test_limits.py",),
+    ),
+    Mutant(
         "limits: a held resume is counted once",
         "server/relay.py",
         "                is_spent = True\n",
@@ -757,16 +778,30 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "limits: the first credit is paid for",
-        "server/pacer.py",
-        "            meter.tokens -= limit - paid\n",
+        "server/purses.py",
+        "            purse.tokens -= size\n",
         "",
-        ("tests/unit/server/test_pacer.py",),
+        ("tests/unit/server/test_purses.py", "tests/unit/server/test_pacer.py"),
+    ),
+    Mutant(
+        "limits: the first credit is no more than may be owed",
+        "server/purses.py",
+        "max(0, min(wanted, int(purse.tokens + self._burst)))",
+        "wanted",
+        ("tests/unit/server/test_pacer.py::test_new_tunnels_are_no_way_around_the_rate",),
     ),
     Mutant(
         "limits: the age of a tunnel outlives its leg",
         "server/pacer.py",
-        "opened_at = self._ages.setdefault((user, tunnel.tunnel_id), now)",
-        "opened_at = now",
+        "entry.begun_at = self._ages.setdefault(key, entry.begun_at)",
+        "self._ages.setdefault(key, entry.begun_at)",
+        ("tests/unit/server/test_pacer.py",),
+    ),
+    Mutant(
+        "limits: a tunnel that is never answered is idle",
+        "server/guard.py",
+        "        self._guard.pacer.started(self._user, tunnel)\n\n",
+        "        pass\n\n",
         ("tests/unit/server/test_pacer.py",),
     ),
     Mutant(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tests.support.processes import Pipes, Proc, Relay, proxy_argv, proxy_env
+from tests.support.secrecy import check_no_secret
 from tests.support.targets import pseudo_random
 from tests.support.waiting import eventually
 
@@ -116,11 +117,16 @@ def side_by_side(tasks: Sequence[Callable[[], T]], at_once: int | None = None) -
 def run(
     argv: Sequence[str], *, timeout_s: float = 30.0, data: bytes | None = b"", **options: object
 ) -> "subprocess.CompletedProcess[bytes]":
-    """Run a program to its end, as the proxy user: the token is in its environment."""
+    """Run a program to its end, as the proxy user: the token is in its environment.
+
+    AssertionError if it writes a secret that was noted before.
+    """
     options.setdefault("env", proxy_env())
-    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+    done: subprocess.CompletedProcess[bytes] = subprocess.run(  # type: ignore[call-overload]
         argv, input=data, capture_output=True, timeout=timeout_s, **options
     )
+    check_no_secret(" ".join(map(str, argv)), done.stdout, done.stderr)
+    return done
 
 
 def relay_argv(relay: Relay, port: int, url: str | None = None) -> list[str]:

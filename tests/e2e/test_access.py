@@ -6,7 +6,6 @@ What is expected stands in tables that were written by hand, rule by rule.
 import itertools
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.flows import run
 from tests.support.processes import (
     ROOT,
     TOKEN,
@@ -30,11 +30,12 @@ from tests.support.processes import (
     start_server,
 )
 from tests.support.raw import RawUser
+from tests.support.secrecy import check_no_secret, note_credentials, note_secrets, secret_of
 from tests.support.targets import EchoTarget
 from tests.support.waiting import eventually
 
-SECRETS = {"free": "cs-free", "tied": "cs-tied"}
-TOKENS = {"seed": TOKEN, "ops": "pu-ops", "net": "pu-net"}
+SECRETS = {"free": secret_of("cs-free"), "tied": secret_of("cs-tied")}
+TOKENS = {"seed": TOKEN, "ops": secret_of("pu-ops"), "net": secret_of("pu-net")}
 # What docs/access.md promises.
 GONE_S = 5.0
 RELOADED = "credentials reloaded"
@@ -241,7 +242,7 @@ def test_client_says_what_it_dials_when_it_starts(world: World) -> None:
 
 # What is taken away.
 
-LIVE = {"device": "cs-device", "other": "cs-other"}
+LIVE = {"device": secret_of("cs-device"), "other": secret_of("cs-other")}
 
 
 def live_credentials(port: int) -> dict[str, Any]:
@@ -250,9 +251,12 @@ def live_credentials(port: int) -> dict[str, Any]:
     return {
         "clients": {name: {"secrets": [secret]} for name, secret in LIVE.items()},
         "proxy_users": {
-            "ops": {"secrets": ["pu-ops"], "allow": [f"device:{rule}", "other:10.0.0.1:1"]},
-            "neighbour": {"secrets": ["pu-neighbour"], "allow": [f"device:{rule}"]},
-            "bystander": {"secrets": ["pu-bystander"], "allow": [f"other:{rule}"]},
+            "ops": {
+                "secrets": [secret_of("pu-ops")],
+                "allow": [f"device:{rule}", "other:10.0.0.1:1"],
+            },
+            "neighbour": {"secrets": [secret_of("pu-neighbour")], "allow": [f"device:{rule}"]},
+            "bystander": {"secrets": [secret_of("pu-bystander")], "allow": [f"other:{rule}"]},
         },
     }
 
@@ -268,6 +272,7 @@ class Live:
 
     def write(self, credentials: object) -> float:
         """Put new content into the file; return by when it must have done its work."""
+        note_credentials(credentials)
         text = credentials if isinstance(credentials, str) else json.dumps(credentials)
         self.server.credentials_file.write_text(text)
         return time.monotonic() + GONE_S
@@ -280,7 +285,7 @@ class Live:
 
     def proxy(self, user: str, client: str = "device") -> Pipes:
         """A real proxy command with a tunnel that is well."""
-        url, token = self.server.url, f"pu-{user}"
+        url, token = self.server.url, secret_of(f"pu-{user}")
         proxy = start_proxy(url, name=client, port=self.target.port, token=token)
         try:
             echo(proxy)
@@ -403,13 +408,13 @@ def without_device(credentials: dict[str, Any]) -> dict[str, Any]:
 ENDINGS = {
     "user revoked": Ending(lambda old: without(old, "proxy_users", "ops"), "revoked"),
     "user's secret rotated away": Ending(
-        lambda old: changed(old, "proxy_users", "ops", secrets=["pu-new"]), "revoked"
+        lambda old: changed(old, "proxy_users", "ops", secrets=[secret_of("pu-new")]), "revoked"
     ),
     "user's token given to another": Ending(
         lambda old: changed(
-            changed(old, "proxy_users", "ops", secrets=["pu-new"]),
+            changed(old, "proxy_users", "ops", secrets=[secret_of("pu-new")]),
             *("proxy_users", "bystander"),
-            secrets=["pu-bystander", "pu-ops"],
+            secrets=[secret_of("pu-bystander"), secret_of("pu-ops")],
         ),
         "revoked",
     ),
@@ -424,7 +429,7 @@ ENDINGS = {
     ),
     "client revoked": Ending(without_device, "revoked", ends_client=True),
     "client's secret rotated away": Ending(
-        lambda old: changed(old, "clients", "device", secrets=["cs-new"]),
+        lambda old: changed(old, "clients", "device", secrets=[secret_of("cs-new")]),
         "revoked",
         ends_client=True,
     ),
@@ -441,7 +446,7 @@ def test_tunnels_end_within_5_s_when_access_is_taken_away(live: Live, name: str)
     """Both ends hear it, by the code; whoever has nothing to do with it goes on."""
     ending = ENDINGS[name]
     with (
-        RawUser(live.server.url, "pu-ops") as raw,
+        RawUser(live.server.url, secret_of("pu-ops")) as raw,
         live.proxy("bystander", "other") as bystander,
         live.proxy("neighbour") as neighbour,
     ):
@@ -468,15 +473,15 @@ def test_tunnels_end_within_5_s_when_access_is_taken_away(live: Live, name: str)
 
 def test_old_secrets_are_refused_when_they_were_rotated_away(live: Live) -> None:
     """The new ones of the client and the user work at once, without a restart of the server."""
-    new = changed(live.credentials, "clients", "device", secrets=["cs-new"])
+    new = changed(live.credentials, "clients", "device", secrets=[secret_of("cs-new")])
     mark = live.device.line_count
-    live.reload(changed(new, "proxy_users", "ops", secrets=["pu-new"]))
+    live.reload(changed(new, "proxy_users", "ops", secrets=[secret_of("pu-new")]))
     live.device.wait_for_line("401|unauthorized", after=mark)
     url, port = live.server.url, live.target.port
     with (
-        start_client(url, name="device", secret="cs-new"),
-        start_proxy(url, port=port, token="pu-new") as proxy,
-        start_proxy(url, port=port, token="pu-ops") as old,
+        start_client(url, name="device", secret=secret_of("cs-new")),
+        start_proxy(url, port=port, token=secret_of("pu-new")) as proxy,
+        start_proxy(url, port=port, token=secret_of("pu-ops")) as old,
     ):
         echo(proxy)
         assert old.finish().status == 3
@@ -486,8 +491,14 @@ def test_tunnels_go_on_when_what_they_use_stays_allowed(live: Live) -> None:
     """A second secret, another rule that allows it, more users: nobody notices."""
     with live.proxy("ops") as proxy, carrying(proxy):
         rules = ["dev*:127.0.0.0/8:*"]
-        new = changed(live.credentials, "proxy_users", "ops", allow=rules, secrets=["n", "pu-ops"])
-        new["proxy_users"]["late"] = {"secrets": ["pu-late"], "allow": ["*:*:*"]}
+        new = changed(
+            live.credentials,
+            "proxy_users",
+            "ops",
+            allow=rules,
+            secrets=[secret_of("pu-second"), secret_of("pu-ops")],
+        )
+        new["proxy_users"]["late"] = {"secrets": [secret_of("pu-late")], "allow": ["*:*:*"]}
         del new["proxy_users"]["neighbour"]
         live.reload(new)
         with live.proxy("late"):
@@ -501,7 +512,7 @@ COUNTS = {"received": 6, "delivered": 6, "limit": 262_150}
 
 
 def open_own(live: Live) -> RawUser:
-    user = RawUser(live.server.url, "pu-ops")
+    user = RawUser(live.server.url, secret_of("pu-ops"))
     try:
         user.send_open(**OWN, port=live.target.port)
         assert user.recv_control("opened")["grace_s"] > 0
@@ -512,7 +523,7 @@ def open_own(live: Live) -> RawUser:
     return user
 
 
-def resume_own(live: Live, token: str = "pu-ops", attempt: int = 1) -> dict[str, Any]:
+def resume_own(live: Live, token: str = secret_of("pu-ops"), attempt: int = 1) -> dict[str, Any]:
     """The answer to a `resume` of the tunnel of `open_own`."""
     with RawUser(live.server.url, token, resumes="a" * 32) as user:
         user.send_resume(**{**OWN, **COUNTS, "port": live.target.port, "attempt": attempt})
@@ -546,9 +557,9 @@ def test_resume_is_denied_when_the_rule_goes_while_the_user_is_away(live: Live) 
 def test_resume_is_refused_when_the_token_belongs_to_another_user_now(live: Live) -> None:
     """A tunnel is its user's, by name; the secret alone does not bring it along."""
     with open_own(live) as user:
-        new = changed(live.credentials, "proxy_users", "ops", secrets=["pu-new"])
+        new = changed(live.credentials, "proxy_users", "ops", secrets=[secret_of("pu-new")])
         rules = [f"*:127.0.0.1:{live.target.port}"]
-        heir = {"secrets": ["pu-ops", "pu-bystander"], "allow": rules}
+        heir = {"secrets": [secret_of("pu-ops"), secret_of("pu-bystander")], "allow": rules}
         deadline = live.write(changed(new, "proxy_users", "bystander", **heir))
         assert reset_code(user, deadline) == "revoked"
         assert resume_own(live)["code"] == "unknown_tunnel"
@@ -558,8 +569,8 @@ def test_resume_goes_on_when_the_secret_was_rotated_without_a_gap(live: Live) ->
     """The old leg is gone with the old secret's end, the user comes with the new one."""
     open_own(live).drop()
     live.server.wait_for_line("leg down .*user=ops")
-    live.reload(changed(live.credentials, "proxy_users", "ops", secrets=["pu-new"]))
-    assert resume_own(live, "pu-new")["type"] == "resumed"
+    live.reload(changed(live.credentials, "proxy_users", "ops", secrets=[secret_of("pu-new")]))
+    assert resume_own(live, secret_of("pu-new"))["type"] == "resumed"
 
 
 # How the file changes.
@@ -575,7 +586,7 @@ def test_old_state_stays_when_the_new_file_is_broken(live: Live) -> None:
             mark = live.server.line_count
             live.write(text)
             live.server.wait_for_line(NOT_RELOADED, GONE_S, after=mark)
-            with live.proxy("ops"), RawUser(live.server.url, "pu-neighbour") as raw:
+            with live.proxy("ops"), RawUser(live.server.url, secret_of("pu-neighbour")) as raw:
                 raw.send_open(client="other", port=live.target.port)
                 assert raw.recv_control("refused")["code"] == "denied"
         live.reload(without(live.credentials, "proxy_users", "neighbour"))
@@ -618,14 +629,15 @@ def test_file_is_taken_when_a_link_on_the_way_is_swapped(tmp_path: Path) -> None
 # The command.
 
 
-def command(file: Path, *args: str) -> list[str]:
-    """Run `server credentials`; its lines on stdout."""
+def made_by_command(file: Path, *args: str) -> str:
+    """Run `server credentials`; the new secret that it prints, the one time that it may."""
     argv = [sys.executable, "-m", "server", "credentials", *args, "--credentials-file", str(file)]
-    done = subprocess.run(
-        argv, cwd=ROOT, env=child_environment(), capture_output=True, text=True, timeout=20
-    )
+    done = run(argv, cwd=ROOT, env=child_environment())
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    secret, _, rest = done.stdout.decode().partition("\n")
+    note_secrets(secret)
+    check_no_secret("the command", rest, done.stderr)
+    return secret
 
 
 def test_printed_secrets_work_when_the_command_made_the_file(tmp_path: Path) -> None:
@@ -633,9 +645,9 @@ def test_printed_secrets_work_when_the_command_made_the_file(tmp_path: Path) -> 
     file = tmp_path / "empty" / "credentials.json"
     file.parent.mkdir()
     with EchoTarget() as target:
-        client_secret = command(file, "add-client", "lab-1")[0]
+        client_secret = made_by_command(file, "add-client", "lab-1")
         rule = f"lab-*:127.0.0.1:{target.port}"
-        token = command(file, "add-user", "ops-laptop", "--allow", rule)[0]
+        token = made_by_command(file, "add-user", "ops-laptop", "--allow", rule)
         assert file.stat().st_mode & 0o777 == 0o600
         assert client_secret not in file.read_text()
         assert token not in file.read_text()
@@ -648,7 +660,7 @@ def test_printed_secrets_work_when_the_command_made_the_file(tmp_path: Path) -> 
             echo(proxy)
             with start_proxy(server.url, name="lab-1", port=1, token=token) as denied:
                 assert denied.finish().status == 7
-            new = command(file, "rotate", "ops-laptop", "--drop-old")[0]
+            new = made_by_command(file, "rotate", "ops-laptop", "--drop-old")
             assert proxy.wait(GONE_S) == 1
             with start_proxy(server.url, name="lab-1", port=target.port, token=new) as again:
                 echo(again)

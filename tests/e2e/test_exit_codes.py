@@ -84,7 +84,9 @@ REFUSED = {
     "no secret": Refused(
         USAGE, ("--secret-key-file", "HTTP_NETWORK_RELAY_SECRET_KEY"), {"token": None}
     ),
-    "secret with a space": Refused(USAGE, ("--secret-key-file",), {"token": "two words"}),
+    "secret with a space": Refused(
+        USAGE, ("--secret-key-file",), {"token": "two words, as long as a token"}
+    ),
     "secret file missing": Refused(
         USAGE,
         ("--secret-key-file", "/nowhere/token", "No such file"),

@@ -2,9 +2,11 @@
 
 import hashlib
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from tests.support.processes import running_relay, start_proxy
+from tests.support.raw import RawUser
 from tests.support.targets import EchoTarget, SourceTarget, pseudo_random_sha256
 
 KIB = 1024
@@ -25,6 +27,27 @@ def test_paced_download_is_whole_and_takes_its_time(tmp_path: Path) -> None:
         assert hashlib.sha256(received).hexdigest() == pseudo_random_sha256(size)
         proxy.close_stdin()
         assert proxy.wait() == 0
+
+
+def test_login_waits_its_turn_when_its_user_owes_too_much(tmp_path: Path) -> None:
+    """The real ends begin with next to no credit, and go on when it comes; eofs and all."""
+    env = {"HTTP_NETWORK_RELAY_BYTES_PER_SECOND": str(64 * KIB)}
+    with (
+        running_relay(tmp_path, env=env) as relay,
+        EchoTarget() as target,
+        ExitStack() as stack,
+    ):
+        for number in range(2):
+            user = stack.enter_context(RawUser(relay.url))
+            user.send_open(tunnel_id=f"{number:032x}", port=target.port)
+            assert user.recv_control("opened")["limit"] > 0
+        begun = time.monotonic()
+        # More than can be paid off while the proxy command starts.
+        said = b"x" * 48 * KIB
+        finished = stack.enter_context(relay.proxy(target.port)).finish(said)
+        assert (finished.status, finished.stdout, finished.lines) == (0, said, [])
+        assert 0.5 < time.monotonic() - begun < 5
+        relay.server.wait_for_line("tunnel slowed reason=bytes_per_second")
 
 
 def test_user_reads_why_when_a_limit_is_reached(tmp_path: Path) -> None:

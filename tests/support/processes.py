@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from tests.support.ports import free_port
+from tests.support.secrecy import audit_logs, check_no_secret, note_credentials, note_secrets
 from tests.support.waiting import eventually
 
 P = TypeVar("P", bound="Proc")
@@ -50,10 +51,6 @@ _LINES_KEPT = 10_000
 
 # What ran in this test, for the report of a failure; tests/conftest.py empties it.
 started: list["Proc"] = []
-
-# Every long secret that a program of this run was given: none may show in any output.
-secrets_used: set[str] = set()
-_SHORTEST_SECRET = 16
 
 
 def child_environment(
@@ -97,6 +94,7 @@ class Proc:
         pipes: bool = False,
     ) -> None:
         self.argv = list(argv)
+        self._env = env
         # Guards the reading of the output and the next four; notified at every line.
         self._changed = threading.Condition()
         self._lines: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
@@ -228,10 +226,9 @@ class Proc:
                 stream.close()
         os.close(self._wake_reader)
         os.close(self._wake_writer)
-        # Whoever writes a secret into a URL is past help: the access log has it.
-        said = re.sub(r"\?secret=\S*", "", self.text)
-        leaked = [secret[:4] + "..." for secret in secrets_used if secret in said]
-        assert not leaked, f"{self!r} has written secrets: {leaked}"
+        check_no_secret(repr(self), self.text)
+        for path in audit_logs(self._env):
+            check_no_secret(f"{path} of {self!r}", path.read_bytes())
 
     def __enter__(self: P) -> P:
         return self
@@ -493,22 +490,11 @@ class Server(Proc):
             raise AssertionError(f"the server ended with status {status}:\n{self.text}")
 
 
-def note_secrets(*secrets: object) -> None:
-    """See to it that no process shows these."""
-    long = (text for text in secrets if isinstance(text, str) and len(text) >= _SHORTEST_SECRET)
-    secrets_used.update(text for text in long if not text.startswith("sha256:"))
-
-
 def write_credentials(folder: Path, credentials: object = CREDENTIALS) -> Path:
     """Write `folder`/credentials.json with mode 0600; a str is written as it is."""
     path = folder / "credentials.json"
     text = credentials if isinstance(credentials, str) else json.dumps(credentials)
-    if isinstance(credentials, dict):
-        users = credentials.get("proxy_users", [])
-        entries = [*credentials.get("clients", {}).values()]
-        entries += users.values() if isinstance(users, dict) else users
-        for entry in entries:
-            note_secrets(*(entry["secrets"] if isinstance(entry, dict) else [entry]))
+    note_credentials(credentials)
     path.touch(mode=0o600)
     path.write_text(text)
     return path

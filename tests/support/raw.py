@@ -21,6 +21,7 @@ import websocket
 from websocket import ABNF
 
 from tests.support.processes import CLIENT_NAME, CLIENT_SECRET, TOKEN
+from tests.support.secrecy import note_secrets
 
 R = TypeVar("R", bound="RawPeer")
 
@@ -44,12 +45,14 @@ ABNORMAL = 1006
 
 
 def user_headers(token: str = TOKEN) -> dict[str, str]:
+    note_secrets(token)
     return {"Authorization": f"Bearer {token}"}
 
 
 def client_headers(
     name: str = CLIENT_NAME, secret: str = CLIENT_SECRET, instance: str = INSTANCE
 ) -> dict[str, str]:
+    note_secrets(secret)
     basic = base64.b64encode(f"{name}:{secret}".encode()).decode()
     return {"Authorization": f"Basic {basic}", "HTTP-Network-Relay-Instance": instance}
 

@@ -1,5 +1,6 @@
 """The harness's processes, programs and raw peers work, before the product is asked to."""
 
+import base64
 import os
 import signal
 import socket
@@ -12,9 +13,17 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.e2e.flows import run
 from tests.support import debian, raw
 from tests.support.certs import Certs
-from tests.support.processes import Pipes, Proc, child_environment, note_secrets
+from tests.support.processes import Pipes, Proc, child_environment
+from tests.support.secrecy import (
+    AUDIT_LOG,
+    check_no_secret,
+    note_credentials,
+    note_secrets,
+    secret_of,
+)
 from tests.support.targets import EchoTarget, RecordingTarget
 from tests.support.waiting import eventually
 
@@ -51,14 +60,56 @@ def test_proc_ends_its_group_when_left() -> None:
     eventually(is_gone)
 
 
-def test_proc_fails_its_test_when_it_has_written_a_secret() -> None:
-    """Of any test: what a program was given is looked for in all that it wrote."""
-    secret = "made-up-for-this-test"
-    note_secrets(secret)
-    proc = Proc([*PYTHON, f"print('token={secret}')"])
+SECRET = secret_of("of-this-test")
+
+
+def basic(name: str) -> str:
+    """What HTTP Basic makes of it; how long the name is shifts all that follows."""
+    return base64.b64encode(f"{name}:{SECRET}".encode()).decode()
+
+
+SHOWN = {
+    "plain": f"token={SECRET}.",
+    **{f"Basic, {name}": f"Authorization: Basic {basic(name)}" for name in ("a", "ab", "abc")},
+}
+
+
+@pytest.mark.parametrize("text", SHOWN.values(), ids=SHOWN)
+def test_proc_fails_its_test_when_it_has_written_a_secret(text: str, tmp_path: Path) -> None:
+    """What a program was given is looked for in all that it wrote, and in its audit log."""
+    note_secrets(SECRET)
+    audit_log = tmp_path / "audit.jsonl"
+    env = child_environment({AUDIT_LOG: str(audit_log)})
+    proc = Proc([*PYTHON, f"print({text!r})"], env=env)
     assert proc.wait() == 0
     with pytest.raises(AssertionError, match="has written secrets"):
         proc.close()
+
+    proc = Proc([*PYTHON, ""], env=env)
+    assert proc.wait() == 0
+    # One that was rotated away counts, too.
+    (tmp_path / "audit.jsonl.1").write_text(text)
+    with pytest.raises(AssertionError, match=r"audit.jsonl.1 of .* has written secrets"):
+        proc.close()
+
+    with pytest.raises(AssertionError, match="has written secrets"):
+        run([*PYTHON, f"import sys; print({text!r}, file=sys.stderr)"], env=child_environment())
+
+
+def test_secret_is_not_found_where_it_does_not_stand() -> None:
+    """Neither in a part of it, nor in another one's Basic form, nor in an URL that a peer chose."""
+    note_secrets(SECRET)
+    other = base64.b64encode(f"name:{SECRET[:-4]}".encode()).decode()
+    check_no_secret("nobody", SECRET[:-1], other, f"GET /?secret={SECRET} HTTP/1.1")
+
+
+def test_secret_that_is_short_is_refused() -> None:
+    """Looking for it would tell nothing: a test that uses one is blind."""
+    with pytest.raises(AssertionError, match="too short"):
+        note_secrets("pu-ops")
+    with pytest.raises(AssertionError, match="too short"):
+        note_credentials({"clients": {"gw": {"secrets": ["cs-gw"]}}, "proxy_users": []})
+    note_secrets(None, "", "sha256:0")
 
 
 def test_pipes_carry_bytes_both_ways_when_open() -> None:

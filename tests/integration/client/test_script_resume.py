@@ -20,11 +20,13 @@ import ssh_proxy_command as script
 from client.wire import MIN_WINDOW_BYTES, encode_control
 from tests.integration.client.by_hand import PlayedLeg, PlayedServer
 from tests.support.processes import ROOT, child_environment
+from tests.support.secrecy import check_no_secret, note_secrets, secret_of
 from tests.support.targets import pseudo_random_bytes
 from tests.support.waiting import eventually
 
 KIB = 1024
 WINDOW = MIN_WINDOW_BYTES
+SECRET = secret_of("pu-command")
 RESTART = ("503 No", "server_restart", {"Retry_After": "0"})
 
 
@@ -34,7 +36,8 @@ class Command:
     def __init__(self, port: int, *more: str, script: Path = ROOT / "ssh_proxy_command.py") -> None:
         argv = [sys.executable, str(script), "lab-1", "127.0.0.1", "22"]
         argv += ["tcp", "--server-url", f"ws://127.0.0.1:{port}", *more]
-        env = {**child_environment(), "HTTP_NETWORK_RELAY_SECRET_KEY": "pu-secret"}
+        env = {**child_environment(), "HTTP_NETWORK_RELAY_SECRET_KEY": SECRET}
+        note_secrets(SECRET)
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(argv, env=env, stdin=pipe, stdout=pipe, stderr=pipe)
         assert self.process.stdin is not None
@@ -55,7 +58,9 @@ class Command:
         """Its exit code, and what it wrote to stderr."""
         self.process.wait(timeout_s)
         assert self.process.stderr is not None
-        return self.process.returncode, self.process.stderr.read().decode()
+        said = self.process.stderr.read().decode()
+        check_no_secret("the proxy command", said)
+        return self.process.returncode, said
 
     def end(self) -> None:
         self.process.kill()
@@ -144,7 +149,7 @@ def test_lost_leg_is_resumed_with_the_tunnel_in_a_header_and_true_counts(
         lose(leg, how)
         leg = server.leg()
         assert leg.visitor.header("HTTP-Network-Relay-Tunnel") == opening["tunnel_id"]
-        assert leg.visitor.header("Authorization") == "Bearer pu-secret"
+        assert leg.visitor.header("Authorization") == f"Bearer {SECRET}"
         resume = answer_resume(leg, 5, 5, 5 + WINDOW)
         came = 6 * attempt
         assert (resume["received"], resume["delivered"]) == (came, came)
@@ -310,7 +315,7 @@ def test_leg_that_is_refused_for_good_is_exit_1_with_its_sentence(
     assert exit_code == 1
     assert line.count("\n") == 1
     assert line.count("because") == 1
-    assert "pu-secret" not in line
+    assert SECRET not in line
 
 
 @pytest.mark.parametrize("how", ["refused by HTTP", "refused", "no answer", "nobody there"])

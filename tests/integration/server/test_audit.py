@@ -10,9 +10,11 @@ import pytest
 
 from tests.support.processes import CLIENT_SECRET, TOKEN, start_server
 from tests.support.raw import CLIENT_PATH, RawClient, RawUser, client_headers, handshake_status
+from tests.support.secrecy import secret_of
 from tests.support.waiting import eventually
 
 RESUME_TOKEN = "5ec7e7" + "0" * 58
+WRONG_SECRET = secret_of("cs-wrong")
 
 
 def settings(path: Path | str, **more: str) -> dict[str, str]:
@@ -27,7 +29,7 @@ def test_each_event_is_one_line_with_who_what_and_why(tmp_path: Path) -> None:
     """A client, a tunnel that opens, is resumed and ends, refusals, a wrong secret."""
     path = tmp_path / "audit.jsonl"
     with start_server(tmp_path, env=settings(path)) as server, ExitStack() as stack:
-        handshake_status(server.url + CLIENT_PATH, client_headers(secret="wrong-one"))
+        handshake_status(server.url + CLIENT_PATH, client_headers(secret=WRONG_SECRET))
         source = {"X-Forwarded-For": "203.0.113.7"}
         offline = stack.enter_context(RawUser(server.url, headers=source))
         offline.send_open(host="::1", resume_token=RESUME_TOKEN)
@@ -85,7 +87,7 @@ def test_each_event_is_one_line_with_who_what_and_why(tmp_path: Path) -> None:
     ]
     assert told == wanted
     text = path.read_text()
-    for secret in (TOKEN, CLIENT_SECRET, RESUME_TOKEN, "wrong-one"):
+    for secret in (TOKEN, CLIENT_SECRET, RESUME_TOKEN, WRONG_SECRET):
         assert secret not in text
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -113,7 +115,7 @@ def test_tunnel_works_and_the_server_stops_in_time_when_nothing_can_be_written(
         client = stack.enter_context(RawClient(server.url))
         user = stack.enter_context(RawUser(server.url))
         for _ in range(3):
-            handshake_status(server.url + CLIENT_PATH, client_headers(secret="wrong-one"))
+            handshake_status(server.url + CLIENT_PATH, client_headers(secret=WRONG_SECRET))
         user.send_open()
         client.send_opened(client.recv_control("open")["channel"])
         user.recv_control("opened")

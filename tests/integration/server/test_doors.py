@@ -26,6 +26,7 @@ from tests.support.raw import (
     upgrade_request,
     user_headers,
 )
+from tests.support.secrecy import secret_of
 from tests.support.waiting import eventually
 
 
@@ -51,11 +52,17 @@ U, C = user_headers(), client_headers()
 # path, headers beside those of a good upgrade, status, code, a word of the message
 REFUSALS = {
     "no token": (USER_PATH, {}, 401, "unauthorized", "token"),
-    "wrong token": (USER_PATH, user_headers("wrong"), 401, "unauthorized", "token"),
+    "wrong token": (USER_PATH, user_headers(secret_of("pu-wrong")), 401, "unauthorized", "token"),
     "a client's secret": (USER_PATH, user_headers(CLIENT_SECRET), 401, "unauthorized", "token"),
     "wrong scheme": (USER_PATH, C, 401, "unauthorized", "token"),
     "no name": (CLIENT_PATH, {**C, "Authorization": ""}, 401, "unauthorized", "name or secret"),
-    "wrong secret": (CLIENT_PATH, client_headers(secret="x"), 401, "unauthorized", "name or"),
+    "wrong secret": (
+        CLIENT_PATH,
+        client_headers(secret=secret_of("cs-wrong")),
+        401,
+        "unauthorized",
+        "name or",
+    ),
     "unknown name": (CLIENT_PATH, client_headers(name="x"), 401, "unauthorized", "name or"),
     "not base64": (CLIENT_PATH, {**C, "Authorization": "Basic %"}, 401, "unauthorized", "name"),
     "no instance": (CLIENT_PATH, {**C, "HTTP-Network-Relay-Instance": ""}, 400, "bad_request", "-"),
@@ -99,7 +106,7 @@ def test_upgrade_is_refused_with_code_and_header_when_it_is_wrong(
 def test_refusal_is_the_same_when_name_or_secret_is_wrong(server: Server) -> None:
     """Nobody learns which client names exist."""
     unknown = handshake_status(server.url + CLIENT_PATH, client_headers(name="nobody"))
-    wrong = handshake_status(server.url + CLIENT_PATH, client_headers(secret="nothing"))
+    wrong = handshake_status(server.url + CLIENT_PATH, client_headers(secret=secret_of("cs-wrong")))
     assert unknown.body == wrong.body
     assert unknown.status == wrong.status
 
@@ -197,12 +204,15 @@ def _try_user(url: str) -> RawUser:
 
 def test_clients_leave_slots_to_users_when_there_are_many(tmp_path: Path) -> None:
     """Three quarters of the slots at most are the clients'."""
-    credentials = {"clients": {f"c{n}": f"s{n}" for n in range(9)}, "proxy_users": [TOKEN]}
+    credentials = {
+        "clients": {f"c{n}": secret_of(f"cs-{n}") for n in range(9)},
+        "proxy_users": [TOKEN],
+    }
     with ExitStack() as stack:
         server = stack.enter_context(start_server(tmp_path, threads=8, credentials=credentials))
         for number in range(6):
-            stack.enter_context(RawClient(server.url, f"c{number}", f"s{number}"))
-        answer = handshake_status(server.url + CLIENT_PATH, client_headers("c6", "s6"))
+            stack.enter_context(RawClient(server.url, f"c{number}", secret_of(f"cs-{number}")))
+        answer = handshake_status(server.url + CLIENT_PATH, client_headers("c6", secret_of("cs-6")))
         assert answer.status == 503
         stack.enter_context(RawUser(server.url))
 

@@ -11,8 +11,9 @@ from random import Random
 
 import pytest
 
-from tests.support.processes import Server, resident_bytes, start_server, thread_count
+from tests.support.processes import TOKEN, Server, resident_bytes, start_server, thread_count
 from tests.support.raw import RawClient, RawPeer, RawUser
+from tests.support.secrecy import secret_of
 from tests.support.waiting import eventually
 
 KIB = 1024
@@ -99,11 +100,14 @@ def test_leg_is_given_up_when_it_is_silent(hasty: Server, who: str) -> None:
 
 
 def test_user_leg_is_given_up_when_it_says_nothing(tmp_path: Path) -> None:
-    """It answers pings, but no `open` comes: after `--handshake-timeout` it is over."""
+    """It answers pings, but no `open` comes: after `--handshake-timeout` it is told, and over."""
     setting = {"HTTP_NETWORK_RELAY_HANDSHAKE_TIMEOUT": "1"}
     with start_server(tmp_path, env=setting) as server, RawUser(server.url) as user:
         begun = time.monotonic()
-        assert user.recv(3)[:2] == ("close", 1006)
+        refused = user.recv_control("refused", 3)
+        assert refused["code"] == "no_open"
+        assert "within 1 s" in refused["message"]
+        assert user.recv_close(1)[0] == 1000
         assert 0.9 < time.monotonic() - begun < 2
         server.wait_for_line("leg down reason=no_open")
 
@@ -169,13 +173,14 @@ def test_nobody_else_waits_when_a_user_does_not_read(server: Server) -> None:
 
 def test_nobody_else_waits_when_a_client_does_not_read(tmp_path: Path) -> None:
     """A leg whose peer stopped reading delays no other client's tunnels."""
-    credentials = {"clients": {"a": "sa", "b": "sb"}, "proxy_users": ["t"]}
+    secrets = {name: secret_of(f"cs-{name}") for name in ("a", "b")}
+    credentials = {"clients": secrets, "proxy_users": [TOKEN]}
     with (
         start_server(tmp_path, threads=8, credentials=credentials) as server,
-        RawClient(server.url, "a", "sa") as stuck,
-        RawClient(server.url, "b", "sb") as client,
-        RawUser(server.url, "t") as uploader,
-        RawUser(server.url, "t") as user,
+        RawClient(server.url, "a", secrets["a"]) as stuck,
+        RawClient(server.url, "b", secrets["b"]) as client,
+        RawUser(server.url) as uploader,
+        RawUser(server.url) as user,
     ):
         uploader.send_open(client="a")
         stuck.send_opened(stuck.recv_control("open")["channel"], limit=2**40)

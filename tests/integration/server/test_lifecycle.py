@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import Server, start_server, write_credentials
+from tests.support.processes import TOKEN, Server, start_server, write_credentials
 from tests.support.raw import CLIENT_PATH, RawClient, RawUser, client_headers, handshake_status
+from tests.support.secrecy import secret_of
 from tests.support.waiting import eventually
 
 KIB = 1024
@@ -185,10 +186,12 @@ def test_old_worker_goes_on_when_sighup_finds_bad_credentials(tmp_path: Path) ->
             open_tunnel(client, user)
         assert server.worker_pid == worker
 
-        write_credentials(tmp_path, {"clients": {"new": "s"}, "proxy_users": ["t"]})
+        write_credentials(
+            tmp_path, {"clients": {"new": secret_of("cs-new")}, "proxy_users": [TOKEN]}
+        )
         server.signal(signal.SIGHUP)
         assert client.recv_close(3)[0] == 1012
-        with RawClient(server.url, "new", "s"):
+        with RawClient(server.url, "new", secret_of("cs-new")):
             pass
 
 

@@ -15,13 +15,14 @@ from tests.support.raw import (
     handshake_status,
     user_headers,
 )
+from tests.support.secrecy import secret_of
 from tests.support.waiting import eventually
 
 KIB = 1024
 CAP = 1024 * KIB
-OTHER_TOKEN = "another-user's"
+OTHER_TOKEN = secret_of("pu-other")
 CREDENTIALS = {
-    "clients": {"device": CLIENT_SECRET, "off": "x"},
+    "clients": {"device": CLIENT_SECRET, "off": secret_of("cs-off")},
     "proxy_users": [TOKEN, OTHER_TOKEN],
 }
 ID = "ab" * 16

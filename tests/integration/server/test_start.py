@@ -26,12 +26,13 @@ from tests.support.raw import (
     handshake_status,
     user_headers,
 )
+from tests.support.secrecy import secret_of
 
 BAD_CREDENTIALS = {
     "not JSON": "{",
     "empty secret": {"clients": {"a": ""}, "proxy_users": []},
-    "secret not ASCII": {"clients": {"a": "ü"}, "proxy_users": []},
-    "equal tokens": {"clients": {}, "proxy_users": ["same-token", "same-token"]},
+    "secret not ASCII": {"clients": {"a": secret_of("ü")}, "proxy_users": []},
+    "equal tokens": {"clients": {}, "proxy_users": [secret_of("pu-same")] * 2},
     "wrong form": ["clients"],
 }
 
@@ -88,7 +89,7 @@ def test_start_fails_with_one_line_when_a_setting_is_bad(
 
 def test_start_line_says_how_many_legs_there_is_room_for(tmp_path: Path) -> None:
     """Beside it stand the warnings of a file that others may read, with shared secrets."""
-    shared = {"clients": {"a": "same", "b": "same"}, "proxy_users": []}
+    shared = {"clients": {name: secret_of("cs-same") for name in ("a", "b")}, "proxy_users": []}
     path = write_credentials(tmp_path, shared)
     path.chmod(0o644)
     with start_server(tmp_path, threads=64, credentials=shared) as server:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.processes import CLIENT_SECRET, TOKEN, Server, resident_bytes, start_server
 from tests.support.raw import RawClient, RawUser
+from tests.support.secrecy import secret_of
 from tests.support.waiting import eventually
 
 KIB = 1024
@@ -30,7 +31,10 @@ class Pair:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server with a window of 1 MiB for all tests of this module."""
     env = {"HTTP_NETWORK_RELAY_MAX_WINDOW": str(CAP)}
-    credentials = {"clients": {"device": CLIENT_SECRET, "off": "x"}, "proxy_users": [TOKEN]}
+    credentials = {
+        "clients": {"device": CLIENT_SECRET, "off": secret_of("cs-off")},
+        "proxy_users": [TOKEN],
+    }
     with start_server(
         tmp_path_factory.mktemp("server"), threads=16, env=env, credentials=credentials
     ) as running:

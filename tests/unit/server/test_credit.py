@@ -173,7 +173,8 @@ def test_paced_limit_rises_only_when_it_is_raised() -> None:
     """The first is a message; an ack alone changes nothing, and the rest comes as tokens come."""
     budget = Budget(BUDGET)
     sent = Direction(budget, CAP, is_paced=True)
-    assert sent.grant(MIB) == FIRST_CREDIT_BYTES
+    assert sent.ask_first(MIB) == FIRST_CREDIT_BYTES
+    assert sent.begin(FIRST_CREDIT_BYTES) == FIRST_CREDIT_BYTES
     sent.on_data(FIRST_CREDIT_BYTES)
     assert sent.on_ack(FIRST_CREDIT_BYTES, 2 * MIB, False) == FIRST_CREDIT_BYTES
     with pytest.raises(TunnelError, match="window overrun"):
@@ -189,20 +190,42 @@ def test_paced_limit_rises_only_when_it_is_raised() -> None:
 def test_paced_limit_never_passes_what_the_budget_gives() -> None:
     """Tokens are no window."""
     sent = Direction(Budget(BUDGET), CAP, is_paced=True)
-    sent.grant(2**53)
+    sent.begin(sent.ask_first(2**53))
     assert FIRST_CREDIT_BYTES + sent.raise_by(2**53) == CAP
+
+
+def test_paced_direction_waits_when_it_begins_without_credit() -> None:
+    """An ack gives none either; the window that is its own is kept for it."""
+    budget = Budget(BUDGET)
+    sent = Direction(budget, CAP, is_paced=True)
+    sent.ask_first(MIB)
+    assert sent.begin(0) == 0
+    with pytest.raises(TunnelError, match="window overrun"):
+        sent.on_data(1)
+    assert sent.on_ack(0, MIB, False) == 0
+    assert budget.free == BUDGET - MIN_WINDOW_BYTES
+    assert sent.raise_by(5000) == 5000
+    sent.on_data(5000)
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [(0, 0), (1000, 1000), (2**53, FIRST_CREDIT_BYTES)])
+def test_paced_direction_wants_no_more_than_its_receiver_takes(asked: int, wanted: int) -> None:
+    """Nobody is to owe what cannot be used."""
+    sent = Direction(Budget(BUDGET), CAP, is_paced=True)
+    assert sent.ask_first(asked) == wanted
+    assert sent.begin(wanted) == wanted
 
 
 def test_paced_limit_starts_where_the_receiver_stands_after_a_resume() -> None:
     """The bytes that are sent again need credit too."""
     sent = Direction(Budget(BUDGET), CAP, 10 * MIB, 9 * MIB, is_paced=True)
-    assert sent.grant(10 * MIB + MIB) == 10 * MIB + FIRST_CREDIT_BYTES
+    assert sent.begin(sent.ask_first(10 * MIB + MIB)) == 10 * MIB + FIRST_CREDIT_BYTES
     assert sent.begun_at == 10 * MIB
 
 
 def test_paced_limit_rises_no_more_after_the_eof() -> None:
     """Nobody would use it."""
     sent = Direction(Budget(BUDGET), CAP, is_paced=True)
-    sent.grant(MIB)
+    sent.begin(sent.ask_first(MIB))
     sent.on_eof(0)
     assert (sent.hunger, sent.raise_by(100)) == (0, 0)

@@ -18,7 +18,14 @@ from server.outbox import Outbox
 from server.relay import Relay
 from server.transport import ReadEnd
 from server.user_leg import UserLeg
-from server.wire import CLOSE_NORMAL, CLOSE_RESTART, FLUSH_S, OP_CLOSE, OP_TEXT
+from server.wire import (
+    CLOSE_NORMAL,
+    CLOSE_RESTART,
+    FLUSH_S,
+    OP_CLOSE,
+    OP_TEXT,
+    parse_control,
+)
 from tests.support.taking import TakingOutlet, take
 
 INTERVAL_S = 20.0
@@ -325,6 +332,88 @@ def test_held_resume_is_opened_when_the_client_is_served(bench: Bench) -> None:
     assert bench.held == 0
 
 
+@pytest.mark.parametrize("name", ["_opening", "outbox"])
+def test_leg_is_refused_when_it_says_nothing(bench: Bench, name: str) -> None:
+    """With a code; the timer waits for no lock, says it once, and late words change nothing."""
+    user, client = bench.user(), bench.client()
+    begun = time.monotonic()
+    first_s = Config().handshake_timeout_s
+    assert begun + first_s - 1 < user.tick(begun) < begun + first_s + 1
+    now = time.monotonic() + first_s
+    with taken_lock(user._opening if name == "_opening" else user.outbox._ready):
+        assert now < user.tick(now) < now + 0.1
+    user.tick(now + 0.1)
+    say(user, {**RESUME, "type": "open"})
+    for _ in range(2):
+        user.tick(now + 0.2)
+    refused, close = taken(user.outbox)
+    assert (refused["type"], refused["code"], close) == ("refused", "no_open", CLOSE_NORMAL)
+    assert f"{first_s:g} s" in refused["message"]
+    assert taken(client.outbox) == []
+    assert user.reason == "no_open"
+    user.tick(now + 0.1 + FLUSH_S)
+    assert user._transport.aborted.is_set()  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("_switching")
+def test_tunnel_is_opened_or_refused_when_the_open_comes_at_the_last_moment() -> None:
+    """Never both, and never neither."""
+    for _ in range(ROUNDS):
+        bench = Bench()
+        user, client = bench.user(), bench.client()
+        now = time.monotonic() + Config().handshake_timeout_s
+        user._transport.heard_at = now  # type: ignore[misc]
+        together(lambda: say(user, {**RESUME, "type": "open"}), lambda: user.tick(now))  # noqa: B023
+        user.tick(now + 0.1)
+        seen = kinds(client.outbox), kinds(user.outbox)
+        assert seen in ((["open"], []), ([], ["refused", CLOSE_NORMAL]))
+
+
+@pytest.mark.usefixtures("_switching")
+def test_held_resume_keeps_its_deadline_when_it_comes_at_the_last_moment() -> None:
+    """The timer that looks for the first message must not take the other deadline away."""
+    for _ in range(ROUNDS):
+        bench = Bench()
+        user = bench.user()
+        now = time.monotonic() + Config().handshake_timeout_s
+        user._transport.heard_at = now  # type: ignore[misc]
+        together(lambda: say(user, RESUME), lambda: user.tick(now))  # noqa: B023
+        later = now + held.HELD_RESUME_S + 1
+        for _ in range(2):
+            user.tick(later)
+        assert kinds(user.outbox) == ["refused", CLOSE_NORMAL]
+
+
+REVOKED = ("revoked", "the access was revoked")
+# Who ends the leg from another thread -> what the user reads.
+ENDERS: dict[str, tuple[Callable[[UserLeg], None], list[Any]]] = {
+    "revoked": (lambda user: user.revoke(*REVOKED), ["refused"]),
+    "replaced": (lambda user: user.replace(), []),
+}
+
+
+@pytest.mark.parametrize("kind", ["open", "resume"])
+@pytest.mark.parametrize("case", ENDERS)
+def test_nothing_is_opened_when_the_leg_ends_as_its_first_message_is_read(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, case: str, kind: str
+) -> None:
+    """The reader has the message already, and finds out where it would act on it."""
+    end, answers = ENDERS[case]
+    user, client = bench.user(), bench.client()
+
+    def parse_late(*args: Any, **options: Any) -> dict[str, Any]:
+        end(user)
+        return parse_control(*args, **options)
+
+    monkeypatch.setattr("server.user_leg.parse_control", parse_late)
+    say(user, {**RESUME, "type": kind})
+    assert user.tunnel is None
+    assert taken(client.outbox) == []
+    assert kinds(user.outbox) == answers
+    assert bench.held == 0
+    assert user.reason == case
+
+
 # Two at once. Whoever comes first, the `resume` is opened once or never.
 
 
@@ -394,6 +483,22 @@ def test_resume_is_refused_when_it_comes_as_the_server_stops() -> None:
         together(lambda: say(user, RESUME), bench.relay.drain)  # noqa: B023
         assert [m["code"] for m in taken(user.outbox)] == ["server_restart"]
         assert bench.held == 0
+
+
+@pytest.mark.usefixtures("_switching")
+def test_nothing_is_left_when_the_user_is_revoked_as_the_open_comes() -> None:
+    """Refused once, and the client dials for nobody."""
+    for _ in range(ROUNDS):
+        bench = Bench()
+        user, client = bench.user(), bench.client()
+        together(
+            lambda: say(user, {**RESUME, "type": "open"}),  # noqa: B023
+            lambda: user.revoke(*REVOKED),  # noqa: B023
+        )
+        # Where the `open` was queued it was taken back: nobody wrote.
+        assert taken(client.outbox) == []
+        assert not client.channels.tunnels
+        assert [m["code"] for m in taken(user.outbox)] == ["revoked"]
 
 
 @pytest.mark.usefixtures("_switching")

@@ -24,7 +24,13 @@ class FakeTunnel:
     """A tunnel as far as it is counted."""
 
     tunnel_id: str
+    client: str = "gw"
+    is_resume: bool = False
     is_over: bool = False
+
+    @property
+    def place(self) -> tuple[str, str]:
+        return self.client, self.tunnel_id
 
 
 def spend(limits: Limits, count: int, user: str = "u", kind: str = "open") -> int:
@@ -113,9 +119,35 @@ def test_user_is_refused_when_all_their_tunnels_are_open() -> None:
 def test_resume_does_not_count_beside_its_own_tunnel() -> None:
     """The older leg may be dead and not known to be."""
     limits = Limits(Config(tunnels_per_user=2))
+    for name in ("a", "b"):
+        limits.admit("u", FakeTunnel(name))
+    # Twice: neither is in the other's way.
+    for name in ("a", "b", "a"):
+        limits.admit("u", FakeTunnel(name, is_resume=True))
+    for tunnel in (FakeTunnel("c"), FakeTunnel("c", is_resume=True)):
+        with pytest.raises(TunnelRefused):
+            limits.admit("u", tunnel)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        FakeTunnel("a"),
+        FakeTunnel("a", client="other"),
+        FakeTunnel("a", client="other", is_resume=True),
+    ],
+    ids=["an open of that id", "at another client", "a resume at another client"],
+)
+def test_equal_id_makes_no_room_when_it_is_another_tunnel(more: FakeTunnel) -> None:
+    """The id is the user's choice: only the resume of that very tunnel is the same tunnel."""
+    limits = Limits(Config(tunnels_per_user=1))
     limits.admit("u", FakeTunnel("a"))
-    limits.admit("u", FakeTunnel("b"))
-    limits.admit("u", FakeTunnel("b"))
+    with pytest.raises(TunnelRefused):
+        limits.admit("u", more)
+    # Nor does a second one of that id count for nothing once there is room.
+    limits = Limits(Config(tunnels_per_user=2))
+    for tunnel in (FakeTunnel("a"), more):
+        limits.admit("u", tunnel)
     with pytest.raises(TunnelRefused):
         limits.admit("u", FakeTunnel("c"))
 

@@ -19,7 +19,15 @@ from server.pacer import Pacer
 from server.tunnel import Tunnel
 from server.wire import MIN_WINDOW_BYTES
 from tests.support.waiting import eventually
-from tests.unit.server.test_tunnel import CAP, OPEN, RESUME, FakeClientLeg, FakeUserLeg, taken
+from tests.unit.server.test_tunnel import (
+    CAP,
+    OPEN,
+    RESUME,
+    RESUMED,
+    FakeClientLeg,
+    FakeUserLeg,
+    taken,
+)
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -200,24 +208,95 @@ def test_bytes_are_not_slowed_when_they_stay_below_the_rate() -> None:
     assert ends.arrived["up"] == 20 * MIB
 
 
-def test_new_tunnels_are_no_way_around_the_rate() -> None:
-    """Their first credit is a debt of their user."""
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_new_tunnels_are_no_way_around_the_rate(way: str) -> None:
+    """Their first credit is a debt of their user, who may owe a second's worth and no more."""
     bench = Bench(bytes_per_s=RATE)
     for _ in range(100):
         ends = bench.open()
         for _ in range(4):
-            ends.say("down", ENDLESS)
+            ends.say(way, ENDLESS)
         ends.read()
         ends.pass_on()
         ends.tunnel.user_lost()
         bench.run(0.1)
-    # The first credit of each is all that passes: no token is left for more.
-    assert all(ends.arrived["down"] <= FIRST_CREDIT_BYTES for ends in bench.tunnels[10:])
+    total = sum(ends.arrived[way] for ends in bench.tunnels)
+    assert RATE * 9 < total <= RATE * 12
+    # What is owed is soon paid, and then a tunnel has all again.
+    bench.run(2)
     late = bench.open()
-    late.say("down", ENDLESS)
-    late.say("down", ENDLESS)
+    for _ in range(20):
+        late.say(way, ENDLESS)
+    late.read()
+    late.pass_on()
+    assert late.arrived[way] == FIRST_CREDIT_BYTES
     bench.run(5)
-    assert late.arrived["down"] == FIRST_CREDIT_BYTES
+    assert late.arrived[way] > RATE * 5
+
+
+def test_first_credit_is_bounded_when_many_tunnels_begin_at_once() -> None:
+    """Before the pacer has looked once; and each of them gets some later, in its turn."""
+    bench = Bench(bytes_per_s=RATE)
+    for _ in range(100):
+        ends = bench.open()
+        for way in ("up", "down"):
+            ends.say(way, b"x" * 4096)
+    first = [ends.tunnel.down.limit for ends in bench.tunnels]
+    assert sum(first) == 2 * RATE
+    assert first[:3] == [FIRST_CREDIT_BYTES] * 3
+    assert set(first[4:]) == {0}
+    assert sum(ends.tunnel.up.limit for ends in bench.tunnels) == 2 * RATE
+    bench.run(10)
+    assert all(ends.arrived == {"up": 4096, "down": 4096} for ends in bench.tunnels)
+
+
+def test_login_is_quick_when_its_user_keeps_to_the_rate() -> None:
+    """One after the other, while a download takes all there is: each begins with a message."""
+    bench = Bench(bytes_per_s=RATE)
+    bulk = bench.open()
+    for _ in range(100):
+        bulk.say("down", ENDLESS)
+    bench.run(3)
+    for _ in range(10):
+        login = bench.open()
+        assert (login.tunnel.up.limit, login.tunnel.down.limit) == (FIRST_CREDIT_BYTES,) * 2
+        login.say("down", b"x" * 4000)
+        login.read()
+        login.pass_on()
+        assert login.arrived["down"] == 4000
+        login.tunnel.user_lost()
+        bench.run(0.1)
+
+
+def test_credit_is_given_back_when_the_client_refuses() -> None:
+    """What a tunnel has borrowed that never was, it has not used."""
+    bench = Bench(bytes_per_s=RATE)
+    for _ in range(10):
+        tunnel, _, user_leg = unanswered(bench, OPEN)
+        assert tunnel.down.limit == FIRST_CREDIT_BYTES
+        tunnel.on_client_control({"type": "refused", "code": "target_refused", "message": ""})
+        assert [m["type"] for m in taken(user_leg.outbox)] == ["refused"]
+        bench.run(0.05)
+    assert not bench.guard.pacer._meters
+
+
+def test_resume_begins_where_the_end_stands_when_its_user_owes_too_much() -> None:
+    """No credit at all, at either end; and more later, by an ack."""
+    bench = Bench(bytes_per_s=RATE)
+    for _ in range(10):
+        bench.open()
+    control = {**RESUME, "limit": 300_000}
+    tunnel, client_leg, user_leg = unanswered(bench, control)
+    assert tunnel.down.limit == RESUME["received"]
+    tunnel.on_client_control(dict(RESUMED))
+    (resumed,) = taken(user_leg.outbox)
+    assert resumed["limit"] == RESUMED["received"]
+    bench.clock.now += 20
+    bench.guard.pacer.look()
+    for outbox, stands in ((client_leg.outbox, RESUME), (user_leg.outbox, RESUMED)):
+        (ack,) = taken(outbox)
+        assert (ack["type"], ack["delivered"]) == ("ack", stands["delivered"])
+        assert ack["limit"] > stands["received"]
 
 
 def test_credit_that_was_not_used_is_given_back() -> None:
@@ -261,6 +340,7 @@ def test_pacer_keeps_nothing_of_tunnels_that_ended() -> None:
     bench.run(2)
     assert not bench.guard.pacer._entries
     assert not bench.guard.pacer._meters
+    assert len(bench.guard.pacer._purses) == 0
     assert len(bench.guard.pacer._ages) == 50
 
 
@@ -352,6 +432,62 @@ def test_age_goes_on_when_a_tunnel_is_resumed() -> None:
     assert not tunnel.is_over
     bench.run(2, 0.5)
     assert tunnel.is_over
+
+
+def unanswered(bench: Bench, control: dict[str, Any]) -> tuple[Tunnel, FakeClientLeg, FakeUserLeg]:
+    """A tunnel whose client says nothing, but has read that it is asked."""
+    client_leg, user_leg = FakeClientLeg(), FakeUserLeg()
+    record = TunnelRecord(bench.guard, control, "u", "addr")
+    tunnel = Tunnel(client_leg, user_leg, control, "u", "*", record=record)
+    with client_leg.channels.lock:
+        tunnel.assign_locked(CAP)
+    return tunnel, client_leg, user_leg
+
+
+@pytest.mark.parametrize("code", ["idle_timeout", "max_age"])
+@pytest.mark.parametrize("first", [OPEN, RESUME], ids=["open", "resume"])
+def test_tunnel_ends_when_its_client_never_answers(code: str, first: dict[str, Any]) -> None:
+    """The user is refused with the code; a client's tunnel that may live is not reset."""
+    bench = Bench(**{f"{code}_s": 60})
+    tunnel, client_leg, user_leg = unanswered(bench, first)
+    bench.run(59, 0.5)
+    assert not tunnel.is_over
+    bench.run(2, 0.5)
+    assert tunnel.is_over
+    (refused,) = taken(user_leg.outbox)
+    assert (refused["type"], refused["code"]) == ("refused", code)
+    assert [end["type"] for end in taken(client_leg.outbox)] == (
+        ["reset"] if first is OPEN else ["detached"]
+    )
+    assert not bench.guard.pacer._ages
+
+
+def test_age_counts_from_the_open_when_the_client_takes_its_time() -> None:
+    """The wait for the answer is part of it; idle it is from the answer on."""
+    bench = Bench(idle_timeout_s=60, max_age_s=100)
+    tunnel, _, _ = unanswered(bench, OPEN)
+    bench.run(50, 0.5)
+    tunnel.on_client_control({"type": "opened", "limit": MIN_WINDOW_BYTES, "grace_s": 0})
+    bench.run(49, 0.5)
+    assert not tunnel.is_over
+    bench.run(2, 0.5)
+    assert tunnel.is_over
+    assert list(bench.guard.pacer._ages.values()) == [1000.5]
+
+
+def test_resume_of_an_old_tunnel_is_judged_when_the_client_has_accepted_it() -> None:
+    """Before that it could not be reset, and would be kept for its grace."""
+    bench = Bench(max_age_s=100)
+    bench.open()
+    bench.run(80, 0.5)
+    bench.tunnels[0].tunnel.user_lost()
+    bench.run(40, 0.5)
+    tunnel, client_leg, _ = unanswered(bench, {**RESUME, "tunnel_id": f"{0:032x}"})
+    bench.run(10, 0.5)
+    assert not tunnel.is_over
+    tunnel.on_client_control(dict(RESUMED))
+    bench.run(1, 0.5)
+    assert [end["code"] for end in taken(client_leg.outbox)] == ["max_age"]
 
 
 def test_thread_runs_only_when_a_limit_needs_it() -> None:
