@@ -15,6 +15,8 @@ DEFAULT_TRUSTED_PROXIES = "127.0.0.0/8,::1,unix"
 UNIX = "unix"
 # The smallest part of IPv6 that is given to one customer: who has one has all of it.
 _IPV6_PREFIX = 64
+# What IPv4 addresses are mapped into: ::ffff:0:0/96.
+_MAPPED_PREFIX = 96
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -41,11 +43,22 @@ def parse_networks(text: str) -> Networks:
         if word == UNIX:
             has_unix = True
             continue
-        try:
-            networks.append(ipaddress.ip_network(word))
-        except ValueError as exc:
-            raise ValueError(str(exc)) from None
+        if "%" in word:
+            raise ValueError(
+                f"{word!r} has a scope (%), and a peer with one is never trusted; let the proxy "
+                "come from another address"
+            )
+        networks.append(_fold(ipaddress.ip_network(word)))
     return Networks(tuple(networks), has_unix)
+
+
+def _fold(network: Network) -> Network:
+    """Return a network of mapped IPv4 addresses as one of IPv4, as _parse() does addresses."""
+    if isinstance(network, ipaddress.IPv6Network):
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None and network.prefixlen >= _MAPPED_PREFIX:
+            return ipaddress.IPv4Network((mapped, network.prefixlen - _MAPPED_PREFIX))
+    return network
 
 
 def _parse(text: str) -> Address | None:

@@ -55,6 +55,11 @@ def inside(text: str) -> Networks:
         # One address in two forms is one address.
         ("::ffff:127.0.0.1", "::ffff:203.0.113.7", DEFAULT, "203.0.113.7"),
         ("::ffff:203.0.113.7", "198.51.100.1", DEFAULT, "203.0.113.7"),
+        ("10.1.2.3", "203.0.113.7", inside("::ffff:10.0.0.0/104"), "203.0.113.7"),
+        ("::ffff:10.1.2.3", "203.0.113.7", inside("::ffff:10.1.2.3"), "203.0.113.7"),
+        ("11.1.2.3", "203.0.113.7", inside("::ffff:10.0.0.0/104"), "11.1.2.3"),
+        ("2001:db8::1", "203.0.113.7", inside("::ffff:0:0/96"), "2001:db8::1"),
+        ("10.1.2.3", "203.0.113.7", inside("::/0"), "10.1.2.3"),
     ],
 )
 def test_source_is_the_first_address_from_the_right_that_is_no_trusted_proxy(
@@ -68,6 +73,13 @@ def test_source_is_the_first_address_from_the_right_that_is_no_trusted_proxy(
 def test_networks_are_refused_when_one_is_none(text: str) -> None:
     """A typo must not open the door, nor be silently without effect."""
     with pytest.raises(ValueError, match=r"\w"):
+        parse_networks(f"127.0.0.1, {text}")
+
+
+@pytest.mark.parametrize("text", ["fe80::1%eth0", "fe80::%1/64"])
+def test_networks_are_refused_when_one_has_a_scope(text: str) -> None:
+    """It would never match: a peer's address with a scope is not taken for one."""
+    with pytest.raises(ValueError, match=f"'{text}' has a scope.*another address"):
         parse_networks(f"127.0.0.1, {text}")
 
 
