@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from server.addresses import DEFAULT_TRUSTED_PROXIES, parse_networks
+from server.audit import why_not_writable
 from server.errors import ConfigError
 from server.wire import (
     DEFAULT_MAX_WINDOW_BYTES,
@@ -254,17 +255,12 @@ class Config:
                 f"{TRUSTED_PROXIES_VARIABLE} (--trusted-proxies): {exc}; write addresses and "
                 "networks in CIDR form, with commas, and `unix` for a socket file"
             ) from None
-        self._check_audit_log()
-
-    def _check_audit_log(self) -> None:
-        path = self.audit_log
-        if path in ("", "-"):
-            return
-        folder = os.path.dirname(os.path.abspath(path))
-        if os.path.isdir(path) or not os.path.isdir(folder):
+        problem = why_not_writable(self.audit_log)
+        if problem is not None:
             raise ConfigError(
-                f"{AUDIT_LOG_VARIABLE} (--audit-log): {path} must be a file in a folder that is "
-                "there; or - for stdout"
+                f"{AUDIT_LOG_VARIABLE} (--audit-log): {self.audit_log} cannot be written "
+                f"({problem}); name a file that the server's user may write, in a folder where it "
+                "may make files, or - for stdout"
             )
 
 

@@ -171,6 +171,10 @@ def test_command_serves_when_it_is_run_as_a_module(tmp_path: Path) -> None:
         (["--threads", "1"], "--threads is 1"),
         (["--ping-interval", "x"], "--ping-interval"),
         (["--port", "70000"], "--port"),
+        (
+            ["--audit-log", "/proc/audit.jsonl"],
+            "(--audit-log): /proc/audit.jsonl cannot be written",
+        ),
     ],
 )
 def test_command_ends_with_exit_2_when_a_flag_is_wrong(

@@ -1,8 +1,11 @@
 """The audit log: never in anybody's way, and honest about what it lost."""
 
+import errno
 import json
 import os
 import re
+import select
+import socket
 import stat
 import threading
 import time
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 
 from server import audit
-from server.audit import AuditLog
+from server.audit import AuditLog, why_not_writable
 from tests.support.waiting import eventually
 
 
@@ -34,6 +37,70 @@ def running(path: Path | str, max_waiting: int = 100) -> Iterator[AuditLog]:
     finally:
         log.stop()
         log.join(5)
+
+
+@pytest.mark.parametrize("kind", ["new", "file", "fifo", "read fifo", "/dev/full", "-", "", "link"])
+def test_start_is_not_held_up_when_the_log_can_be_written_or_may_be_later(
+    tmp_path: Path, kind: str
+) -> None:
+    """No wait, nothing written, nothing left behind; who reads a FIFO is not told of an end."""
+    path = tmp_path / "audit.jsonl"
+    if kind == "file":
+        path.write_text("old\n")
+    elif kind == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    elif kind.endswith("fifo"):
+        os.mkfifo(path)
+    before = list(tmp_path.iterdir())
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if kind == "read fifo" else None
+    assert why_not_writable(kind if kind[:1] in ("/", "-", "") else str(path)) is None
+    assert list(tmp_path.iterdir()) == before
+    if kind == "file":
+        assert path.read_text() == "old\n"
+    if reader is not None:
+        poll = select.poll()
+        poll.register(reader, select.POLLIN)
+        assert poll.poll(0) == []
+        os.close(reader)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_start_is_refused_when_the_system_does_not_let_us_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_there: bool
+) -> None:
+    """A file of somebody else, a folder of somebody else, a disk that is read-only."""
+    path = tmp_path / "audit.jsonl"
+    if is_there:
+        path.touch()
+
+    def refuse(*_args: Any, **_options: Any) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert why_not_writable(str(path)) == os.strerror(number)
+
+
+def test_start_goes_on_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that cannot be made now can be made when there is room."""
+
+    def refuse(*_args: Any, **_options: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert why_not_writable(str(tmp_path / "audit.jsonl")) is None
+
+
+def test_start_is_refused_when_the_log_is_no_file(tmp_path: Path) -> None:
+    """A folder, a socket, a folder that is not there, one in which nobody makes files."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    for path in (tmp_path, tmp_path / "socket"):
+        assert why_not_writable(str(path)) == "not a file"
+    for path in (tmp_path / "none" / "audit.jsonl", Path("/proc/audit.jsonl")):
+        assert why_not_writable(str(path)) is not None
 
 
 def events(path: Path) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ def test_environment_wins_over_defaults() -> None:
         ("HTTP_NETWORK_RELAY_TRUSTED_PROXIES", "10.0.0.1/8"),
         ("HTTP_NETWORK_RELAY_AUDIT_LOG", "/"),
         ("HTTP_NETWORK_RELAY_AUDIT_LOG", "/no-such-folder/audit.jsonl"),
+        ("HTTP_NETWORK_RELAY_AUDIT_LOG", "/proc/audit.jsonl"),
         ("HTTP_NETWORK_RELAY_HANDSHAKE_TIMEOUT", "0"),
         ("HTTP_NETWORK_RELAY_BYTES_PER_SECOND", "16383"),
         ("HTTP_NETWORK_RELAY_TUNNELS_PER_USER", "2.5"),
