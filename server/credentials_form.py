@@ -1,7 +1,8 @@
 """What may stand in the credentials file (docs/access.md). No I/O.
 
 A content is in force as it stands or is refused whole, with the line and the mend: what
-would have no effect is an error, never ignored. No message quotes a secret.
+would have no effect is an error, never ignored. No message quotes a secret, nor a name whose value
+has the wrong shape: the secret may stand in the place of the name. The line tells which it is.
 `credentials.schema.json` beside this file says the same of the form, for editors.
 """
 
@@ -23,7 +24,7 @@ from server.credentials import (
     utc_today,
 )
 from server.errors import ConfigError
-from server.positions import JsonError, Node, parse_json, quoted
+from server.positions import JsonError, Node, parse_json
 from server.rules import AccessRule, RuleError
 from server.wire import NAME_PATTERN, is_secret, matches
 
@@ -114,6 +115,8 @@ class _Form:
         self._check_name("client", name, line)
         if isinstance(node.value, dict):
             return self._entry("client", name, node, ("secrets", "expires"))
+        if not isinstance(node.value, str):
+            self._fail(node.line, f"the secret of this client is not a string; {_NEW_SECRET}")
         owner = _Owner("client", name, f"the secret of client {name}", is_seed=True)
         return Entry(name, (self._secret(owner, node),))
 
@@ -135,8 +138,8 @@ class _Form:
             if not isinstance(node.value, dict):
                 self._fail(
                     node.line,
-                    f"proxy user {name} must be an object; write "
-                    '{"secrets": ["TOKEN"], "allow": ["*:*:*"]}',
+                    "a proxy user must be an object behind a name; write "
+                    '"NAME": {"secrets": ["TOKEN"], "allow": ["*:*:*"]}',
                 )
             entries.append(self._entry("user", name, node, ("secrets", "allow", "expires")))
         return entries
@@ -145,20 +148,20 @@ class _Form:
         if not matches(NAME_PATTERN, name):
             self._fail(
                 line,
-                f"the {what} name {quoted(name)} must be 1 to 128 printable ASCII characters "
-                "without spaces and colons; rename it",
+                f"the name of this {what} must be 1 to 128 printable ASCII characters without "
+                "spaces and colons; rename it",
             )
 
     def _entry(self, kind: Kind, name: str, node: Node, known: tuple[str, ...]) -> Entry:
-        about = f"client {name}" if kind == "client" else f"proxy user {name}"
+        what = "client" if kind == "client" else "proxy user"
+        about, nameless = f"{what} {name}", f"this {what}"
         for key, line in node.keys.items():
             if key not in known:
                 # Not quoted: it may be a secret in the wrong place.
                 listed = ", ".join(f'"{each}"' for each in known)
-                self._fail(line, f"{about} has an unknown key; it may have {listed}")
-        secrets = self._list(
-            about, node, "secrets", "list at least one, or remove the entry: nobody could log in"
-        )
+                self._fail(line, f"{nameless} has an unknown key; it may have {listed}")
+        mend = "list at least one, or remove the entry: nobody could log in"
+        secrets = self._list(nameless, node, "secrets", mend)
         digests = []
         for number, each in enumerate(secrets, 1):
             place = f"secret number {number} of {about}"

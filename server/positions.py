@@ -9,13 +9,11 @@ from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-# Longer than any name that is taken: the rest of a file must not fill the log.
-_QUOTED_CHARS = 150
 _WORD = re.compile(r"-?[0-9][0-9.eE+-]*|true|false|null")
 
 
 class JsonError(ValueError):
-    """What is no JSON, or has a key twice; `line` counts from 1. Quotes no value."""
+    """What is no JSON, or has a key twice; `line` counts from 1. Quotes nothing."""
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
@@ -63,11 +61,6 @@ def parse_json(content: bytes) -> Node:
         raise JsonError("not JSON of ours: too deeply nested", 1) from None
 
 
-def quoted(name: str) -> str:
-    """Return a name of the file for a message: on one line, and shortened."""
-    return repr(name if len(name) <= _QUOTED_CHARS else f"{name[:_QUOTED_CHARS]}...")
-
-
 def _skip(text: str, at: int) -> int:
     found = _SPACE.match(text, at)
     return found.end() if found else at
@@ -109,7 +102,7 @@ class _Walk:
             key_line = self._line_at(at)
             key, at = scanstring(text, at + 1)
             if key in found:
-                raise JsonError(f"the name {quoted(key)} stands twice; remove one", key_line)
+                raise JsonError("a name stands here for the second time; remove one", key_line)
             keys[key] = key_line
             # Over the colon, and after the value over the comma.
             found[key], at = self.value(_skip(text, _skip(text, at) + 1))

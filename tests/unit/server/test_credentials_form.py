@@ -96,15 +96,45 @@ BAD: dict[str, tuple[Any, str, bool]] = {
     "secrets missing": (with_user(secrets=None), 'no list "secrets"', True),
     "secrets empty": (with_user(secrets=[]), 'no list "secrets"', True),
     "secrets a string": (with_user(secrets="hush"), 'no list "secrets"', True),
-    "client null": (with_client(None), "empty or not a string", True),
-    "client a list": (with_client(["hush"]), "empty or not a string", True),
+    "client null": (with_client(None), "not a string", True),
+    "client a list": (with_client(["hush"]), "not a string", True),
     "client an empty object": (with_client({}), 'no list "secrets"', True),
     "user a string": (
         {"clients": {}, "proxy_users": {"ops": "hush"}},
-        "ops must be an object",
+        "must be an object behind a name",
         True,
     ),
     "user name bad": ({"clients": {}, "proxy_users": {"a b": {}}}, "rename it", True),
+    "token as a user's name": (
+        {"clients": {}, "proxy_users": {"hush": ["*:*:*"]}},
+        "must be an object behind a name",
+        True,
+    ),
+    "token as the name of an empty user": (
+        {"clients": {}, "proxy_users": {"hush": {}}},
+        'no list "secrets"',
+        True,
+    ),
+    "token as the name of rules": (
+        {"clients": {}, "proxy_users": {"hush": {"allow": ["*:*:*"]}}},
+        'no list "secrets"',
+        True,
+    ),
+    "token as the name of an unknown key": (
+        {"clients": {}, "proxy_users": {"hush": {"name": "ops", "allow": ["*:*:*"]}}},
+        "unknown key",
+        True,
+    ),
+    "token with a colon as a user's name": (
+        {"clients": {}, "proxy_users": {"hush:hush": {"secrets": ["t"], "allow": ["*:*:*"]}}},
+        "rename it",
+        True,
+    ),
+    "secret as a client's name": (
+        {"clients": {"hush": ["lab-1"]}, "proxy_users": []},
+        "the secret of this client is not a string",
+        True,
+    ),
     "token list with an object": (
         {"clients": {}, "proxy_users": [{"secrets": ["hush"]}]},
         "number 1",
@@ -192,6 +222,13 @@ def test_bad_file_is_refused_with_line_and_mend_and_by_the_schema(case: str) -> 
     assert "hush" not in message
     assert "\n" not in message
     assert VALIDATOR.is_valid(content) is not schema_can_tell
+
+
+def test_name_that_stands_twice_is_told_by_its_line_alone() -> None:
+    """It may be a token, too."""
+    with pytest.raises(CredentialsError, match=r"line 2: .*second time") as caught:
+        parse('{"clients": {}, "proxy_users": {"hush": ["*:*:*"],\n"hush": ["*:*:*"]}}')
+    assert "hush" not in str(caught.value)
 
 
 def test_schema_is_one() -> None:

@@ -117,16 +117,16 @@ def test_lines_are_those_on_which_the_values_stand(value: Any) -> None:
 
 def test_name_that_stands_twice_is_an_error_with_the_second_line() -> None:
     """The standard library would take the last and be silent."""
-    with pytest.raises(JsonError, match="'a' stands twice") as caught:
+    with pytest.raises(JsonError, match="for the second time") as caught:
         parse_json(b'{"a": 1,\n"b": {"a": 2},\n\n"a": 3}')
     assert caught.value.line == 4
 
 
-def test_name_that_is_long_is_shortened_in_the_message() -> None:
-    """A file of the wrong kind must not fill the log with one line."""
+def test_name_that_stands_twice_is_not_quoted() -> None:
+    """It may be a secret, or a file of the wrong kind that would fill the log with one line."""
     with pytest.raises(JsonError) as caught:
-        parse_json(b'{"%s": 1, "%s": 2}' % (b"x" * 9000, b"x" * 9000))
-    assert len(str(caught.value)) < 300
+        parse_json(b'{"%s": 1, "%s": 2}' % (b"xyz" * 3000, b"xyz" * 3000))
+    assert "xyz" not in str(caught.value)
 
 
 def test_byte_order_mark_and_spaces_around_are_no_error() -> None:
