@@ -103,6 +103,8 @@ class World:
     seed: Server
     p: EchoTarget
     q: EchoTarget
+    # By name, those of the first server.
+    clients: dict[str, Proc]
 
     def port(self, name: str) -> int:
         return {"P": self.p, "Q": self.q}[name].port
@@ -123,6 +125,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             allow = [rule.replace("P", str(p.port)).replace("Q", str(q.port)) for rule in rules]
             users[name] = {"secrets": [TOKENS[name]], "allow": allow}
         servers = []
+        clients: dict[str, Proc] = {}
         for proxy_users in (users, [TOKEN]):
             folder = tmp_path_factory.mktemp("server")
             credentials = {"clients": SECRETS, "proxy_users": proxy_users}
@@ -131,8 +134,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             for name, secret in SECRETS.items():
                 args = ["--allow", f"127.0.0.1:{p.port}"] if name == "tied" else []
                 client = start_client(server.url, name=name, secret=secret, args=args)
-                stack.enter_context(client)
-        yield World(*servers, p, q)
+                clients.setdefault(name, stack.enter_context(client))
+        yield World(*servers, p, q, clients)
 
 
 def ask(server: Server, token: str, kind: str, **opening: Any) -> dict[str, Any]:
@@ -225,6 +228,15 @@ def test_proxy_command_ends_with_one_line_when_refused(
     assert (finished.status, finished.stdout) == (exit_code, b"")
     assert len(finished.lines) == 1
     assert words in finished.lines[0]
+
+
+def test_client_says_what_it_dials_when_it_starts(world: World) -> None:
+    """Its rules; or, without any, a warning that it dials whatever the server asks for."""
+    free, tied = world.clients["free"], world.clients["tied"]
+    tied.wait_for_line(f" INFO dials allow=127.0.0.1:{world.p.port}")
+    assert "whatever the server asks for" not in tied.text
+    free.wait_for_line(" WARNING dials whatever the server asks for: --allow limits it")
+    assert "dials allow=" not in free.text
 
 
 # What is taken away.
