@@ -45,7 +45,7 @@ def parse_networks(text: str) -> Networks:
             continue
         if "%" in word:
             raise ValueError(
-                f"{word} has a scope (%), and a peer with one is never trusted; let the proxy "
+                f"{word!r} has a scope (%), and a peer with one is never trusted; let the proxy "
                 "come from another address"
             )
         networks.append(_fold(ipaddress.ip_network(word)))

@@ -121,6 +121,8 @@ class _Form:
         self._check_name("client", name, line)
         if isinstance(node.value, dict):
             return self._entry("client", name, node, ("secrets", "expires"))
+        if not isinstance(node.value, str):
+            self._fail(node.line, f"the secret of this client is not a string; {_NEW_SECRET}")
         owner = _Owner("client", name, f"the secret of client {name}", is_seed=True)
         return Entry(name, (self._secret(owner, node),))
 

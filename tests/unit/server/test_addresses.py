@@ -79,7 +79,7 @@ def test_networks_are_refused_when_one_is_none(text: str) -> None:
 @pytest.mark.parametrize("text", ["fe80::1%eth0", "fe80::%1/64"])
 def test_networks_are_refused_when_one_has_a_scope(text: str) -> None:
     """It would never match: a peer's address with a scope is not taken for one."""
-    with pytest.raises(ValueError, match=f"{text} has a scope.*another address"):
+    with pytest.raises(ValueError, match=f"'{text}' has a scope.*another address"):
         parse_networks(f"127.0.0.1, {text}")
 
 

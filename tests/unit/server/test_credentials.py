@@ -68,7 +68,7 @@ BAD = {
     "clients a list": ({"clients": [], "proxy_users": []}, '"clients"'),
     "users a string": ({"clients": {}, "proxy_users": "hush"}, '"proxy_users"'),
     "secret empty": ({"clients": {"gw": ""}, "proxy_users": []}, "client gw"),
-    "secret a number": ({"clients": {"gw": 5}, "proxy_users": []}, "client gw"),
+    "secret a number": ({"clients": {"gw": 5}, "proxy_users": []}, "this client is not a string"),
     "secret with a space": ({"clients": {"gw": "hush hush"}, "proxy_users": []}, "client gw"),
     "secret not ASCII": ({"clients": {"gw": "hüsh"}, "proxy_users": []}, "client gw"),
     "secret with a newline": ({"clients": {"gw": "hush\n"}, "proxy_users": []}, "client gw"),
@@ -79,9 +79,12 @@ BAD = {
         {"clients": {}, "proxy_users": ["hush", "b", "hush"]},
         "number 1 and proxy user token number 3",
     ),
-    "name with a colon": ({"clients": {"a:b": "hush"}, "proxy_users": []}, "'a:b'"),
-    "name empty": ({"clients": {"": "hush"}, "proxy_users": []}, "client name ''"),
-    "name twice": ('{"clients": {"gw": "hush", "gw": "hush"}, "proxy_users": []}', "'gw'"),
+    "name with a colon": ({"clients": {"a:b": "hush"}, "proxy_users": []}, "name of this client"),
+    "name empty": ({"clients": {"": "hush"}, "proxy_users": []}, "name of this client"),
+    "name twice": (
+        '{"clients": {"gw": "hush", "gw": "hush"}, "proxy_users": []}',
+        "line 1: a name",
+    ),
 }
 
 
