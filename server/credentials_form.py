@@ -65,12 +65,6 @@ class _Owner(NamedTuple):
     place: str
     is_seed: bool
 
-    @property
-    def shape_place(self) -> str:
-        """The place while the secret may be no secret at all, and so the name none."""
-        is_bare = self.is_seed and self.kind == "client"
-        return "the secret of this client" if is_bare else self.place
-
 
 class _Form:
     """One reading of one file, top down; the first fault ends it."""
@@ -204,7 +198,7 @@ class _Form:
     # Secrets.
 
     def _secret(self, owner: _Owner, node: Node) -> bytes:
-        text, place = node.value, owner.shape_place
+        text, place = node.value, owner.place
         if not isinstance(text, str) or not text:
             self._fail(node.line, f"{place} is empty or not a string; {_NEW_SECRET}")
         if not is_secret(text):
@@ -227,7 +221,7 @@ class _Form:
             if not is_allowed:
                 self._fail(
                     node.line,
-                    f"{other.place} and {owner.place} are equal; give each its own, or remove one",
+                    f"{other.place} and {place} are equal; give each its own, or remove one",
                 )
         owners.append(owner)
         return digest
