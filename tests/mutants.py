@@ -628,6 +628,15 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     Mutant(
+        "resume: the loss of the client's own leg ends no tunnel",
+        "client/tunnels.py",
+        "MAX_DETACHED = 256\n",
+        "MAX_DETACHED = 128\n",
+        (
+            "tests/integration/client/test_resume.py::test_all_of_200_tunnels_go_on_when_the_leg_of_the_client_is_lost",
+        ),
+    ),
+    Mutant(
         "resume: nobody without the token ends a tunnel",
         "server/tunnel.py",
         '        self._is_unproven = self._kind == "resume"',
