@@ -562,6 +562,20 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/unit/server/test_timer.py",),
     ),
     Mutant(
+        "7: a machine that slept knows it",
+        "client/timer.py",
+        "            slept = time.time() - planned > _SLEPT_S\n",
+        "            slept = False\n",
+        ("tests/unit/client/test_timer.py",),
+    ),
+    Mutant(
+        "7: and knows it soon",
+        "client/timer.py",
+        "_LONGEST_WAIT_S = 2.0\n",
+        "_LONGEST_WAIT_S = 3600.0\n",
+        ("tests/unit/client/test_timer.py",),
+    ),
+    Mutant(
         "resume: only the newest channel is heard",
         "client/tunnel_end.py",
         "if link is not self._link or self._ended is not None:",
