@@ -685,6 +685,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/integration/client/test_agent.py",),
     ),
     Mutant(
+        "resume: the next leg is up before the old one is ended",
+        "server/relay.py",
+        "SPREAD_MS_PER_LEG = 3\n",
+        "SPREAD_MS_PER_LEG = 10\n",
+        ("tests/unit/server/test_relay.py",),
+    ),
+    Mutant(
         "resume: it takes its old leg's slot over",
         "server/registry.py",
         "            if not olds:\n                self._check_room_locked()",

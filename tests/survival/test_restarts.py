@@ -25,7 +25,7 @@ from tests.support.processes import (
 )
 from tests.support.targets import pseudo_random
 from tests.support.waiting import eventually
-from tests.survival.fleet import FleetSize, check_fleet_returns
+from tests.survival.fleet import FleetSize, Restart, check_fleet_returns
 
 RESTARTS = 20
 FILE_BYTES = 200_000_000
@@ -187,9 +187,10 @@ def test_scp_hardly_pauses_when_the_master_gets_sighup(tmp_path: Path, sshd: Ssh
     assert max(stalls_s) < SIGHUP_STALL_S
 
 
-def test_all_tunnels_come_back_when_the_server_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["kill", "reload"])
+def test_all_tunnels_come_back_when_the_server_is_restarted(tmp_path: Path, how: Restart) -> None:
     """100 tunnels of 10 clients within 10 s, spread so that the server answers all the while."""
-    check_fleet_returns(tmp_path, FleetSize(clients=10, tunnels=100))
+    check_fleet_returns(tmp_path, FleetSize(clients=10, tunnels=100), how)
 
 
 @contextmanager
