@@ -20,10 +20,13 @@ from client.wire import TunnelError
 
 # Two threads each; far above what a server with its default of 64 threads can ask.
 MAX_TUNNELS = 512
-# Tunnels that wait for a resume, and what they keep: users who are lost must not cost a
-# small device its memory. As much as the server grants one leg in a direction.
-MAX_DETACHED = 128
-MAX_DETACHED_BYTES = 64 * 1024 * 1024
+# Tunnels that wait for a resume: users who are lost must not cost a small device its memory, nor
+# take the places of those who come. But the loss of our own leg is nobody's who was on it: as
+# many as a leg carries, with the smallest window each from the server's budget.
+MAX_DETACHED = 256
+# What they keep: that budget, which is 64 MiB each way, and 64 KiB for each: a message that is
+# acked in part is kept whole.
+MAX_DETACHED_BYTES = 144 * 1024 * 1024
 # Tunnels that are over and remembered.
 MAX_REMEMBERED = 512
 

@@ -34,8 +34,9 @@ _log = logging.getLogger(f"{ROOT_NAME}.relay")
 
 # CPython's 5 ms let one busy leg's thread delay a keystroke on another by that much.
 _SWITCH_INTERVAL_S = 0.0005
-# How far apart peers should come back after a restart: a TLS handshake takes some ms.
-_SPREAD_MS_PER_LEG = 10
+# How far apart peers should come back after a restart: about what a TLS handshake and an upgrade
+# take of us. Not more: all of some 150 legs are to have their turn before the worker ends them.
+SPREAD_MS_PER_LEG = 3
 
 
 class Relay:
@@ -270,7 +271,7 @@ class Relay:
         legs = self._legs
         _log.info("relay draining legs=%d", len(legs))
         for leg in legs:
-            leg.going_away(_SPREAD_MS_PER_LEG * len(legs))
+            leg.going_away(SPREAD_MS_PER_LEG * len(legs))
 
     def end(self) -> None:
         """Give all tunnels up, and let each leg flush and close. Does not wait."""

@@ -583,6 +583,20 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/unit/server/test_timer.py",),
     ),
     Mutant(
+        "7: a machine that slept knows it",
+        "client/timer.py",
+        "            slept = time.time() - planned > _SLEPT_S\n",
+        "            slept = False\n",
+        ("tests/unit/client/test_timer.py",),
+    ),
+    Mutant(
+        "7: and knows it soon",
+        "client/timer.py",
+        "_LONGEST_WAIT_S = 2.0\n",
+        "_LONGEST_WAIT_S = 3600.0\n",
+        ("tests/unit/client/test_timer.py",),
+    ),
+    Mutant(
         "resume: only the newest channel is heard",
         "client/tunnel_end.py",
         "if link is not self._link or self._ended is not None:",
@@ -649,6 +663,15 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     Mutant(
+        "resume: the loss of the client's own leg ends no tunnel",
+        "client/tunnels.py",
+        "MAX_DETACHED = 256\n",
+        "MAX_DETACHED = 128\n",
+        (
+            "tests/integration/client/test_resume.py::test_all_of_200_tunnels_go_on_when_the_leg_of_the_client_is_lost",
+        ),
+    ),
+    Mutant(
         "resume: nobody without the token ends a tunnel",
         "server/tunnel.py",
         '        self._is_unproven = self._kind == "resume"',
@@ -681,6 +704,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "            self._note_leg(run)\n            return self._draw",
         "            return self._draw",
         ("tests/integration/client/test_agent.py",),
+    ),
+    Mutant(
+        "resume: the next leg is up before the old one is ended",
+        "server/relay.py",
+        "SPREAD_MS_PER_LEG = 3\n",
+        "SPREAD_MS_PER_LEG = 10\n",
+        ("tests/unit/server/test_relay.py",),
     ),
     Mutant(
         "resume: it takes its old leg's slot over",

@@ -219,12 +219,18 @@ class Terminal:
 
     def wait_for(self, ending: bytes) -> None:
         """Wait until the screen ends so; AssertionError when it does not."""
-        poll = select.poll()
-        poll.register(self._ours, select.POLLIN)
         deadline = time.monotonic() + SHELL_S
         while not self.screen.endswith(ending):
-            assert poll.poll(max(0.0, deadline - time.monotonic()) * 1000), self.screen
-            self.screen += os.read(self._ours, 4096)
+            assert self.look(max(0.0, deadline - time.monotonic())), self.screen
+
+    def look(self, timeout_s: float) -> bool:
+        """Add what is written next to the screen; False if nothing is in `timeout_s`."""
+        poll = select.poll()
+        poll.register(self._ours, select.POLLIN)
+        if not poll.poll(timeout_s * 1000):
+            return False
+        self.screen += os.read(self._ours, 4096)
+        return True
 
     def __enter__(self) -> "Terminal":
         return self

@@ -7,7 +7,7 @@ import pytest
 
 from tests.soak.conftest import setting
 from tests.support.certs import Certs
-from tests.survival.fleet import FleetSize, check_fleet_returns
+from tests.survival.fleet import FleetSize, Restart, check_fleet_returns
 from tests.survival.oracle import Oracle
 from tests.survival.test_oracle import check_every_kind_struck
 
@@ -36,8 +36,9 @@ def test_no_byte_is_lost_when_tls_connections_break_by_the_thousand(
     check_every_kind_struck(result, TLS_HITS)
 
 
-def test_all_tunnels_come_back_when_the_server_of_fifty_clients_is_killed(
-    tmp_path: Path, figure: Callable[[str], None]
+@pytest.mark.parametrize("how", ["kill", "terminate", "reload"])
+def test_all_tunnels_come_back_when_the_server_of_fifty_clients_is_restarted(
+    tmp_path: Path, how: Restart, figure: Callable[[str], None]
 ) -> None:
     """500 tunnels of 50 clients within 10 s, and /healthz answers all the while."""
-    figure(check_fleet_returns(tmp_path, FleetSize(clients=50, tunnels=500)))
+    figure(check_fleet_returns(tmp_path, FleetSize(clients=50, tunnels=500), how))

@@ -16,15 +16,20 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any, Literal
 
+from server.relay import SPREAD_MS_PER_LEG
+from tests.e2e.flows import lines_since
 from tests.support.ports import free_port
 from tests.support.processes import (
     TOKEN,
     Pipes,
+    Server,
     child_environment,
     proxy_env,
     start_server,
@@ -37,7 +42,12 @@ READY_S = 120.0
 RETURN_S = 10.0
 # A server that is overrun by all at once would not answer anybody.
 HEALTH_S = 3.0
-_LEG_UP = re.compile(r"^(\S+ \S+?),(\d+) INFO leg up user=")
+_LEG_UP = re.compile(r"^(\S+ \S+?),(\d+) INFO leg up ")
+# The old worker lost the user's leg, which the user gave up for another, and did not end it.
+_TUNNEL_KEPT = re.compile(r"tunnel closed reason=(user_lost|superseded)")
+_USER_LEG_UP = re.compile("INFO leg up user=")
+# kill -9 and SIGTERM, with a new start; SIGHUP to the master.
+Restart = Literal["kill", "terminate", "reload"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,8 @@ class FleetSize:
     tunnels: int
 
 
-def check_fleet_returns(folder: Path, size: FleetSize) -> str:
-    """kill -9, a new server: every tunnel echoes again. Returns a line of figures."""
+def check_fleet_returns(folder: Path, size: FleetSize, how: Restart) -> str:
+    """A new server, or a new worker: every tunnel echoes again. Returns a line of figures."""
     secrets = {f"device-{number}": f"cs-{number:04d}-{'x' * 24}" for number in range(size.clients)}
     port = free_port()
     options = {
@@ -68,34 +78,81 @@ def check_fleet_returns(folder: Path, size: FleetSize) -> str:
             with Pipes(users, env=proxy_env()) as commands:
                 _ask(commands, "echo 1", READY_S)
                 opened_s = time.monotonic() - begun
-                server.kill()
-                server.wait()
-                # They are all back from their first tries, and wait.
-                with start_server(folder, **options) as server:
+                with restarted(server, how, folder, options) as server:
+                    mark = server.line_count if how == "reload" else 0
                     up_at = time.monotonic()
-                    with Health(server.health) as health:
-                        first_s, last_s = _ask(commands, "echo 2", READY_S)
+                    with Health(server.health, may_refuse=how == "reload") as health:
+                        if how == "reload":
+                            server.signal(signal.SIGHUP)
+                        stall_s = _echo_until_back(commands, server, mark, size.tunnels)
                     back_s = time.monotonic() - up_at
-                    arrivals = _arrivals(server.lines)
+                    lines = lines_since(server, mark)
+                    arrivals = _arrivals(lines)
+                    kept = sum(bool(_TUNNEL_KEPT.search(line)) for line in lines)
                     assert _ask(commands, "end", READY_S)[0] == 0, commands.text
                     assert "Traceback" not in server.text + agents.text + commands.text
+    most = most_at_once(how, size.clients + size.tunnels)
     line = (
-        f"{size.tunnels} tunnels of {size.clients} clients: opened in {opened_s:.1f} s; the first"
-        f" was back {first_s:.2f} s and the last {last_s:.2f} s after the question, {back_s:.2f} s"
-        f" after the server was up; at most {max(arrivals, default=0)} legs in 100 ms;"
+        f"{how}, {size.tunnels} tunnels of {size.clients} clients: opened in {opened_s:.1f} s; all"
+        f" back {back_s:.2f} s after the server was up; the longest wait for an echo {stall_s:.2f}"
+        f" s; at most {max(arrivals)} legs in 100 ms, {most} is a herd; {kept} tunnels had"
+        f" another leg before theirs was ended;"
         f" /healthz at worst {health.worst_s * 1000:.0f} ms of {health.count} asked"
     )
     print(line)
     assert back_s <= RETURN_S, line
     assert health.worst_s < HEALTH_S, line
+    assert max(arrivals) < most, line
     return line
 
 
-class Health:
-    """Asks /healthz again and again, in a thread of its own."""
+@contextmanager
+def restarted(
+    server: Server, how: Restart, folder: Path, options: dict[str, Any]
+) -> Iterator[Server]:
+    """The server that they come back to; a reload is still to be asked for."""
+    if how == "reload":
+        yield server
+        return
+    server.signal(signal.SIGTERM) if how == "terminate" else server.kill()
+    server.wait()
+    # They are all back from their first tries, and wait.
+    with start_server(folder, **options) as another:
+        yield another
 
-    def __init__(self, ask: Callable[[], int]) -> None:
+
+def _echo_until_back(commands: Pipes, server: Server, mark: int, tunnels: int) -> float:
+    """Echo until each has a leg of the new server; the longest that a message took."""
+    longest_s, number, count = 0.0, 1, 0
+    deadline = time.monotonic() + READY_S
+    while count < tunnels:
+        assert time.monotonic() < deadline, f"only {count} legs came"
+        number += 1
+        longest_s = max(longest_s, _ask(commands, f"echo {number}", READY_S)[1])
+        count = sum(bool(_USER_LEG_UP.search(line)) for line in lines_since(server, mark))
+    return longest_s
+
+
+def most_at_once(how: Restart, legs: int) -> int:
+    """How many legs in 100 ms would be a herd: four times the deviation more than is promised.
+
+    A reload spreads them by `spread_ms`. After SIGTERM each tries every 100 to 300 ms, so every
+    other one finds the new server in the first 100 ms. After kill -9 they wait for 0.2 s and more
+    on the average: from 0 to 0.2 s, doubling, and a start takes longer than the first two waits.
+    """
+    mean = {"reload": 100 / SPREAD_MS_PER_LEG, "terminate": legs / 2, "kill": legs / 4}[how]
+    return int(mean + 4 * mean**0.5)
+
+
+class Health:
+    """Asks /healthz again and again, in a thread of its own.
+
+    `may_refuse`: a worker that is being replaced says that it is, or nothing.
+    """
+
+    def __init__(self, ask: Callable[[], int], *, may_refuse: bool) -> None:
         self._ask = ask
+        self._may_refuse = may_refuse
         self.worst_s = 0.0
         self.count = 0
         self._done = threading.Event()
@@ -113,9 +170,9 @@ class Health:
         while not self._done.wait(0.05):
             begun = time.monotonic()
             try:
-                is_well = self._ask() == 200
+                is_well = self._ask() == 200 or self._may_refuse
             except OSError:
-                is_well = False
+                is_well = self._may_refuse
             self.worst_s = max(self.worst_s, time.monotonic() - begun if is_well else 99.0)
             self.count += 1
 
@@ -136,7 +193,7 @@ def _answer(process: Pipes, timeout_s: float) -> str:
 
 
 def _arrivals(lines: list[str]) -> list[int]:
-    """How many user legs came up in each 100 ms in which one did."""
+    """How many legs came up in each 100 ms in which one did."""
     bins: Counter[int] = Counter()
     for line in lines:
         if match := _LEG_UP.match(line):

@@ -13,7 +13,8 @@ import pytest
 import client.tunnels
 from client.errors import RelayError
 from client.tunnel import Tunnel
-from client.wire import MIN_WINDOW_BYTES
+from client.wire import MESSAGE_BYTES, MIN_WINDOW_BYTES
+from server.config import LEG_BUDGET_BYTES
 from tests.integration.client.fake_leg import ServerSide
 from tests.support.targets import (
     Conversation,
@@ -465,7 +466,7 @@ def test_too_many_detached_tunnels_end_the_one_that_has_waited_longest(
     server: ServerSide, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A warning for the operator; the others wait on."""
-    assert client.tunnels.MAX_DETACHED == 128
+    assert client.tunnels.MAX_DETACHED == 256
     monkeypatch.setattr(client.tunnels, "MAX_DETACHED", 2)
     with RecordingTarget() as target:
         tunnels = three_detached(server, target)
@@ -475,6 +476,37 @@ def test_too_many_detached_tunnels_end_the_one_that_has_waited_longest(
     # By the leg's reader, which may be behind the tunnel's own thread.
     eventually(lambda: "too many wait for their users" in caplog.text)
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
+
+
+def test_limits_of_detached_tunnels_are_no_less_than_what_one_leg_carries() -> None:
+    """By a server's budget, which is of each direction; so the loss of a leg alone ends none."""
+    carried = LEG_BUDGET_BYTES // MIN_WINDOW_BYTES
+    assert carried <= client.tunnels.MAX_DETACHED < client.tunnels.MAX_TUNNELS
+    held = 2 * LEG_BUDGET_BYTES + carried * MESSAGE_BYTES
+    assert held <= client.tunnels.MAX_DETACHED_BYTES
+
+
+def test_all_of_200_tunnels_go_on_when_the_leg_of_the_client_is_lost(
+    server: ServerSide, echo: EchoTarget, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a user who was lost before waits on beside them."""
+    count = 200
+    for channel in range(1, count + 2):
+        opened(server, echo, channel)
+        server.send(channel, b"before")
+    for channel in range(1, count + 2):
+        assert server.wait_bytes(channel, 6) == b"before"
+    lost = detach(server, count + 1)
+    server.lose()
+    assert len(server.tunnels.alive()) == count + 1
+    with ServerSide(server.tunnels) as second:
+        for channel in range(1, count + 1):
+            second.resume(channel, echo.port, of=channel, received=6, delivered=6)
+        for channel in range(1, count + 1):
+            assert second.control("resumed", channel)["received"] == 6
+            assert is_alive(second, channel)
+    assert lost.end.is_detached
+    assert "given up" not in caplog.text
 
 
 def test_tunnel_that_is_attached_does_not_count_as_one_that_waits(
@@ -499,7 +531,7 @@ def test_too_many_bytes_of_detached_tunnels_end_the_one_that_has_waited_longest(
     server: ServerSide, echo: EchoTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What they keep to send again, and what waits for their targets."""
-    assert client.tunnels.MAX_DETACHED_BYTES == 64 * MIB
+    assert client.tunnels.MAX_DETACHED_BYTES == 144 * MIB
     monkeypatch.setattr(client.tunnels, "MAX_DETACHED_BYTES", 250_000)
     for channel in (1, 2, 3):
         opened(server, echo, channel)
