@@ -104,6 +104,20 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/unit/client/test_stream.py",),
     ),
     Mutant(
+        "2: what is sent again is not kept twice",
+        "client/stream.py",
+        "whole = bytes(piece) if isinstance(piece, bytearray) else piece",
+        "whole = bytes(memoryview(piece))",
+        ("tests/unit/client/test_tunnel_end_resume.py",),
+    ),
+    Mutant(
+        "10: a user who goes takes along what a resume left without credit",
+        "ssh_proxy_command.py",
+        "        end.wait_sent(GOODBYE_S)\n",
+        "",
+        ("tests/unit/script/test_pumps.py",),
+    ),
+    Mutant(
         "2: small pieces do not cost an entry each",
         "client/outbox.py",
         "if queue and len(queue[-1]) + len(data) <= max_bytes:",
