@@ -35,6 +35,8 @@ FAULTS = {
 }
 # After these the program needs another connection.
 ENDING = ("cut", "fin", "half_open", "delayed_end", "cut_resume", "cut_handshake")
+# Of these, those that strike where bytes flow.
+HITTING = tuple(kind for kind in ENDING if kind != "cut_handshake")
 # How often each is dealt, of twenty: for bytes in flow ...
 _FLOW_WEIGHTS = {
     "cut": 6,
@@ -109,14 +111,20 @@ class Tally:
             return sum(count for (_, kind), count in self._hits.items() if kind in ENDING)
 
     def missing(self) -> list[str]:
-        """Which kinds have not struck yet, by leg."""
-        legs = ("user", "client")
+        """Which kinds have not struck yet, by leg; one that ends a connection has to be a hit.
+
+        But in a handshake nothing has to be on its way both ways.
+        """
         return [
             f"{kind} on the {leg} leg"
-            for leg in legs
+            for leg in ("user", "client")
             for kind in FAULTS
-            if not self.count(kind, leg)
+            if not (self.hits_at(leg, kind) if kind in HITTING else self.count(kind, leg))
         ]
+
+    def hits_on(self, leg: str) -> int:
+        """Of `hits`, those of all links of one leg."""
+        return sum(self.hits_at(leg, kind) for kind in ENDING)
 
     def hits_at(self, leg: str, kind: str) -> int:
         with self._lock:
