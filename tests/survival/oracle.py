@@ -49,7 +49,6 @@ START_S = 30.0
 LIFE_HITS = (4, 30)
 # The exit status when the client's leg is down: until the tunnel is open there is nothing to keep.
 CLIENT_OFFLINE = 4
-OPENS_IN_A_ROW = 20
 # After the last tunnel all is given back within this; a leg may be half-open.
 GONE_S = 5.0
 # So many of them may still wait at the client: of two minutes, and each needs its last `ack` to
@@ -343,7 +342,8 @@ class Oracle:
         # A short run may end before each kind had its turn.
         self._wants_all = hits >= ALL_KINDS_HITS
         self._refused = 0
-        self._refused_in_a_row = 0
+        # Since when nothing but refusals came; the client's leg is lost all the time.
+        self._refused_since: float | None = None
         self._bytes = 0
         self._server: Server
         self._client: Proc
@@ -458,7 +458,7 @@ class Oracle:
             with self._explained(tunnel):
                 tunnel.move(act)
             if tunnel.is_open and not was_open:
-                self._refused_in_a_row = 0
+                self._refused_since = None
                 tunnel.link.arm()
         self._check_logs()
         is_enough = self.tally.hits >= self.hits and not (self._wants_all and self.tally.missing())
@@ -491,8 +491,10 @@ class Oracle:
     def _is_refused(self, tunnel: Tunnel) -> bool:
         """It exited before a byte came: the client was away just then."""
         self._refused += 1
-        self._refused_in_a_row += 1
-        assert self._refused_in_a_row < OPENS_IN_A_ROW, "no tunnel opens"
+        now = time.monotonic()
+        if self._refused_since is None:
+            self._refused_since = now
+        assert now - self._refused_since < STUCK_S, "no tunnel opens"
         assert tunnel.proxy.returncode == CLIENT_OFFLINE, "not opened"
         return True
 
