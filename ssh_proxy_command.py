@@ -3350,7 +3350,10 @@ RESTART_S = 3.0
 # The interpreter hands the GIL on after 5 ms by default, which a keystroke would feel.
 SWITCH_INTERVAL_S = 0.0005
 STDIN, STDOUT = 0, 1
-# What a pipe as stdout is given as soon as it is full: the most that any user may, by default.
+# Two messages, which cost less than twice one.
+STDIN_READ_BYTES = 2 * MESSAGE_BYTES
+# What a pipe as stdin or stdout is given as soon as it was full: the most that any user may, by
+# default.
 PIPE_BYTES = 1024 * 1024
 # Windows has no poll, and no select for pipes.
 CAN_POLL = hasattr(select, "poll")
@@ -3908,7 +3911,8 @@ class Pumps:
         self.exit_code: int | None = None
         self._watches_stdout = CAN_POLL
         self._quick_stdout: _QuickStdout | None = None
-        self._gather = Gather(MESSAGE_BYTES)
+        self._gather = Gather(STDIN_READ_BYTES)
+        self._is_stdin_enlarged = False
         # Where there is no poll.
         self._woken = threading.Event()
         self._left = threading.Event()
@@ -3966,7 +3970,7 @@ class Pumps:
         end = self._end
         try:
             while not end.is_over and self.exit_code is None:
-                size = min(end.credit(), MESSAGE_BYTES)
+                size = min(end.credit(), STDIN_READ_BYTES)
                 if self._wait(want_stdin=size > 0):
                     self._carry(size)
             if not end.is_over:
@@ -3976,6 +3980,10 @@ class Pumps:
 
     def _carry(self, size: int) -> bool:
         data = os.read(STDIN, size)
+        # All that a pipe holds, or nearly.
+        if len(data) > MESSAGE_BYTES and not self._is_stdin_enlarged:
+            self._is_stdin_enlarged = True
+            _enlarge_pipe(STDIN)
         if data:
             self._end.send(data)
             if wait_s := self._gather.wait_s(len(data), size, time.monotonic()):
@@ -4077,7 +4085,7 @@ class _QuickStdout:
         count = self._file.write(data) or 0  # None: it would have to wait.
         if count < len(data) and not self._is_enlarged:
             self._is_enlarged = True
-            _enlarge_pipe()
+            _enlarge_pipe(STDOUT)
         return count
 
     def close(self) -> None:
@@ -4085,15 +4093,15 @@ class _QuickStdout:
         self._file.close()
 
 
-def _enlarge_pipe() -> None:
-    """Give stdout room, so that we need not take turns with its reader for each 64 KiB."""
+def _enlarge_pipe(descriptor: int) -> None:
+    """Give it room, so that we need not take turns with its other end for each 64 KiB."""
     import fcntl  # Not everywhere; and only bulk needs it.
 
     set_size = getattr(fcntl, "F_SETPIPE_SZ", 1031)  # Python 3.9 has no names for them.
     get_size = getattr(fcntl, "F_GETPIPE_SZ", 1032)
     with contextlib.suppress(OSError):  # This user has many such pipes.
-        if fcntl.fcntl(STDOUT, get_size) < PIPE_BYTES:
-            fcntl.fcntl(STDOUT, set_size, PIPE_BYTES)
+        if fcntl.fcntl(descriptor, get_size) < PIPE_BYTES:
+            fcntl.fcntl(descriptor, set_size, PIPE_BYTES)
 
 
 def _open_now(path: str, flags: int) -> int:

@@ -313,6 +313,31 @@ def test_pipe_is_enlarged_as_soon_as_it_was_full(
 
 
 @QUICK_PIPE
+def test_stdin_is_enlarged_as_soon_as_it_was_full(
+    make_desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer then need not take turns with us; a shell's stays as it is."""
+    desk = make_desk(starts=False)
+    monkeypatch.setattr(script, "PIPE_BYTES", 1024 * 1024)
+    before = pipe_bytes(desk.stdin_r)
+    data = random.Random(6).randbytes(1000 + before)
+    os.write(desk.stdin_w, data[:1000])
+    desk.start()
+    try:
+        desk.wait(lambda: len(desk.up) == 1000)
+        assert pipe_bytes(desk.stdin_r) == before
+        # Behind a write that is larger than the pipe stands its rest.
+        writing = threading.Thread(target=os.write, args=(desk.stdin_w, data[1000:]))
+        writing.start()
+        desk.wait(lambda: len(desk.up) == len(data))
+        writing.join()
+        assert bytes(desk.up) == data
+        assert pipe_bytes(desk.stdin_r) == 1024 * 1024
+    finally:
+        desk.end_all()
+
+
+@QUICK_PIPE
 def test_pipe_that_may_not_be_enlarged_or_is_larger_stays_as_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
