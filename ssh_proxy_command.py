@@ -4023,16 +4023,20 @@ class Pumps:
     def _say_goodbye(self) -> None:
         """Take what stdin still holds without waiting, then tell the client."""
         end = self._end
-        # What was taken before a resume may still wait for its credit.
-        end.wait_sent(GOODBYE_S)
         if end.has_both_eofs:
             end.wait_over(FLUSH_S)
-        elif CAN_POLL:
+        else:
+            # What was taken before a resume may still wait for its credit.
+            end.wait_sent(GOODBYE_S)
+            self._take_the_rest()
+        end.reset(RelayError("user_gone", "the proxy user has gone"))
+
+    def _take_the_rest(self) -> None:
+        if CAN_POLL:
             poll = select.poll()
             poll.register(STDIN, select.POLLIN)
-            while (size := end.credit()) and poll.poll(0) and self._carry(size):
+            while (size := self._end.credit()) and poll.poll(0) and self._carry(size):
                 pass
-        end.reset(RelayError("user_gone", "the proxy user has gone"))
 
     # leg -> stdout
 

@@ -113,7 +113,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "10: a user who goes takes along what a resume left without credit",
         "ssh_proxy_command.py",
-        "        end.wait_sent(GOODBYE_S)\n",
+        "            end.wait_sent(GOODBYE_S)\n",
         "",
         ("tests/unit/script/test_pumps.py",),
     ),
