@@ -51,11 +51,12 @@ test: $(STAMP) ## run every test but those of survival and soak (about 3 minutes
 survival: $(STAMP) ## the flaky-link oracle and restarts under real ssh (RELAY_ORACLE_HITS=300 RELAY_ORACLE_SEED=1)
 	$(BIN)/python -m pytest tests/survival $(ARGS)
 
-check: $(STAMP) ## format, lint, types, and the generated block of the proxy command
+check: $(STAMP) ## format, lint, types, the generated block of the proxy command, the mutants
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/python .ci/sync.py --check
+	$(BIN)/python -m tests.mutants --check
 
 sync: $(STAMP) ## write the shared block of ssh_proxy_command.py anew
 	$(BIN)/python .ci/sync.py
@@ -67,8 +68,8 @@ fuzz: $(STAMP) ## a million inputs to decoders and whole legs; Linux, glibc, Pyt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-mutants: $(STAMP) ## break each rule of the design once, and see its test fail
-	$(BIN)/python tests/mutants.py
+mutants: $(STAMP) ## break each rule of the design once, and see its test fail (ARGS=resume for one subject)
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 bench: $(STAMP) ## measure speed, CPU and memory beside plain TCP: benchmarks/README.md (half an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
