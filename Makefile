@@ -18,7 +18,7 @@ DEBIAN_PACKAGES := openssh-server openssh-client nginx rsync git tinyproxy opens
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-debian run test check sync survival soak fuzz mutants bench clean
+.PHONY: help setup setup-debian run test check amalgamate survival soak fuzz mutants bench clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -51,15 +51,15 @@ test: $(STAMP) ## run every test but those of survival and soak (about 3 minutes
 survival: $(STAMP) ## the flaky-link oracle and restarts under real ssh (RELAY_ORACLE_HITS=300 RELAY_ORACLE_SEED=1)
 	$(BIN)/python -m pytest tests/survival $(ARGS)
 
-check: $(STAMP) ## format, lint, types, the generated block of the proxy command, the mutants
+check: $(STAMP) ## format, lint, types, the generated proxy command, the mutants
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/python .ci/sync.py --check
+	$(BIN)/python .ci/amalgamate.py --check
 	$(BIN)/python -m tests.mutants --check
 
-sync: $(STAMP) ## write the shared block of ssh_proxy_command.py anew
-	$(BIN)/python .ci/sync.py
+amalgamate: $(STAMP) ## write ssh_proxy_command.py anew from http_network_relay/
+	$(BIN)/python .ci/amalgamate.py
 
 soak: $(STAMP) ## the long tests, with the full figures
 	$(BIN)/python -m pytest tests/soak $(ARGS)

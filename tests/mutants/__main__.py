@@ -19,6 +19,7 @@ from tests.mutants.loading import ROOT, Mutant, find_faults, load, patch_fault
 
 # The parts of the project that a copy needs: folders and files.
 COPIED = (
+    "http_network_relay",
     "client",
     "server",
     "tests",
@@ -31,8 +32,8 @@ COPIED = (
     "pyproject.toml",
 )
 # Files are generated from the code in these folders: after a mutation there, the command runs.
-SHARED = ("client/",)
-GENERATE = (".ci/sync.py",)
+SHARED = ("http_network_relay/",)
+GENERATE = (".ci/amalgamate.py",)
 # A hanging test counts as failed; no test of a mutant takes a tenth of the limit.
 TEST_S = 60.0
 # pytest's exit code for "some test failed"; after any other code no test has judged the mutant.

@@ -11,11 +11,10 @@ import pytest
 
 import client.config
 import server.__main__
-from client import wire
-from client.errors import ERRORS
-from server.errors import HTTP_ANSWERS
+from http_network_relay.wire.codes import ERRORS, HTTP_ANSWERS
 from tests.support.processes import ROOT
-from tests.unit.test_vectors import VECTORS, load
+from tests.support.programs import load
+from tests.unit.test_vectors import VECTORS
 
 README = (ROOT / "README.md").read_text("utf-8")
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text("utf-8")
@@ -163,11 +162,8 @@ def test_troubleshooting_quotes_lines_that_the_programs_write() -> None:
 
 
 def code_files() -> list[Path]:
-    """The programs' code, each line once: the script's block is a copy."""
-    files = [ROOT / "ssh_proxy_command.py"]
-    for package in ("server", "client"):
-        files += sorted((ROOT / package).glob("*.py"))
-    return files
+    """The programs' code, each line once: the single file is a copy."""
+    return [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
 
 
 def codes_in_code() -> set[str]:
@@ -223,7 +219,9 @@ def test_retryable_refusals_are_the_documented_ones() -> None:
 def test_every_close_code_is_documented() -> None:
     """Also those that are only sent."""
     listed = {row[0] for row in rows(section(PROTOCOL, "### Close codes"))}
-    known = {str(value) for name, value in vars(wire).items() if name.startswith("CLOSE_")}
+    known = {
+        str(value) for name, value in vars(load("package")).items() if name.startswith("CLOSE_")
+    }
     assert known <= listed
 
 
@@ -236,11 +234,11 @@ def test_every_control_and_field_is_documented() -> None:
             types[names[0]] = set(_CODE.findall(rest[1].split(".")[0]))
         else:
             fields.update(names)
-    assert set(types) == set(wire.FIELDS)
-    for kind, checks in wire.FIELDS.items():
+    assert set(types) == set(load("package").FIELDS)
+    for kind, checks in load("package").FIELDS.items():
         named = types[kind] | (types["open"] if "open" in types[kind] else set())
         assert named - {"open", "user"} == set(checks), kind
-    known = {name for checks in wire.FIELDS.values() for name in checks}
+    known = {name for checks in load("package").FIELDS.values() for name in checks}
     assert fields == {*known, "channel", "user"}
 
 
@@ -271,13 +269,16 @@ def test_links_within_the_project_resolve(page: Path) -> None:
         assert not anchor or anchor in anchors(path), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("name", ["server", "client"])
+PACKAGES = ("http_network_relay", "server", "client")
+
+
+@pytest.mark.parametrize("name", PACKAGES)
 def test_architecture_names_every_file(name: str) -> None:
     """The picture of files is true."""
     text = section((ROOT / "docs" / "architecture.md").read_text("utf-8"), "## Files and arrows")
-    block = text.split(f"\n{name}/\n")[1].split("\n\n")[0]
-    files = {path.name for path in (ROOT / name).glob("*.py")} - {"__init__.py"}
-    assert set(re.findall(r"\b\w+\.py\b", block)) - {"script.py"} >= files
+    block = re.split(rf"\n{name}/[^\n]*\n", text)[1].split("\n\n")[0]
+    files = {path.name for path in (ROOT / name).rglob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"\b\w+\.py\b", block)) >= files
 
 
 _FILE = re.compile(r"`([\w/]+\.py)`")
@@ -288,9 +289,7 @@ def test_architecture_names_every_lock() -> None:
     text = section((ROOT / "docs" / "architecture.md").read_text("utf-8"), "## Locks")
     listed = {(row[0].strip("`"), path) for row in rows(text) for path in _FILE.findall(row[1])}
     known = set()
-    for path in code_files()[1:]:
-        if path.read_text("utf-8").startswith("# Written by `make sync`"):
-            continue
+    for path in code_files():
         for owner in re.findall(
             r"self\.(\w+) = threading\.(?:R?Lock|Condition)\(", path.read_text()
         ):

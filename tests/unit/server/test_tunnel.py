@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
-from server.errors import TunnelRefused
-from server.outbox import Frame, Outbox
-from server.tunnel import Channels, Record, Tunnel
-from server.wire import CLOSE_NORMAL, CLOSE_RESTART, FLUSH_S, OP_TEXT, TunnelError
+from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
+from http_network_relay.wire.constants import FLUSH_S, OP_TEXT
+from http_network_relay.wire.errors import TunnelError, TunnelRefused
+from server.tunnels.channels import Channels
+from server.tunnels.observer import TunnelObserver
+from server.tunnels.tunnel import Tunnel
 from tests.support.taking import take
 
 KIB = 1024
@@ -37,7 +40,7 @@ class FakeUserLeg:
     """A user's leg without a socket."""
 
     def __init__(self) -> None:
-        self.outbox = Outbox()
+        self.outbox = SendQueue()
         self.ends: list[tuple[int, str]] = []
         self.expects_close = 0
 
@@ -53,12 +56,12 @@ class FakeClientLeg:
     """A client's leg without a socket."""
 
     def __init__(self, budget: int = 64 * MIB) -> None:
-        self.outbox = Outbox()
+        self.outbox = SendQueue()
         self.channels = Channels(budget)
         self.label = "gw"
 
 
-def taken(outbox: Outbox) -> list[Any]:
+def taken(outbox: SendQueue) -> list[Any]:
     """What waits in the outbox, in order: controls as objects, data as bytes."""
     frames: list[Any] = []
     while outbox.has_frames:
@@ -504,7 +507,7 @@ def test_record_is_told_of_the_start_and_of_the_end_once() -> None:
     """Whatever ends it, and also what was never opened."""
     told: list[tuple[str, bool]] = []
 
-    class Noting(Record):
+    class Noting(TunnelObserver):
         def accepted(self, tunnel: Tunnel) -> None:
             told.append(("accepted", tunnel.is_opened))
 
@@ -557,7 +560,7 @@ def test_record_is_told_before_an_end_can_know(
     """Whoever is told may come back at once: the audit log has the lines in order even then."""
     told: list[str] = []
 
-    class NotingOutbox(Outbox):
+    class NotingOutbox(SendQueue):
         def __init__(self, name: str) -> None:
             super().__init__()
             self.name = name
@@ -570,7 +573,7 @@ def test_record_is_told_before_an_end_can_know(
             told.append(self.name)
             super().put_end(channel, frame, in_turn=in_turn)
 
-    class Noting(Record):
+    class Noting(TunnelObserver):
         def accepted(self, tunnel: Tunnel) -> None:
             told.append("accepted")
 
