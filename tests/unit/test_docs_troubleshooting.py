@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from client.errors import ERRORS
 from tests.support.processes import ROOT
-from tests.unit.test_docs import code_files, codes_in_code, rows, section
+from tests.unit.test_docs import ERRORS, code_files, codes_in_code, rows, section
 from tests.unit.test_vectors import load
 
 TEXT = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
