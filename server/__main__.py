@@ -35,7 +35,7 @@ class _Gunicorn(WSGIApplication):  # type: ignore[misc]
 
     def load_config(self) -> None:
         self.chdir()
-        self.load_config_from_module_name_or_filename("python:server.gunicorn_conf")
+        self.load_config_from_module_name_or_filename("python:server.worker.gunicorn_settings")
         for name, value in self._settings.items():
             self.cfg.set(name, value)
         self.app_uri = self.cfg.wsgi_app

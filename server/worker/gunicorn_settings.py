@@ -22,7 +22,7 @@ _FEWEST_THREADS = 2
 
 wsgi_app = "wsgi:app"
 bind = "127.0.0.1:8000"
-worker_class = "server.worker.relay_worker.relay_worker.RelayWorker"
+worker_class = "server.worker.relay_worker.RelayWorker"
 # A client and its users meet in one process.
 workers = 1
 threads = 64

@@ -27,7 +27,15 @@ EARLY = ("slow", "installation")
 OFFLINE = "switched-off"
 CLIENTS = {CLIENT_NAME: CLIENT_SECRET, OFFLINE: "cs-of-a-device-that-is-switched-off"}
 # The parts of the project that `pip install .` needs.
-_PARTS = ("client", "server", "ssh_proxy_command.py", "wsgi.py", "pyproject.toml", "README.md")
+_PARTS = (
+    "http_network_relay",
+    "client",
+    "server",
+    "ssh_proxy_command.py",
+    "wsgi.py",
+    "pyproject.toml",
+    "README.md",
+)
 
 _LINES_SHOWN = 60
 

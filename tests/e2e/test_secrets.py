@@ -141,7 +141,15 @@ def test_warning_is_given_when_others_can_read_the_credentials(
 
 # The demo.
 
-PARTS = ("client", "server", "deploy", "ssh_proxy_command.py", "wsgi.py", "gunicorn.conf.py")
+PARTS = (
+    "http_network_relay",
+    "client",
+    "server",
+    "deploy",
+    "ssh_proxy_command.py",
+    "wsgi.py",
+    "gunicorn.conf.py",
+)
 
 
 def descendants(pid: int) -> set[int]:

@@ -96,7 +96,9 @@ def run_guided(name: str, runs: int, seed: int) -> None:
     """Let atheris find inputs; never returns."""
     import atheris
 
-    with atheris.instrument_imports(include=["client", "server", "ssh_proxy_command"]):
+    with atheris.instrument_imports(
+        include=["http_network_relay", "client", "server", "ssh_proxy_command"]
+    ):
         play, seeds = find(name)
     memory = Memory(name, runs)
     done = 0

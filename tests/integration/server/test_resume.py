@@ -368,8 +368,9 @@ def test_resume_is_refused_when_the_client_stays_away(tmp_path: Path) -> None:
     """`client_offline` behind the time, and a close; a user that does not close is cut off."""
     conf = tmp_path / "hasty.py"
     conf.write_text(
-        "from server.gunicorn_conf import *\n"
-        f"import server.held\nserver.held.HELD_RESUME_S = {HELD_S}\n"
+        "from server.worker.gunicorn_settings import *\n"
+        "import server.legs.pending_resumes\n"
+        f"server.legs.pending_resumes.HELD_RESUME_S = {HELD_S}\n"
     )
     with start(tmp_path, args=["-c", str(conf)]) as server, RawUser(server.url) as user:
         user.send_resume(tunnel_id=ID)

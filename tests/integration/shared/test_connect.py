@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from http_network_relay.dial import connect as dial
+from http_network_relay.dial import names
 from http_network_relay.dial.connect import dial_server, dial_tcp, make_context
 from http_network_relay.dial.endpoint import Endpoint
 from http_network_relay.dial.names import resolve
+from http_network_relay.leg.duplex_socket import wait_ready
 from http_network_relay.wire.errors import DialError, RelayError
 from tests.integration.client.by_hand import HandServer, Visitor, hand_server, stay
 from tests.support.certs import Certs
@@ -229,7 +231,7 @@ def stuck_lookups(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         return []
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    monkeypatch.setattr(dial, "_lookup_slots", threading.BoundedSemaphore(2))
+    monkeypatch.setattr(names, "_lookup_slots", threading.BoundedSemaphore(2))
     yield let_go
     let_go.set()
     eventually(lambda: not lookups())  # They give the slots of this semaphore back.
@@ -479,7 +481,7 @@ def test_connection_that_was_reset_before_tls_is_an_error_of_ours() -> None:
         accepted, _ = listener.accept()
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         accepted.close()
-        eventually(lambda: dial.wait_ready(sock, write=False, timeout_s=0.0))
+        eventually(lambda: wait_ready(sock, write=False, timeout_s=0.0))
         sock.setblocking(False)
         endpoint = Endpoint(True, "127.0.0.1", 1, "/")
         with pytest.raises(RelayError) as caught:
@@ -531,4 +533,4 @@ def test_names_are_encoded_as_python_does(name: str) -> None:
         except UnicodeError as exc:
             return type(exc)
 
-    assert outcome(lambda: dial._encode_name(name)) == outcome(lambda: name.encode("idna"))
+    assert outcome(lambda: names.encode_name(name)) == outcome(lambda: name.encode("idna"))

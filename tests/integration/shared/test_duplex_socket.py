@@ -206,7 +206,9 @@ def blocked(thread: threading.Thread, function: str) -> bool:
     """Whether the thread is inside that function of http_network_relay/leg/duplex_socket.py now."""
     frame = sys._current_frames().get(thread.ident or 0)
     while frame is not None:
-        if frame.f_code.co_name == function and frame.f_code.co_filename.endswith("duplex.py"):
+        if frame.f_code.co_name == function and frame.f_code.co_filename.endswith(
+            "duplex_socket.py"
+        ):
             return True
         frame = frame.f_back
     return False
@@ -378,7 +380,7 @@ def test_rest_of_send_now_is_what_openssl_was_offered_last(certs: Certs) -> None
 SHARED = """
 import hashlib, socket, ssl, sys, threading
 sys.setswitchinterval(1e-6)
-from client.duplex import Duplex
+from http_network_relay.leg.duplex_socket import DuplexSocket
 server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 server.load_cert_chain({cert!r}, {key!r})
 trusting = ssl.create_default_context(cafile={ca!r})
@@ -390,7 +392,7 @@ shaker = threading.Thread(target=far.do_handshake)
 shaker.start()
 near = trusting.wrap_socket(left, server_hostname="127.0.0.1")
 shaker.join()
-ends = [Duplex(near), Duplex(far)]
+ends = [DuplexSocket(near), DuplexSocket(far)]
 block = bytes(range(256)) * 64
 count = 60
 sums = []
