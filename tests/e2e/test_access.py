@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.flows import run
+from tests.support.flows import run
 from tests.support.processes import (
     ROOT,
     TOKEN,

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import CLIENTS, OFFLINE, Slow
-from tests.e2e.flows import AT_ONCE_S, Mark, count, lines_since, relay_argv
 from tests.support import debian
 from tests.support.certs import Certs
+from tests.support.early import CLIENTS, OFFLINE, Slow
+from tests.support.flows import AT_ONCE_S, Mark, count, lines_since, relay_argv
 from tests.support.ports import free_port
 from tests.support.processes import (
     CLIENT_NAME,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Installation
-from tests.e2e.flows import run, side_by_side
+from tests.support.early import Installation
+from tests.support.flows import run, side_by_side
 from tests.support.ports import free_port
 from tests.support.processes import (
     CLIENT_NAME,

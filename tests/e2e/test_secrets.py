@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.flows import run
 from tests.support import debian
+from tests.support.flows import run
 from tests.support.ports import free_port
 from tests.support.processes import (
     CLIENT_NAME,

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.soak.conftest import setting
 from tests.support.processes import CLIENT_NAME, running_relay, thread_count
 from tests.support.raw import RawUser, upgrade_request
+from tests.support.settings import setting
 from tests.support.targets import EchoTarget
 
 PEERS = setting("PEERS", 200)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_ssh import check_short_sessions
-from tests.e2e.test_tls import FRONTS, JITTER, check_short_tunnels, tls_relay
-from tests.soak.conftest import setting
 from tests.support import debian
 from tests.support.certs import Certs
 from tests.support.processes import running_relay
+from tests.support.settings import setting
+from tests.support.ssh import check_short_sessions
+from tests.support.tls_relay import FRONTS, JITTER, check_short_tunnels, tls_relay
 
 # Half of them through each front.
 TUNNELS = setting("TUNNELS", 2000)

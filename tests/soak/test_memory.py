@@ -5,12 +5,17 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.e2e.flows import Mark, transfer
-from tests.e2e.test_survival import ENDLESS, wait_stuck
-from tests.soak.conftest import setting
+from tests.support.flows import Mark, transfer
 from tests.support.processes import Relay, resident_bytes, running_relay
 from tests.support.raw import RawUser
-from tests.support.targets import DuplexTarget, SourceTarget, pseudo_random_sha256
+from tests.support.settings import setting
+from tests.support.targets import (
+    ENDLESS,
+    DuplexTarget,
+    SourceTarget,
+    pseudo_random_sha256,
+    wait_stuck,
+)
 
 READERS = setting("READERS", 40)
 ROUNDS = setting("ROUNDS", 10)

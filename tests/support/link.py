@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+L = TypeVar("L", bound="Link")
 
 _READ_BYTES = 16 * 1024
 # Held per direction when no rate is set: enough for 100 MB/s over 40 ms.
@@ -215,7 +216,7 @@ class Link:
             self._thread.join()
             self._wake_writer.close()
 
-    def __enter__(self) -> "Link":
+    def __enter__(self: L) -> L:
         return self
 
     def __exit__(

@@ -441,3 +441,22 @@ def black_hole_port() -> Iterator[int]:
             sock.setblocking(False)
             sock.connect_ex(("127.0.0.1", port))
         yield port
+
+
+# A size that no test reads to its end.
+ENDLESS = 1 << 40
+
+
+def wait_stuck(conversation: Conversation, quiet_s: float = 0.3) -> None:
+    """Wait until the target could send nothing more for `quiet_s`."""
+
+    def sent_more_than(size: int) -> Callable[[Conversation], bool]:
+        return lambda me: me.sent_bytes > size
+
+    is_flowing = True
+    while is_flowing:
+        try:
+            conversation.wait(sent_more_than(conversation.sent_bytes), quiet_s)
+        except AssertionError:
+            is_flowing = False
+    assert conversation.sent_bytes > 0

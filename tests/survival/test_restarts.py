@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_ssh import Terminal
 from tests.support import debian
 from tests.support.debian import Sshd
+from tests.support.fleet import FleetSize, Restart, check_fleet_returns
 from tests.support.link import Link
 from tests.support.ports import free_port
 from tests.support.processes import (
@@ -24,9 +24,9 @@ from tests.support.processes import (
     start_client,
     start_server,
 )
+from tests.support.ssh import Terminal
 from tests.support.targets import pseudo_random
 from tests.support.waiting import eventually
-from tests.survival.fleet import FleetSize, Restart, check_fleet_returns
 
 RESTARTS = 20
 FILE_BYTES = 200_000_000

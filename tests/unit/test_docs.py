@@ -4,7 +4,6 @@ import argparse
 import ast
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,9 @@ import server.__main__
 from client import wire
 from client.errors import ERRORS
 from server.errors import HTTP_ANSWERS
+from tests.support.pages import rows, section
 from tests.support.processes import ROOT
-from tests.unit.test_vectors import VECTORS, load
+from tests.support.vectors import VECTORS, load
 
 README = (ROOT / "README.md").read_text("utf-8")
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text("utf-8")
@@ -30,22 +30,6 @@ PROGRAMS = {
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*")
 _VARIABLE = re.compile(r"HTTP_NETWORK_RELAY_[A-Z_]+")
 _CODE = re.compile(r"`([a-z][a-z_]*)`")
-
-
-def section(text: str, heading: str) -> str:
-    """What stands under a heading, up to the next one of its level or above."""
-    level = len(heading.split(" ")[0])
-    _, found, rest = text.partition(f"\n{heading}\n")
-    assert found, f"no heading {heading!r}"
-    return re.split(rf"^#{{1,{level}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
-
-
-def rows(text: str) -> Iterator[list[str]]:
-    """The cells of each table row, without heads and rulers."""
-    lines = text.split("\n")
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
-        if line.startswith("|") and not line.startswith("|--") and not following.startswith("|--"):
-            yield [cell.strip() for cell in line.strip("|").split("|")]
 
 
 @pytest.fixture(params=PROGRAMS, ids=lambda heading: heading.split(". ")[1])

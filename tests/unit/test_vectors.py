@@ -3,16 +3,11 @@
 docs/protocol.md, "Golden vectors", says how each section of that file is read.
 """
 
-import importlib
-import importlib.util
-import json
 import re
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from functools import cache
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,10 +23,7 @@ from server.credentials import Credentials
 from server.credit import Budget, Direction
 from server.relay import Relay
 from tests.support.taking import take
-
-ROOT = Path(__file__).resolve().parents[2]
-VECTORS: dict[str, Any] = json.loads((ROOT / "tests" / "vectors" / "wire.json").read_text("utf-8"))
-SCRIPT = ROOT / "ssh_proxy_command.py"
+from tests.support.vectors import VECTORS, load
 
 # Who may say what, and whether the message stands on a leg of many channels.
 WAYS = {
@@ -40,20 +32,6 @@ WAYS = {
     "client_to_server": ("FROM_CLIENT", True),
     "server_to_user": ("TO_USER", False),
 }
-
-
-@cache
-def load(name: str) -> ModuleType:
-    """Return a module of the project, or the script, which is no package's member."""
-    if name != "script":
-        return importlib.import_module(name)
-    spec = importlib.util.spec_from_file_location("ssh_proxy_command_under_test", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Dataclasses look their module up.
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(params=["client.wire", "server.wire", "script"])

@@ -18,8 +18,8 @@ import pytest
 from client import dial
 from client.dial import Endpoint, dial_server, dial_tcp, make_context, resolve
 from client.errors import DialError, RelayError
-from tests.integration.client.by_hand import HandServer, Visitor, hand_server, stay
 from tests.support.certs import Certs
+from tests.support.client.by_hand import HandServer, Visitor, hand_server, stay
 from tests.support.ports import free_port
 from tests.support.targets import EchoTarget, black_hole_port
 from tests.support.waiting import eventually

@@ -17,38 +17,12 @@ import pytest
 
 from client.duplex import Duplex, wait_ready
 from tests.support.certs import Certs
+from tests.support.pairs import Pair, exactly, tcp_pair, tls_pair
 from tests.support.processes import Proc, child_environment
 from tests.support.waiting import eventually
 
-Pair = tuple[socket.socket, socket.socket]
-
 # As many bytes as fit no kernel buffer of a socketpair.
 LARGE = 8 * 1024 * 1024
-
-
-def tcp_pair() -> Pair:
-    """Two ends of one TCP connection with the smallest buffers that the kernel gives."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        near = socket.socket()
-        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        near.connect(listener.getsockname())
-        far, _ = listener.accept()
-    near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return near, far
-
-
-def tls_pair(certs: Certs, near: socket.socket, far: socket.socket) -> Pair:
-    """Both ends after a real handshake."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certs.cert, certs.key)
-    tls_far = context.wrap_socket(far, server_side=True, do_handshake_on_connect=False)
-    shaker = threading.Thread(target=tls_far.do_handshake)
-    shaker.start()
-    trusting = ssl.create_default_context(cafile=str(certs.ca))
-    tls_near = trusting.wrap_socket(near, server_hostname="127.0.0.1")
-    shaker.join()
-    return tls_near, tls_far
 
 
 @pytest.fixture(params=["plain", pytest.param("tls", marks=pytest.mark.debian("openssl"))])
@@ -61,16 +35,6 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     yield near, far
     near.close()
     far.close()
-
-
-def exactly(sock: socket.socket, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        piece = sock.recv(min(65536, size - len(data)))
-        if not piece:
-            raise AssertionError(f"the end after {len(data)} of {size} bytes")
-        data += piece
-    return bytes(data)
 
 
 def send_all(duplex: Duplex, header: bytes, payload: Any) -> None:

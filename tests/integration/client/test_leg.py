@@ -9,7 +9,7 @@ import pytest
 
 import client.tunnels
 from client.wire import MIN_WINDOW_BYTES, OP_BINARY, LegError
-from tests.integration.client.fake_leg import ServerSide
+from tests.support.client.fake_leg import ServerSide
 from tests.support.targets import EchoTarget, SilentTarget, black_hole_port
 from tests.support.waiting import eventually
 

@@ -15,7 +15,7 @@ from client.errors import RelayError
 from client.tunnel import Tunnel
 from client.wire import MESSAGE_BYTES, MIN_WINDOW_BYTES
 from server.config import LEG_BUDGET_BYTES
-from tests.integration.client.fake_leg import ServerSide
+from tests.support.client.fake_leg import ServerSide
 from tests.support.targets import (
     Conversation,
     EchoTarget,

@@ -18,7 +18,7 @@ import pytest
 
 import ssh_proxy_command as script
 from client.wire import MIN_WINDOW_BYTES, encode_control
-from tests.integration.client.by_hand import PlayedLeg, PlayedServer
+from tests.support.client.by_hand import PlayedLeg, PlayedServer
 from tests.support.processes import ROOT, child_environment
 from tests.support.secrecy import check_no_secret, note_secrets, secret_of
 from tests.support.targets import pseudo_random_bytes

@@ -35,7 +35,7 @@ from client.wire import (
     OP_TEXT,
     LegError,
 )
-from tests.integration.client.by_hand import HandServer, Visitor, frame, hand_server, stay
+from tests.support.client.by_hand import HandServer, Visitor, frame, hand_server, stay
 from tests.support.taking import take
 from tests.support.waiting import eventually
 

@@ -18,7 +18,7 @@ import client.tunnel
 from client.duplex import wait_ready
 from client.errors import DialError, RelayError
 from client.wire import MIN_WINDOW_BYTES
-from tests.integration.client.fake_leg import ServerSide
+from tests.support.client.fake_leg import ServerSide
 from tests.support.ports import free_port
 from tests.support.targets import (
     AnswerAfterEofTarget,

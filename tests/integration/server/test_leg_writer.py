@@ -19,8 +19,7 @@ from server.outlet import Outlet
 from server.sender import Sender
 from server.transport import ReadEnd, close_frame
 from server.wire import CLOSE_RESTART, OP_BINARY, OP_CLOSE, OP_TEXT
-from tests.integration.client.test_duplex import tcp_pair
-from tests.integration.client.test_outlet import read_frame
+from tests.support.pairs import read_frame, tcp_pair
 from tests.support.waiting import eventually
 
 CLOSE = (OP_CLOSE, close_frame(CLOSE_RESTART).payload)

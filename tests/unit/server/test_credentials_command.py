@@ -90,7 +90,7 @@ def test_printed_commands_work_for_the_other_side(
 ) -> None:
     """The lines that make the secret's file, and the flags that the programs know."""
     import client.config
-    from tests.unit.test_vectors import load
+    from tests.support.vectors import load
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -12,9 +12,10 @@ from server.audit import AuditLog
 from server.config import LIMITS, Config
 from server.errors import HTTP_ANSWERS
 from server.guard import Guard, TunnelRecord
+from server.tunnel import Tunnel
+from tests.support.pages import rows, section
 from tests.support.processes import ROOT
-from tests.unit.server.test_tunnel import CAP, OPEN, RESUME, FakeClientLeg, FakeUserLeg, Tunnel
-from tests.unit.test_docs import rows, section
+from tests.support.server.fake_legs import CAP, OPEN, RESUME, FakeClientLeg, FakeUserLeg
 
 PAGE = (ROOT / "docs" / "limits.md").read_text("utf-8")
 

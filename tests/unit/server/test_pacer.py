@@ -18,8 +18,7 @@ from server.outbox import Outbox
 from server.pacer import Pacer
 from server.tunnel import Tunnel
 from server.wire import MIN_WINDOW_BYTES
-from tests.support.waiting import eventually
-from tests.unit.server.test_tunnel import (
+from tests.support.server.fake_legs import (
     CAP,
     OPEN,
     RESUME,
@@ -28,6 +27,7 @@ from tests.unit.server.test_tunnel import (
     FakeUserLeg,
     taken,
 )
+from tests.support.waiting import eventually
 
 KIB = 1024
 MIB = 1024 * KIB

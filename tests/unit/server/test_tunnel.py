@@ -9,64 +9,18 @@ import pytest
 
 from server.errors import TunnelRefused
 from server.outbox import Frame, Outbox
-from server.tunnel import Channels, Record, Tunnel
-from server.wire import CLOSE_NORMAL, CLOSE_RESTART, FLUSH_S, OP_TEXT, TunnelError
-from tests.support.taking import take
-
-KIB = 1024
-MIB = 1024 * KIB
-CAP = 4 * MIB
-OPEN = {
-    "type": "open",
-    "client": "gw",
-    "host": "h",
-    "port": 22,
-    "protocol": "tcp",
-    "tunnel_id": "ab" * 16,
-    "resume_token": "0" * 64,
-    "limit": 262_144,
-    "grace_s": 0,
-}
-
-
-RESUME = {**OPEN, "type": "resume", "attempt": 3, "received": 5000, "delivered": 4000}
-RESUMED = {"type": "resumed", "received": 700, "delivered": 600, "limit": 300_000}
-
-
-class FakeUserLeg:
-    """A user's leg without a socket."""
-
-    def __init__(self) -> None:
-        self.outbox = Outbox()
-        self.ends: list[tuple[int, str]] = []
-        self.expects_close = 0
-
-    def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
-        assert flush_s >= FLUSH_S or reason == "superseded"
-        self.ends.append((close_code, reason))
-
-    def expect_close(self) -> None:
-        self.expects_close += 1
-
-
-class FakeClientLeg:
-    """A client's leg without a socket."""
-
-    def __init__(self, budget: int = 64 * MIB) -> None:
-        self.outbox = Outbox()
-        self.channels = Channels(budget)
-        self.label = "gw"
-
-
-def taken(outbox: Outbox) -> list[Any]:
-    """What waits in the outbox, in order: controls as objects, data as bytes."""
-    frames: list[Any] = []
-    while outbox.has_frames:
-        frame = take(outbox)
-        assert frame is not None
-        payload = bytes(frame.payload)
-        frames.append(json.loads(payload) if frame.opcode == OP_TEXT else frame.head + payload)
-    return frames
+from server.tunnel import Record, Tunnel
+from server.wire import CLOSE_NORMAL, CLOSE_RESTART, TunnelError
+from tests.support.server.fake_legs import (
+    CAP,
+    MIB,
+    OPEN,
+    RESUME,
+    RESUMED,
+    FakeClientLeg,
+    FakeUserLeg,
+    taken,
+)
 
 
 class Pair:
