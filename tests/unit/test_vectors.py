@@ -22,6 +22,7 @@ from server.config import Config
 from server.credentials import Credentials
 from server.credit import Budget, Direction
 from server.relay import Relay
+from tests.support.clock import Clock
 from tests.support.taking import take
 from tests.support.vectors import VECTORS, load
 
@@ -513,7 +514,7 @@ def test_server_counts_as_the_vector_says(vector: dict[str, Any]) -> None:
 class OutboxRun:
     """Plays the steps of an outbox vector; a frame is known by its name."""
 
-    def __init__(self, module: Any, clock: SimpleNamespace) -> None:
+    def __init__(self, module: Any, clock: Clock) -> None:
         self.module = module
         self.clock = clock
         self.outbox = module.Outbox()
@@ -571,8 +572,8 @@ def test_outbox_gives_frames_in_order(
     outbox_module: Any, vector: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fast lane by its slots, then channels by turns, then the close."""
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(outbox_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    clock = Clock(0.0)
+    clock.replace_in(monkeypatch, outbox_module)
     run = OutboxRun(outbox_module, clock)
     for number, step in enumerate(vector["steps"]):
         # take() would wait for ever in a test that expects too much.

@@ -17,6 +17,7 @@ import pytest
 
 from client.duplex import Duplex, wait_ready
 from tests.support.certs import Certs
+from tests.support.clock import Clock
 from tests.support.pairs import Pair, exactly, tcp_pair, tls_pair
 from tests.support.processes import Proc, child_environment
 from tests.support.waiting import eventually
@@ -155,15 +156,16 @@ def test_heard_at_moves_when_bytes_come(pair: Pair, monkeypatch: pytest.MonkeyPa
     """The timer judges silence by it."""
     near, far = pair
     duplex = Duplex(near)
-    before = duplex.heard_at
-    monkeypatch.setattr("client.duplex.time.monotonic", lambda: before + 100)
+    clock = Clock(duplex.heard_at)
+    monkeypatch.setattr("client.duplex.time.monotonic", clock)
+    clock.advance(100)
     far.sendall(b"x")
     assert duplex.recv(10) == b"x"
-    assert duplex.heard_at == before + 100
-    monkeypatch.setattr("client.duplex.time.monotonic", lambda: before + 200)
+    assert duplex.heard_at == clock.now
+    clock.advance(100)
     far.sendall(b"y")
     assert duplex.recv_into(memoryview(bytearray(10))) == 1
-    assert duplex.heard_at == before + 200
+    assert duplex.heard_at == clock.now
 
 
 def blocked(thread: threading.Thread, function: str) -> bool:

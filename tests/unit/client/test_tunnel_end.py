@@ -7,7 +7,6 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from client.outbox import Outbox
 from client.stream import Ack, Position
 from client.tunnel_end import Link, TunnelEnd
 from client.wire import MAX_DATA_BYTES, MIN_WINDOW_BYTES, OP_BINARY, TunnelError
+from tests.support.clock import Clock
 from tests.support.taking import take
 from tests.support.waiting import eventually
 
@@ -27,12 +27,10 @@ LOST = RelayError("leg_lost", "lost")
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The clock of both files: set `.now`."""
-    clock = SimpleNamespace(now=100.0)
-    fake = SimpleNamespace(monotonic=lambda: clock.now)
-    monkeypatch.setattr(client.tunnel_end, "time", fake)
-    monkeypatch.setattr(client.outbox, "time", fake)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of both files."""
+    clock = Clock()
+    clock.replace_in(monkeypatch, client.tunnel_end, client.outbox)
     return clock
 
 
@@ -193,7 +191,7 @@ def test_consumer_without_news_is_woken(end: TunnelEnd, link: Link, by: str) -> 
 
 
 def test_bytes_before_an_end_are_handed_on_for_a_second(
-    end: TunnelEnd, link: Link, clock: SimpleNamespace
+    end: TunnelEnd, link: Link, clock: Clock
 ) -> None:
     """They came first; then the time is over."""
     block = bytes(MAX_DATA_BYTES)
@@ -201,10 +199,10 @@ def test_bytes_before_an_end_are_handed_on_for_a_second(
         end.on_data(link, block)
     end.on_end(GONE)
     assert end.next_chunk() == block
-    clock.now += 0.999
+    clock.advance(0.999)
     assert not end.must_stop()
     assert end.next_chunk() == block
-    clock.now += 0.001
+    clock.advance(0.001)
     assert end.must_stop()
     assert end.next_chunk() is None
 

@@ -9,7 +9,6 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from client.outbox import Outbox
 from client.stream import Ack, Position
 from client.tunnel_end import Link, TunnelEnd
 from client.wire import MESSAGE_BYTES, MIN_WINDOW_BYTES, OP_BINARY, TunnelError
+from tests.support.clock import Clock
 from tests.support.taking import take
 from tests.support.targets import pseudo_random_bytes
 from tests.support.waiting import eventually
@@ -34,12 +34,10 @@ NOTHING = Position(0, 0, WINDOW)
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The clock of both files: set `.now`."""
-    clock = SimpleNamespace(now=100.0)
-    fake = SimpleNamespace(monotonic=lambda: clock.now)
-    monkeypatch.setattr(client.tunnel_end, "time", fake)
-    monkeypatch.setattr(client.outbox, "time", fake)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of both files."""
+    clock = Clock()
+    clock.replace_in(monkeypatch, client.tunnel_end, client.outbox)
     return clock
 
 
@@ -327,36 +325,32 @@ def test_consumer_and_producer_are_told_when_the_grace_is_over() -> None:
 
 
 @pytest.mark.parametrize("look", ["must_stop", "resume_left_s"])
-def test_grace_is_over_at_its_second(
-    end: TunnelEnd, first: Link, clock: SimpleNamespace, look: str
-) -> None:
+def test_grace_is_over_at_its_second(end: TunnelEnd, first: Link, clock: Clock, look: str) -> None:
     """Whoever looks then ends it; nothing is handed on any more."""
     end.on_data(first, b"queued")
     end.detach(first, LOST)
-    clock.now += GRACE_S - 0.001
+    clock.advance(GRACE_S - 0.001)
     getattr(end, look)()
     assert end.ended is None
-    clock.now += 0.001
+    clock.advance(0.001)
     getattr(end, look)()
     assert end.ended is LOST
     assert end.next_chunk() is None
     assert end._stream.out.kept_bytes == 0
 
 
-def test_grace_begins_anew_with_each_loss(
-    end: TunnelEnd, first: Link, clock: SimpleNamespace
-) -> None:
+def test_grace_begins_anew_with_each_loss(end: TunnelEnd, first: Link, clock: Clock) -> None:
     """A tunnel that was back may wait as long again."""
     end.detach(first, LOST)
-    clock.now += GRACE_S - 1
+    clock.advance(GRACE_S - 1)
     newest = new_link(2)
     end.accept_resume(newest, NOTHING, 1)
-    clock.now += 10 * GRACE_S
+    clock.advance(10 * GRACE_S)
     assert not end.must_stop()
     end.detach(newest, LOST)
-    clock.now += GRACE_S - 1
+    clock.advance(GRACE_S - 1)
     assert not end.must_stop()
-    clock.now += 1
+    clock.advance(1)
     assert end.must_stop()
 
 
@@ -502,9 +496,7 @@ def test_finished_tunnel_that_is_resumed_may_lose_its_leg_again(
         ("no grace", False),
     ],
 )
-def test_only_an_end_with_an_answer_can_be_asked(
-    how: str, can: bool, clock: SimpleNamespace
-) -> None:
+def test_only_an_end_with_an_answer_can_be_asked(how: str, can: bool, clock: Clock) -> None:
     """One that the user ended is forgotten, and nobody asks for one without grace."""
     link = new_link()
     end = TunnelEnd(link, WINDOW)
@@ -520,7 +512,7 @@ def test_only_an_end_with_an_answer_can_be_asked(
         end.on_reset(link, GONE)
     if how == "expired":
         end.detach(link, LOST)
-        clock.now += GRACE_S
+        clock.advance(GRACE_S)
         assert end.must_stop()
     assert end.can_be_asked == can
 
