@@ -38,6 +38,7 @@ def relay(
         assert running.shared_tls == ""
 
 
+@pytest.mark.timeout(180)
 def test_bytes_are_equal_when_much_goes_both_ways_at_once(relay: TlsRelay) -> None:
     """64 MB each way through one tunnel, equal SHA-256."""
     check_bulk(relay, BULK_BYTES)

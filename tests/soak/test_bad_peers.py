@@ -15,13 +15,14 @@ from pathlib import Path
 
 from tests.support.processes import CLIENT_NAME, running_relay, thread_count
 from tests.support.raw import RawUser, upgrade_request
-from tests.support.settings import setting
+from tests.support.settings import LONG, setting
 from tests.support.targets import EchoTarget
 
 PEERS = setting("PEERS", 200)
 SECONDS = setting("SECONDS", 60)
 SEED = setting("SEED", 0)
 SLOWEST_S = 1.0
+pytestmark = LONG
 # One byte of a request's head this often, for ever.
 _TRICKLE_S = 0.2
 # Between two looks at the server.

@@ -9,13 +9,14 @@ import pytest
 from tests.support import debian
 from tests.support.certs import Certs
 from tests.support.processes import running_relay
-from tests.support.settings import setting
+from tests.support.settings import LONG, setting
 from tests.support.ssh import check_short_sessions
 from tests.support.tls_relay import FRONTS, JITTER, check_short_tunnels, tls_relay
 
 # Half of them through each front.
 TUNNELS = setting("TUNNELS", 2000)
 SESSIONS = setting("SESSIONS", 500)
+pytestmark = LONG
 
 
 @pytest.mark.debian("nginx", "openssl")

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.support.flows import Mark, transfer
 from tests.support.processes import Relay, resident_bytes, running_relay
 from tests.support.raw import RawUser
-from tests.support.settings import setting
+from tests.support.settings import LONG, setting
 from tests.support.targets import (
     ENDLESS,
     DuplexTarget,
@@ -24,6 +24,7 @@ BULK_BYTES = setting("MEMORY_MB", 64) * 1024 * 1024
 # pieces that it cannot give back; it stops growing after some ten rounds.
 BUDGET = 64 * 1024 * 1024
 SLACK = 24 * 1024 * 1024
+pytestmark = LONG
 
 
 def test_memory_stays_flat_when_readers_stop(tmp_path: Path, figure: Callable[[str], None]) -> None:

@@ -8,12 +8,13 @@ import pytest
 from tests.support.certs import Certs
 from tests.support.fleet import FleetSize, Restart, check_fleet_returns
 from tests.support.oracle import Oracle, check_every_kind_struck
-from tests.support.settings import setting
+from tests.support.settings import LONG, setting
 
 HITS = setting("ORACLE_HITS", 20_000)
 TLS_HITS = setting("ORACLE_TLS_HITS", 2_000)
 SEED = setting("ORACLE_SEED", 1)
 SLOTS = 8
+pytestmark = LONG
 
 
 def test_no_byte_is_lost_when_connections_break_by_the_thousand(

@@ -13,6 +13,8 @@ HITS = int(os.environ.get("RELAY_ORACLE_HITS", "300"))
 TLS_HITS = max(1, HITS // 5)
 SEED = int(os.environ.get("RELAY_ORACLE_SEED", "1"))
 SLOTS = int(os.environ.get("RELAY_ORACLE_TUNNELS", "6"))
+# A hit takes a third of a second at most on a slow machine.
+pytestmark = pytest.mark.timeout(120 + HITS)
 
 
 def test_no_byte_is_lost_when_both_legs_break_all_the_time_plain(tmp_path: Path) -> None:

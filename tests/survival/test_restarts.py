@@ -34,6 +34,7 @@ FILE_BYTES = 200_000_000
 # a server is away; during a SIGHUP the bytes go on, and that takes a second.
 SCP_KBIT = {"kill": 100_000, "terminate": 100_000, "reload": 50_000}
 COPY_S = 240.0
+pytestmark = pytest.mark.timeout(2 * COPY_S)
 LOOK_S = 0.01
 # A worker that replaces another: the tunnels change over while both are up.
 SIGHUP_STALL_S = 2.0
