@@ -1,5 +1,7 @@
 """A clock for tests: time passes when a test says so."""
 
+from __future__ import annotations
+
 from types import ModuleType, SimpleNamespace
 
 import pytest

@@ -1,5 +1,7 @@
 """Slow things that the end-to-end tests begin early."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -5,6 +5,8 @@ script; the clients are `client.agent.Agent`s in the threads of one process. Thi
 either of the two, and is told what to do by lines on standard input.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -158,7 +160,7 @@ class Health:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="health")
 
-    def __enter__(self) -> "Health":
+    def __enter__(self) -> Health:
         self._thread.start()
         return self
 

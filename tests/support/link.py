@@ -7,6 +7,8 @@ called from any thread and return after the link has done what they say. The fau
 calls, not timers, so a test decides when they hit.
 """
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import heapq
@@ -61,7 +63,7 @@ class _Way:
     lane: _Lane
     source: socket.socket
     sink: socket.socket
-    chunks: "collections.deque[tuple[float, bytes]]" = field(default_factory=collections.deque)
+    chunks: collections.deque[tuple[float, bytes]] = field(default_factory=collections.deque)
     held_bytes: int = 0
     last_due: float = 0.0
     source_ended: bool = False

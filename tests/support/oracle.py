@@ -9,6 +9,8 @@ stream hashed. A tunnel that was broken often enough ends with both eofs, still 
 proxy command has to exit 0, and another tunnel follows.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import os

@@ -1,5 +1,7 @@
 """The sections and tables of the project's pages."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 

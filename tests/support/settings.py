@@ -1,5 +1,7 @@
 """Settings of the soak tests."""
 
+from __future__ import annotations
+
 import os
 
 import pytest

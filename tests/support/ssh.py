@@ -1,5 +1,7 @@
 """Sessions of real ssh through a relay, and a terminal for one."""
 
+from __future__ import annotations
+
 import os
 import re
 import select
@@ -61,7 +63,7 @@ class Terminal:
         self.screen += os.read(self._ours, 4096)
         return True
 
-    def __enter__(self) -> "Terminal":
+    def __enter__(self) -> Terminal:
         return self
 
     def __exit__(self, *_: object) -> None:

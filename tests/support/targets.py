@@ -4,6 +4,8 @@ Each is a context manager with `.port`, keeps one `Conversation` per connection,
 all its threads at the end, whatever they were blocked in.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import random
@@ -111,7 +113,7 @@ class Conversation:
         with self._changed:
             return self._sent_hash.hexdigest()
 
-    def wait(self, predicate: Callable[["Conversation"], object], timeout_s: float = 5.0) -> None:
+    def wait(self, predicate: Callable[[Conversation], object], timeout_s: float = 5.0) -> None:
         """Wait until `predicate(self)` is true; AssertionError after `timeout_s`."""
         with self._changed:
             if not self._changed.wait_for(lambda: predicate(self), timeout_s):

@@ -1,5 +1,7 @@
 """A relay behind TLS whose sockets are checked, and the loads that it carries."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

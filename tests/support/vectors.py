@@ -1,5 +1,7 @@
 """The golden vectors, and the modules that they are read by."""
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import json

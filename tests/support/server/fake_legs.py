@@ -1,5 +1,7 @@
 """Legs of the server that are outboxes only, and the first messages of a tunnel."""
 
+from __future__ import annotations
+
 import json
 from typing import Any
 
