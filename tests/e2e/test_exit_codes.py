@@ -3,7 +3,7 @@
 import re
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,7 +150,7 @@ REFUSED = {
 }
 
 
-def filled(value: Any, names: dict[str, object]) -> Any:
+def filled(value: Any, names: Mapping[str, object]) -> Any:
     """`value` with {names} filled in, through lists and dicts."""
     if isinstance(value, str):
         return re.sub(r"\{(\w+)\}", lambda match: str(names[match[1]]), value)

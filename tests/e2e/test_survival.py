@@ -10,7 +10,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
 
 
 @contextmanager
-def beside(task: "functools.partial[object]") -> Iterator[threading.Event]:
+def beside(task: Callable[[threading.Event], object]) -> Iterator[threading.Event]:
     """Run `task(stop)` beside the test until the block ends, or it does by itself."""
     stop = threading.Event()
     thread = threading.Thread(target=task, args=(stop,))

@@ -147,7 +147,8 @@ def test_relay_answers_in_time_when_bad_peers_come_and_stay(
     with running_relay(tmp_path, threads=16) as relay, EchoTarget() as target:
         worker = relay.server.worker_pid
         with bad_peers(relay.server.port) as peers:
-            health_s, tunnel_s = [], []
+            health_s: list[float] = []
+            tunnel_s: list[float] = []
             end = time.monotonic() + SECONDS
             pause = threading.Event()
             while time.monotonic() < end:

@@ -4,6 +4,7 @@ import argparse
 import ast
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ PROTOCOL = (ROOT / "docs" / "protocol.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # The README's section -> the program's parser.
-PROGRAMS = {
+PROGRAMS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "### 1. Server": server.__main__._parser,
     "### 2. Client": client.config.make_parser,
     "### 3. Proxy command": lambda: load("script").make_parser(),

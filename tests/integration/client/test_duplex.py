@@ -123,9 +123,9 @@ def test_send_now_never_waits_when_the_kernel_takes_nothing(pair: Pair) -> None:
     duplex = Duplex(near)
     whole = bytes(range(256)) * 20_000
     begun = time.monotonic()
-    left, before = duplex.send_now(b"", whole), len(whole)
+    before, left = len(whole), duplex.send_now(b"", whole)
     while left is not None and len(left) < before:
-        left, before = duplex.send_now(b"", left), len(left)
+        before, left = len(left), duplex.send_now(b"", left)
     assert left is not None
     assert time.monotonic() - begun < 1.0
     received: list[bytes] = []
@@ -187,7 +187,7 @@ def test_abort_wakes_a_thread_that_is_blocked(pair: Pair, what: str) -> None:
 
     def work() -> None:
         try:
-            calls = {
+            calls: dict[str, Callable[[], Any]] = {
                 "recv": lambda: duplex.recv(10),
                 "recv_into": lambda: duplex.recv_into(memoryview(bytearray(10))),
                 "send": lambda: duplex.send(memoryview(bytes(LARGE))),

@@ -254,7 +254,7 @@ def test_answer_without_the_relays_header_comes_from_something_between(status: s
 )  # fmt: skip
 def test_retry_after_is_a_bounded_number(text: str, seconds: float | None) -> None:
     """A typo there neither raises nor parks a client for years."""
-    assert refusal(answering("503 x", Retry_After=text, **RELAYS)).retry_after_s == seconds
+    assert refusal(answering("503 x", b"", Retry_After=text, **RELAYS)).retry_after_s == seconds
 
 
 @pytest.mark.parametrize(

@@ -514,7 +514,7 @@ def test_tunnel_is_not_finished_before_its_last_ack_is_queued(outbox: Outbox, li
         seen.append(end.is_finished)
         real(*args)
 
-    outbox.put_ack = put_ack  # type: ignore[method-assign]
+    outbox.put_ack = put_ack  # type: ignore[method-assign, assignment]
     end.on_open(MIN_WINDOW_BYTES, 0)
     finish(end, link)
     assert seen == [False]
@@ -533,6 +533,7 @@ def test_waiting_for_the_end_is_woken_by_it(end: TunnelEnd, link: Link) -> None:
 def test_change_is_told_without_the_lock(outbox: Outbox) -> None:
     """Who is told may call back at once."""
     told: list[bool] = []
+    end: TunnelEnd
 
     def lock_is_free() -> bool:
         taken = end._changed.acquire(timeout=5.0)
@@ -557,6 +558,7 @@ def test_change_is_told_without_the_lock(outbox: Outbox) -> None:
 def test_ack_wakes_nobody_who_has_credit(outbox: Outbox) -> None:
     """Most acks come to one who sends on."""
     told: list[int] = []
+    end: TunnelEnd
     link = Link(outbox)
     end = TunnelEnd(link, MIN_WINDOW_BYTES, lambda: told.append(end.credit()))
     end.on_open(10, 0)

@@ -238,6 +238,7 @@ def test_lost_leg_detaches_a_tunnel_with_grace_once(end: TunnelEnd, first: Link)
 def test_loss_is_told_so_that_the_producer_looks(first: Link) -> None:
     """Pump-up must stop reading stdin; and go on when the tunnel is resumed."""
     told: list[int] = []
+    end: TunnelEnd
     end = TunnelEnd(first, WINDOW, lambda: told.append(end.credit()))
     end.on_open(1000, GRACE_S)
     end.detach(first, LOST)
@@ -576,7 +577,7 @@ def test_end_that_was_told_of_no_change_can_begin_to_resume_again(
 # Threads.
 
 
-def together(*jobs: Callable[[], None]) -> None:
+def together(*jobs: Callable[[], object]) -> None:
     """Run all at once; the first error is raised."""
     barrier = threading.Barrier(len(jobs))
     errors: list[BaseException] = []

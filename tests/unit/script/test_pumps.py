@@ -388,7 +388,7 @@ def test_no_quick_stdout_for_anything_else(
     kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file's own description would have its own offset, and overwrite."""
-    fds = []
+    fds: list[int] = []
     if kind == "terminal":
         fds += os.openpty()
     else:
