@@ -21,7 +21,7 @@ SCRIPT_TESTS := tests/unit/script tests/integration/client/test_script_resume.py
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-debian run test script-tests check sync survival soak fuzz mutants bench clean
+.PHONY: help setup setup-debian run test coverage e2e script-tests check sync survival soak fuzz mutants bench clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -50,6 +50,12 @@ run: $(STAMP) ## start a server and a client named demo here, and print an ssh l
 
 test: $(STAMP) ## run every test but those of survival and soak (about 3 minutes)
 	$(BIN)/python -m pytest $(TEST_PROCESSES) $(ARGS)
+
+coverage: $(STAMP) ## run the unit and integration tests, and fail if they reach too little of the code
+	$(BIN)/python -m pytest $(TEST_PROCESSES) --cov --cov-report=term tests/unit tests/integration $(ARGS)
+
+e2e: $(STAMP) ## run the end-to-end tests alone
+	$(BIN)/python -m pytest $(TEST_PROCESSES) tests/e2e $(ARGS)
 
 script-tests: ## run the tests of the proxy command on its oldest Python (PYTHON=python3.9)
 	$(PYTHON) -m venv .venv-script
@@ -85,5 +91,5 @@ bench: $(STAMP) ## measure speed, CPU and memory beside plain TCP: benchmarks/RE
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove .venv, caches and build artefacts (never credentials.json)
-	rm -rf .venv .venv-script .run .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-script .run .fuzz .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
