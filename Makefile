@@ -16,12 +16,12 @@ DEBIAN_PACKAGES := openssh-server openssh-client nginx rsync git tinyproxy opens
 	netcat-openbsd procps iproute2 python3-venv python3-websocket
 
 # The tests that need nothing but the one file, and so run where the server does not.
-SCRIPT_TESTS := tests/unit/script tests/integration/client/test_script_resume.py
+SCRIPT_TESTS := tests/unit/script tests/integration/script
 
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-debian run test coverage e2e script-tests check sync survival soak fuzz mutants bench clean
+.PHONY: help setup setup-debian run test coverage end-to-end script-tests check amalgamate survival soak fuzz mutants bench clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -54,7 +54,7 @@ test: $(STAMP) ## run every test but those of survival and soak (about 3 minutes
 coverage: $(STAMP) ## run the unit and integration tests, and fail if they reach too little of the code
 	$(BIN)/python -m pytest $(TEST_PROCESSES) --cov --cov-report=term tests/unit tests/integration $(ARGS)
 
-e2e: $(STAMP) ## run the end-to-end tests alone
+end-to-end: $(STAMP) ## run the end-to-end tests alone
 	$(BIN)/python -m pytest $(TEST_PROCESSES) tests/e2e $(ARGS)
 
 script-tests: ## run the tests of the proxy command on its oldest Python (PYTHON=python3.9)
@@ -66,15 +66,16 @@ script-tests: ## run the tests of the proxy command on its oldest Python (PYTHON
 survival: $(STAMP) ## the flaky-link oracle and restarts under real ssh (RELAY_ORACLE_HITS=300 RELAY_ORACLE_SEED=1)
 	$(BIN)/python -m pytest tests/survival $(ARGS)
 
-check: $(STAMP) ## format, lint, types, the generated block of the proxy command, and the CI workflow
+check: $(STAMP) ## format, lint, types, the generated proxy command, the mutants, the CI workflow
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/python .ci/sync.py --check
+	$(BIN)/python .ci/amalgamate.py --check
+	$(BIN)/python -m tests.mutants --check
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 
-sync: $(STAMP) ## write the shared block of ssh_proxy_command.py anew
-	$(BIN)/python .ci/sync.py
+amalgamate: $(STAMP) ## write ssh_proxy_command.py anew from http_network_relay/
+	$(BIN)/python .ci/amalgamate.py
 
 soak: $(STAMP) ## the long tests, with the full figures
 	$(BIN)/python -m pytest tests/soak $(ARGS)
@@ -83,8 +84,8 @@ fuzz: $(STAMP) ## a million inputs to decoders and whole legs; Linux, glibc, Pyt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-mutants: $(STAMP) ## break each rule of the design once, and see its test fail
-	$(BIN)/python tests/mutants.py
+mutants: $(STAMP) ## break each rule of the design once, and see its test fail (ARGS=resume for one subject)
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 bench: $(STAMP) ## measure speed, CPU and memory beside plain TCP: benchmarks/README.md (half an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'

@@ -1,3 +1,3 @@
 """gunicorn reads this file by itself when it is started in the project's root."""
 
-from server.gunicorn_conf import *  # noqa: F403  # gunicorn wants the names in this file
+from server.worker.gunicorn_settings import *  # noqa: F403  # gunicorn wants the names in this file

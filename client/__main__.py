@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from client.agent import Agent
 from client.config import read_config
-from client.errors import RelayError
-from client.transport import websocket_client
+from http_network_relay.dial.connection import websocket_client
+from http_network_relay.wire.errors import RelayError
 
 # All threads are joined within this after a signal.
 _STOP_S = 1.9

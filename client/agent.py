@@ -9,19 +9,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from client.backoff import Backoff, uniform
 from client.config import ClientConfig
-from client.errors import RelayError
 from client.leg import Leg
-from client.timer import Timer
-from client.transport import Transport, connect
-from client.tunnels import Tunnels
-from client.wire import (
+from client.tunnel_table import TunnelTable
+from http_network_relay.dial.backoff import Backoff, uniform
+from http_network_relay.dial.connection import Connection, connect
+from http_network_relay.timer import Timer
+from http_network_relay.wire.codes import (
     CLOSE_INTERNAL_ERROR,
     CLOSE_REPLACED_BY_OTHER,
     CLOSE_REPLACED_BY_SELF,
-    INSTANCE_HEADER,
 )
+from http_network_relay.wire.constants import INSTANCE_HEADER
+from http_network_relay.wire.errors import RelayError
 
 # The longest wait between two tries; also after what a new try does not mend.
 CAP_S = 30.0
@@ -37,7 +37,7 @@ log = logging.getLogger("http_network_relay.client")
 class _Run:
     """A leg that is up, and the thread that reads it."""
 
-    def __init__(self, transport: Transport, leg: Leg, serve: Callable[[_Run], None]) -> None:
+    def __init__(self, transport: Connection, leg: Leg, serve: Callable[[_Run], None]) -> None:
         self.transport = transport
         self.leg = leg
         self.begun = time.monotonic()
@@ -57,7 +57,7 @@ class Agent:
         self._config = config
         self._draw = draw
         self._backoff = Backoff(CAP_S, draw)
-        self._tunnels = Tunnels(config.max_window_bytes, config.grace_s, config.allow)
+        self._tunnels = TunnelTable(config.max_window_bytes, config.grace_s, config.allow)
         # Random for each process: tells our own return from another machine with our name.
         self._instance = os.urandom(16).hex()
         self._stopping = threading.Event()
@@ -135,7 +135,7 @@ class Agent:
         self._note_leg(run)
         return CAP_S if run.code == CLOSE_REPLACED_BY_OTHER else self._backoff.next_s()
 
-    def _start(self, transport: Transport) -> _Run:
+    def _start(self, transport: Connection) -> _Run:
         run = _Run(transport, Leg(transport, self._tunnels), self._serve)
         self._change_runs(add=run)
         try:
@@ -157,7 +157,7 @@ class Agent:
             runs = [run for run in self._runs if run is not drop]
             self._runs = (*runs, add) if add is not None else tuple(runs)
 
-    def _connect(self) -> Transport:
+    def _connect(self) -> Connection:
         config = self._config
         pair = base64.b64encode(f"{config.name}:{config.secret}".encode("ascii")).decode("ascii")
         return connect(

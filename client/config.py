@@ -7,11 +7,11 @@ import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from client.covering import find_covered
-from client.dial import Endpoint, make_context, parse_server_url
-from client.errors import RelayError
-from client.rules import AccessRule, RuleError, TargetRule
-from client.settings import (
+from http_network_relay.dial.connect import make_context
+from http_network_relay.dial.endpoint import Endpoint, parse_server_url
+from http_network_relay.rules.shadowed import find_shadowed
+from http_network_relay.rules.target import AccessRule, RuleError, TargetRule
+from http_network_relay.settings import (
     DEFAULT_GRACE_S,
     OneLineParser,
     max_window,
@@ -19,14 +19,14 @@ from client.settings import (
     read_secret_file,
     resume_timeout,
 )
-from client.wire import (
+from http_network_relay.wire.constants import (
     CLIENTS_PATH,
     DEFAULT_MAX_WINDOW_BYTES,
     DEFAULT_PING_INTERVAL_S,
     NAME_PATTERN,
-    is_secret,
-    matches,
 )
+from http_network_relay.wire.controls import is_secret, matches
+from http_network_relay.wire.errors import RelayError
 
 DEFAULT_SERVER_URL = "ws://127.0.0.1:8000" + CLIENTS_PATH
 
@@ -134,7 +134,7 @@ def _allow(flags: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[Tar
         )
     try:
         rules = tuple(TargetRule.parse(text) for text in texts)
-        found = find_covered([AccessRule("*", rule, rule.text) for rule in rules])
+        found = find_shadowed([AccessRule("*", rule, rule.text) for rule in rules])
         if found is not None:
             covered, other = (rules[place].text for place in found)
             raise RuleError(f"{covered} has no effect beside {other}; remove one of them")

@@ -6,24 +6,15 @@ import logging
 import threading
 from typing import Any
 
-from client.errors import RelayError
-from client.stream import Ack
-from client.transport import Transport
-from client.tunnel import Tunnel, refuse
-from client.tunnel_end import Link
-from client.tunnels import Tunnels
-from client.wire import (
-    CHANNEL_BYTES,
-    CLOSE_INTERNAL_ERROR,
-    OP_BINARY,
-    OP_CLOSE,
-    TO_CLIENT,
-    LegError,
-    TunnelError,
-    decode_text,
-    parse_control,
-    split_channel,
-)
+from client.forwarder import Forwarder, refuse
+from client.tunnel_table import TunnelTable
+from http_network_relay.dial.connection import Connection
+from http_network_relay.end.channel import Link
+from http_network_relay.end.stream import Ack
+from http_network_relay.wire.codes import CLOSE_INTERNAL_ERROR
+from http_network_relay.wire.constants import CHANNEL_BYTES, OP_BINARY, OP_CLOSE
+from http_network_relay.wire.controls import TO_CLIENT, decode_text, parse_control, split_channel
+from http_network_relay.wire.errors import LegError, RelayError, TunnelError
 
 log = logging.getLogger("http_network_relay.client")
 
@@ -31,14 +22,14 @@ log = logging.getLogger("http_network_relay.client")
 class Leg:
     """Channels of one leg. All but `is_leaving` is the reader's own, who calls serve()."""
 
-    def __init__(self, transport: Transport, tunnels: Tunnels) -> None:
+    def __init__(self, transport: Connection, tunnels: TunnelTable) -> None:
         self._transport = transport
         self._tunnels = tunnels
         # May hold channels that have ended; each new one prunes them.
-        self._channels: dict[int, tuple[Tunnel, Link]] = {}
+        self._channels: dict[int, tuple[Forwarder, Link]] = {}
         self._highest_channel = 0
         # Those whose on_pause() is to be called.
-        self._owing: dict[int, tuple[Tunnel, Link]] = {}
+        self._owing: dict[int, tuple[Forwarder, Link]] = {}
         # Set when the server is about to go or the leg has ended: time for the next leg.
         self.is_leaving = threading.Event()
         # From the server's `going_away`: spread the return over so many seconds.
@@ -105,7 +96,7 @@ class Leg:
             if found is not None:
                 self._hand(*found, kind, control)
 
-    def _hand(self, tunnel: Tunnel, link: Link, kind: str, control: dict[str, Any]) -> None:
+    def _hand(self, tunnel: Forwarder, link: Link, kind: str, control: dict[str, Any]) -> None:
         end = tunnel.end
         try:
             if kind == "ack":
@@ -150,7 +141,7 @@ class Leg:
             tunnel, link = found
             tunnel.end.reset(RelayError(exc.code, str(exc)), link)
 
-    def _find(self, channel: int) -> tuple[Tunnel, Link] | None:
+    def _find(self, channel: int) -> tuple[Forwarder, Link] | None:
         """Return a channel's tunnel, None if it has ended; a new number is a leg error."""
         if channel > self._highest_channel:
             raise LegError(f"channel {channel} was never opened")

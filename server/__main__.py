@@ -12,6 +12,8 @@ from typing import Any
 
 from gunicorn.app.wsgiapp import WSGIApplication
 
+from http_network_relay.wire.constants import DEFAULT_MAX_WINDOW_BYTES, DEFAULT_PING_INTERVAL_S
+from server.access.command.main import main as credentials_main
 from server.addresses import DEFAULT_TRUSTED_PROXIES
 from server.config import (
     AUDIT_LOG_VARIABLE,
@@ -22,8 +24,6 @@ from server.config import (
     PING_INTERVAL_VARIABLE,
     TRUSTED_PROXIES_VARIABLE,
 )
-from server.credentials_command import main as credentials_main
-from server.wire import DEFAULT_MAX_WINDOW_BYTES, DEFAULT_PING_INTERVAL_S
 
 
 class _Gunicorn(WSGIApplication):  # type: ignore[misc]

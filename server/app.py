@@ -14,14 +14,7 @@ from flask import Flask, Response, g, jsonify, request
 from flask_sock import Sock
 from werkzeug.exceptions import HTTPException
 
-from server.config import Config
-from server.credentials import Login
-from server.errors import ConfigError, HttpRefusal
-from server.logs import ROOT_NAME, set_up_logging
-from server.relay import Relay
-from server.transport import SERVER_OPTIONS, Transport, prepare_upgrade
-from server.watch import FileWatch
-from server.wire import (
+from http_network_relay.wire.constants import (
     CLIENTS_PATH,
     INSTANCE_HEADER,
     RELAY_HEADER,
@@ -30,6 +23,13 @@ from server.wire import (
     TUNNEL_HEADER,
     USERS_PATH,
 )
+from http_network_relay.wire.errors import ConfigError, HttpRefusal
+from server.access.credentials import Login
+from server.access.file_watch import FileWatch
+from server.config import Config
+from server.legs.websocket import SERVER_OPTIONS, Connection, prepare_upgrade
+from server.logs import ROOT_NAME, set_up_logging
+from server.relay import Relay
 
 _log = logging.getLogger(f"{ROOT_NAME}.app")
 
@@ -86,7 +86,7 @@ def build_app(relay: Relay) -> Flask:
             g.slot = relay.admit_user(login, _address(relay), tunnel_id)
         else:
             return
-        relay.attach(g.slot, Transport(prepare_upgrade(request.environ)))
+        relay.attach(g.slot, Connection(prepare_upgrade(request.environ)))
 
     @app.teardown_request
     def give_slot_back(_error: BaseException | None) -> None:

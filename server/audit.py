@@ -16,22 +16,24 @@ import queue
 import select
 import stat
 import sys
-import tempfile
 import threading
 import time
 from datetime import datetime, timezone
 from itertools import count
 from typing import Any
 
+from server.log_paths import STDOUT
 from server.logs import ROOT_NAME
 
 _log = logging.getLogger(f"{ROOT_NAME}.audit")
 
-STDOUT = "-"
+
 # Lines that wait, at most: some 4 MB, and minutes of a busy relay.
 MAX_WAITING = 10_000
+
 # Between two tries when the disk is full, or nobody reads the FIFO.
 _RETRY_S = 1.0
+
 # How long a pipe that is full is waited for before the queue is looked at again.
 _POLL_S = 0.1
 
@@ -40,38 +42,6 @@ def utc_now() -> str:
     """Return the time as ISO 8601 in UTC, with milliseconds."""
     now = datetime.now(timezone.utc)
     return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def why_not_writable(path: str) -> str | None:
-    """Return what keeps lines from ever being written there; None if nothing is known to.
-
-    A disk that is full and a FIFO that nobody reads are none: that may change, and the writer
-    waits for it. Waits for nothing itself, and leaves no file: whoever asks may be root.
-    """
-    if path in ("", STDOUT):
-        return None
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISFIFO(mode):
-            # Not opened: who reads it would take the closing for the end.
-            return None if os.access(path, os.W_OK) else os.strerror(errno.EACCES)
-        if not stat.S_ISREG(mode) and not stat.S_ISCHR(mode):
-            return "not a file"
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        os.close(os.open(path, flags))
-    except FileNotFoundError:
-        return _why_not_made(os.path.dirname(os.path.realpath(path)))
-    except OSError as exc:
-        return exc.strerror
-    return None
-
-
-def _why_not_made(folder: str) -> str | None:
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as exc:
-        return None if exc.errno in (errno.ENOSPC, errno.EDQUOT) else exc.strerror
-    return None
 
 
 class AuditLog:

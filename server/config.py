@@ -12,15 +12,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from server.addresses import DEFAULT_TRUSTED_PROXIES, parse_networks
-from server.audit import why_not_writable
-from server.errors import ConfigError
-from server.wire import (
+from http_network_relay.wire.constants import (
     DEFAULT_MAX_WINDOW_BYTES,
     DEFAULT_PING_INTERVAL_S,
     MAX_WINDOW_BYTES,
     MIN_WINDOW_BYTES,
 )
+from http_network_relay.wire.errors import ConfigError
+from server.addresses import DEFAULT_TRUSTED_PROXIES, parse_networks
+from server.log_paths import why_not_writable
 
 CREDENTIALS_FILE_VARIABLE = "HTTP_NETWORK_RELAY_CREDENTIALS_FILE"
 PING_INTERVAL_VARIABLE = "HTTP_NETWORK_RELAY_PING_INTERVAL"

@@ -9,9 +9,9 @@ import threading
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from server.credentials import Login
-from server.errors import HttpRefusal
-from server.wire import CLOSE_REPLACED_BY_OTHER, CLOSE_REPLACED_BY_SELF
+from http_network_relay.wire.codes import CLOSE_REPLACED_BY_OTHER, CLOSE_REPLACED_BY_SELF
+from http_network_relay.wire.errors import HttpRefusal
+from server.access.credentials import Login
 
 # Of the slots, at most this part goes to clients: a fleet must not lock the users out.
 _CLIENTS_PART = (3, 4)

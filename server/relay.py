@@ -13,22 +13,23 @@ import threading
 import time
 from typing import Any
 
-from server.access import Access
+from http_network_relay.wire.codes import CLOSE_REPLACED_BY_OTHER, CLOSE_RESTART
+from http_network_relay.wire.errors import HttpRefusal, TunnelRefused
+from server.access.access import Access
+from server.access.credentials import Credentials, Login
+from server.access.file_watch import FileWatch
 from server.config import LEG_BUDGET_BYTES, Config
-from server.credentials import Credentials, Login
-from server.errors import HttpRefusal, TunnelRefused
-from server.guard import Guard, TunnelRecord
-from server.held import HeldResumes
-from server.leg import ClientLeg, Helpers, Leg
+from server.legs.client_leg import ClientLeg
+from server.legs.leg import Helpers, Leg
+from server.legs.pending_resumes import PendingResumes
+from server.legs.sender import LegSender
+from server.legs.timer import Timer
+from server.legs.user_leg import UserLeg
+from server.legs.websocket import Connection
+from server.limits.policy import Policy, PolicyObserver
 from server.logs import ROOT_NAME
 from server.registry import Registry, Slot
-from server.sender import Sender
-from server.timer import Timer
-from server.transport import Transport
-from server.tunnel import Tunnel
-from server.user_leg import UserLeg
-from server.watch import FileWatch
-from server.wire import CLOSE_REPLACED_BY_OTHER, CLOSE_RESTART
+from server.tunnels.tunnel import Tunnel
 
 _log = logging.getLogger(f"{ROOT_NAME}.relay")
 
@@ -47,11 +48,11 @@ class Relay:
     ) -> None:
         self._access = Access(credentials, watch, self._enforce_all)
         self._config = config
-        self.guard = Guard(config)
+        self.guard = Policy(config)
         self._registry: Registry[Leg] = Registry()
-        self._held: HeldResumes[UserLeg] = HeldResumes()
+        self._held: PendingResumes[UserLeg] = PendingResumes()
         self._timer = Timer()
-        self._sender = Sender()
+        self._sender = LegSender()
         self._helpers = Helpers(self._timer.look, self._sender.call)
         self._is_started = False
         # One line is enough: peers retry for ever.
@@ -130,7 +131,7 @@ class Relay:
                 old.leg.replace()
         return slot
 
-    def attach(self, slot: Slot[Leg], transport: Transport) -> None:
+    def attach(self, slot: Slot[Leg], transport: Connection) -> None:
         """Make the slot's leg, before the peer is told that it is connected.
 
         A client that has its answer can be reached: a proxy user who comes in the next
@@ -228,7 +229,7 @@ class Relay:
         client_leg = self._registry.client_leg(name)
         if not isinstance(client_leg, ClientLeg):
             raise TunnelRefused("client_offline", f"the client {name} is not connected")
-        record = TunnelRecord(self.guard, control, user, address, rule)
+        record = PolicyObserver(self.guard, control, user, address, rule)
         tunnel = Tunnel(client_leg, leg, control, user, rule, record=record)
         self.guard.limits.admit(user, tunnel)
         try:

@@ -13,24 +13,22 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from typing import Any
 
-import client.dial
-import client.errors
-import client.rules
-import client.settings
-import client.wire
-import server.rules
-import server.wire
-import ssh_proxy_command as script
+from http_network_relay.wire.errors import ConfigError
+from server.access.form import parse_credentials
+from server.access.json_lines import JsonError, parse_json
 from server.addresses import block_of, parse_networks, source_address
 from server.config import LIMITS, TRUSTED_PROXIES_VARIABLE, Config
-from server.credentials_form import parse_credentials
-from server.errors import ConfigError
-from server.positions import JsonError, parse_json
 from tests.fuzz.source import Source, control
+from tests.support.programs import load
+
+PACKAGE, script = load("package"), load("script")
 
 Decoder = Callable[[bytes], None]
 
-_WIRES: tuple[Any, ...] = (client.wire, server.wire, script)
+_WIRES: tuple[Any, ...] = (
+    PACKAGE,
+    script,
+)
 # What may come from a side, and whether it has a channel: all four directions.
 _SIDES = (
     ("FROM_USER", False),
@@ -78,12 +76,12 @@ def fuzz_controls(data: bytes) -> None:
     if source.number(2):
         payload = source.rest()
     else:
-        kind = source.pick((*sorted(client.wire.FIELDS), "newer"))
+        kind = source.pick((*sorted(PACKAGE.FIELDS), "newer"))
         payload = control(source, kind, source.number(3), {})
     parsed = _alike([_parse(wire, payload, side) for wire in _WIRES])
     if not isinstance(parsed, dict):
         return
-    known = {"type", "channel", "user", *client.wire.FIELDS[parsed["type"]]}
+    known = {"type", "channel", "user", *PACKAGE.FIELDS[parsed["type"]]}
     assert set(parsed) <= known, f"unknown fields pass: {set(parsed) - known}"
     fields = {name: parsed[name] for name in parsed if name not in ("type", "channel")}
     assert all(type(value) in (int, str, bool) for value in fields.values())
@@ -105,10 +103,10 @@ def fuzz_data(data: bytes) -> None:
             return "tunnel", str(exc), exc.channel, exc.code
 
     found = _alike([split(wire) for wire in _WIRES])
-    if len(data) < client.wire.CHANNEL_BYTES:
+    if len(data) < PACKAGE.CHANNEL_BYTES:
         assert found[0] == "leg"
-    elif client.wire.CHANNEL_BYTES < len(data) <= 65540:
-        assert client.wire.encode_channel(found) == data[:4]
+    elif PACKAGE.CHANNEL_BYTES < len(data) <= 65540:
+        assert PACKAGE.encode_channel(found) == data[:4]
     else:
         assert found[0] == "tunnel"
 
@@ -130,11 +128,11 @@ def fuzz_rules(data: bytes) -> None:
     source = Source(data)
     host_text, port = source.text(source.number(64)), source.number(65536)
     text = source.text(400)
-    modules: tuple[Any, ...] = (client.rules, server.rules)
+    modules: tuple[Any, ...] = (PACKAGE,)
     hosts = [_outcome(rules.RuleError, rules.canonical_host, host_text) for rules in modules]
     host, _ = _alike(hosts)
     if host is not None:
-        assert client.rules.canonical_host(str(host)) == host, "canonical is not stable"
+        assert PACKAGE.canonical_host(str(host)) == host, "canonical is not stable"
     for name in ("TargetRule", "AccessRule"):
         found = []
         for rules in modules:
@@ -220,19 +218,24 @@ def fuzz_settings(data: bytes) -> None:
     source = Source(data)
     url, proxy = source.text(source.number(200)), source.text(source.number(100))
     no_proxy, value = source.text(source.number(100)), source.text(source.number(40))
-    endpoint, said = _usage(client.dial, client.errors, url)
+    endpoint, said = _usage(PACKAGE, PACKAGE, url)
     assert _usage(script, script, url) == (endpoint, said), "the copies differ"
     if endpoint is not None:
         assert endpoint.is_loopback in (True, False)
-        again = client.dial.parse_server_url(endpoint.url, "/path")
+        again = PACKAGE.parse_server_url(endpoint.url, "/path")
         assert again == endpoint, f"{endpoint.url} reads as {again}"
         assert endpoint.url.isascii() or not endpoint.host.isascii()
         name = "https_proxy" if endpoint.is_tls else "http_proxy"
-        with contextlib.suppress(client.errors.RelayError):
-            client.dial.proxy_for(endpoint, {name: proxy, "no_proxy": no_proxy})
-    client.dial.bypasses_proxy(url[:60], 443, no_proxy)
+        with contextlib.suppress(PACKAGE.RelayError):
+            PACKAGE.proxy_for(endpoint, {name: proxy, "no_proxy": no_proxy})
+    PACKAGE.bypasses_proxy(url[:60], 443, no_proxy)
     for check in ("ping_interval", "max_window", "resume_timeout"):
-        _outcome(client.errors.RelayError, getattr(client.settings, check), value, {})
+        _outcome(
+            PACKAGE.RelayError,
+            getattr(PACKAGE, check),
+            value,
+            {},
+        )
         _outcome(script.RelayError, getattr(script, check), value, {})
     words = [word for word in (no_proxy, proxy, value, url) if not word.startswith("-")]
     environ = {"HTTP_NETWORK_RELAY_SECRET_KEY": value, "HTTP_NETWORK_RELAY_SERVER_URL": "ws://h"}
@@ -249,11 +252,11 @@ def _usage(module: Any, errors: Any, url: str) -> tuple[Any, str]:
 # What each begins with when it is guided by coverage; all are valid or nearly so.
 SEEDS: dict[str, list[bytes]] = {
     "controls": [
-        b"\0\1" + client.wire.encode_control("ack", delivered=7, limit=9, eof=True),
-        b"\1\1" + client.wire.encode_control("opened", 1, limit=9, grace_s=120),
-        b"\2\1" + client.wire.encode_control("going_away", spread_ms=10),
+        b"\0\1" + PACKAGE.encode_control("ack", delivered=7, limit=9, eof=True),
+        b"\1\1" + PACKAGE.encode_control("opened", 1, limit=9, grace_s=120),
+        b"\2\1" + PACKAGE.encode_control("going_away", spread_ms=10),
         b"\2\1"
-        + client.wire.encode_control(
+        + PACKAGE.encode_control(
             "resume",
             3,
             client="lab-1",
@@ -269,7 +272,7 @@ SEEDS: dict[str, list[bytes]] = {
             received=0,
             delivered=0,
         ),
-        b"\3\1" + client.wire.encode_control("refused", code="busy", message="later \u00e9"),
+        b"\3\1" + PACKAGE.encode_control("refused", code="busy", message="later \u00e9"),
         b"\0\0",
         # What once raised something else, or may again.
         b'\0\1{"type":"ack","delivered":1.0,"limit":2.5,"eof":true}',

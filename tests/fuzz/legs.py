@@ -23,19 +23,20 @@ from simple_websocket import Server as LibraryServer
 
 from client.agent import Agent, _Run
 from client.config import ClientConfig
-from client.dial import Endpoint
-from client.duplex import wait_ready
-from client.errors import RelayError
-from client.outbox import Frame
-from client.rules import TargetRule
-from client.transport import Transport as ClientTransport
-from client.transport import websocket_client
-from client.wire import OP_BINARY, OP_CLOSE, OP_TEXT, encode_control
+from http_network_relay.dial.connection import Connection as ClientTransport
+from http_network_relay.dial.connection import websocket_client
+from http_network_relay.dial.endpoint import Endpoint
+from http_network_relay.leg.duplex_socket import wait_ready
+from http_network_relay.leg.send_queue import Frame
+from http_network_relay.rules.target import TargetRule
+from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
+from http_network_relay.wire.controls import encode_control
+from http_network_relay.wire.errors import RelayError
+from server.access.credentials import Credentials
 from server.config import Config
-from server.credentials import Credentials
-from server.leg import ClientLeg
+from server.legs.client_leg import ClientLeg
+from server.legs.websocket import SERVER_OPTIONS, Connection, prepare_upgrade
 from server.relay import Relay
-from server.transport import SERVER_OPTIONS, Transport, prepare_upgrade
 from tests.fuzz.machines import Pest, opening
 from tests.fuzz.source import Source, bad_frame, frame
 from tests.fuzz.streams import _UPGRADE_ENVIRON
@@ -255,7 +256,7 @@ class World:
         """As server/app.py does with a request that is admitted."""
         ours, peer = socket.socketpair()
         environ: dict[str, Any] = {**_UPGRADE_ENVIRON, "gunicorn.socket": ours}
-        self._relay.attach(slot, Transport(prepare_upgrade(environ)))
+        self._relay.attach(slot, Connection(prepare_upgrade(environ)))
 
         def serve() -> None:
             try:

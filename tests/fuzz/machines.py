@@ -10,31 +10,27 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-from client.errors import RelayError
+from client.forwarder import Forwarder
 from client.leg import Leg
-from client.outbox import Frame, Outbox
-from client.tunnel import Tunnel
-from client.tunnels import Tunnels
-from client.wire import (
+from client.tunnel_table import TunnelTable
+from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
+from http_network_relay.wire.controls import (
     FIELDS,
     FROM_CLIENT,
-    OP_BINARY,
-    OP_CLOSE,
-    OP_TEXT,
     TO_CLIENT,
     TO_USER,
-    LegError,
-    TunnelError,
     encode_channel,
     encode_control,
     parse_control,
 )
+from http_network_relay.wire.errors import LegError, RelayError, TunnelError
+from http_network_relay.wire.errors import LegError as ServerLegError
+from server.access.credentials import Credentials, Login
 from server.config import Config
-from server.credentials import Credentials, Login
-from server.leg import ClientLeg
+from server.legs.client_leg import ClientLeg
+from server.legs.user_leg import UserLeg
 from server.relay import Relay
-from server.user_leg import UserLeg
-from server.wire import LegError as ServerLegError
 from tests.fuzz.decoders import Decoder
 from tests.fuzz.source import IDS, Source, control
 from tests.support.taking import TakingOutlet
@@ -317,7 +313,7 @@ def _check_counts(served: ServedLegs) -> None:
 # The client.
 
 
-class _Tunnel(Tunnel):
+class _Tunnel(Forwarder):
     """A tunnel whose target answers at once; its threads' work is done by advance()."""
 
     def __init__(self, *args: Any) -> None:
@@ -360,7 +356,7 @@ class _Transport:
     """Takes the place of a client's transport: an outbox, and nothing comes."""
 
     def __init__(self) -> None:
-        self.outbox = Outbox()
+        self.outbox = SendQueue()
 
     def close(self, code: int, reason: str = "", *, flush: bool = True) -> None:
         self.outbox.close(Frame(OP_CLOSE, b"", code.to_bytes(2, "big")), flush=flush)
@@ -369,12 +365,12 @@ class _Transport:
 def fuzz_client_legs(data: bytes) -> None:
     """A pest server on one leg of a client; the next leg is a good server's."""
     source = Source(data)
-    with mock.patch("client.tunnels.Tunnel", _Tunnel):
+    with mock.patch("client.tunnel_table.Forwarder", _Tunnel):
         _fuzz_client_legs(source)
 
 
 def _fuzz_client_legs(source: Source) -> None:
-    tunnels = Tunnels(_WINDOW, 120)
+    tunnels = TunnelTable(_WINDOW, 120)
     good_leg = Leg(_Transport(), tunnels)  # type: ignore[arg-type]
     # The pest knows the good tunnel's id and user, and not its token.
     fields = opening(IDS[0], resume_token="1" * 64)

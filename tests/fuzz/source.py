@@ -9,7 +9,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from client.wire import FIELDS, LEG_TYPES, MAX_COUNT, OP_BINARY, OP_CLOSE, OP_PING, OP_TEXT
+from http_network_relay.wire.constants import MAX_COUNT, OP_BINARY, OP_CLOSE, OP_PING, OP_TEXT
+from http_network_relay.wire.controls import FIELDS, LEG_TYPES
 from tests.support.raw import encode_frame
 
 T = TypeVar("T")

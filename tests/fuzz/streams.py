@@ -21,28 +21,27 @@ from gunicorn.glogging import Logger
 from gunicorn.workers.gthread import TConn
 from simple_websocket import Server as LibraryServer
 
-import client.dial
-from client.dial import Endpoint
-from client.errors import RelayError
-from client.transport import Transport as ClientTransport
-from client.transport import _HandshakeSocket, _upgrade, websocket_client
-from client.wire import (
+import http_network_relay.dial.connect
+from http_network_relay.dial.connection import Connection as ClientTransport
+from http_network_relay.dial.connection import _HandshakeSocket, _upgrade, websocket_client
+from http_network_relay.dial.endpoint import Endpoint
+from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.wire.constants import (
     MAX_DATA_BYTES,
     OP_BINARY,
     OP_CLOSE,
     OP_PONG,
     OP_TEXT,
     SUBPROTOCOL,
-    LegError,
 )
+from http_network_relay.wire.errors import LegError, RelayError
+from http_network_relay.wire.errors import LegError as ServerLegError
+from server.access.credentials import Credentials
 from server.app import build_app
 from server.config import Config
-from server.credentials import Credentials
-from server.outbox import Outbox
+from server.legs.websocket import SERVER_OPTIONS, Connection, Message, ReadEnd, prepare_upgrade
 from server.relay import Relay
-from server.transport import SERVER_OPTIONS, Message, ReadEnd, Transport, prepare_upgrade
-from server.wire import LegError as ServerLegError
-from server.worker import RelayWorker, _Head
+from server.worker.relay_worker import RelayWorker, _Head
 from tests.fuzz.decoders import Decoder, check_sentence
 from tests.fuzz.source import Source, bad_frame, frame
 
@@ -180,9 +179,9 @@ def fuzz_server_frames(data: bytes) -> None:
         payload = message.encode() if isinstance(message, str) else bytes(message)
         came.append((OP_TEXT if is_text else OP_BINARY, payload))
 
-    outbox = Outbox()
+    outbox = SendQueue()
     try:
-        ended = Transport(leg_socket).read(library, on_message, outbox)
+        ended = Connection(leg_socket).read(library, on_message, outbox)
     except ServerLegError as exc:
         assert exc.close_code == 1007
         ended = ReadEnd.BROKEN
@@ -309,9 +308,11 @@ def fuzz_proxies(data: bytes) -> None:
         data = data[:50_000]  # What the pair takes without a reader.
         peer.sendall(data)
         peer.shutdown(socket.SHUT_WR)
-        proxy = client.dial.Proxy("proxy.example", 3128, "Basic hush")
+        proxy = http_network_relay.dial.http_proxy.Proxy("proxy.example", 3128, "Basic hush")
         try:
-            client.dial._connect_through(ours, proxy, _ENDPOINT, _FAR, lambda: False)
+            http_network_relay.dial.http_proxy.connect_through(
+                ours, proxy, _ENDPOINT, _FAR, lambda: False
+            )
         except RelayError as exc:
             check_sentence(exc)
             assert exc.code == "proxy_failed"

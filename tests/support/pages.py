@@ -1,9 +1,15 @@
-"""The sections and tables of the project's pages."""
+"""The pages of the project, their sections and tables."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support.processes import ROOT
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES.append(ROOT / "benchmarks" / "README.md")
 
 
 def section(text: str, heading: str) -> str:
@@ -20,3 +26,12 @@ def rows(text: str) -> Iterator[list[str]]:
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if line.startswith("|") and not line.startswith("|--") and not following.startswith("|--"):
             yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def prose(text: str) -> str:
+    """A page without its blocks of code, whose `#` makes no heading."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))

@@ -1,7 +1,6 @@
 """What README.md and docs/ say is what the programs know, and the other way round."""
 
 import argparse
-import ast
 import re
 import subprocess
 from collections.abc import Callable
@@ -11,35 +10,35 @@ import pytest
 
 import client.config
 import server.__main__
-from client import wire
-from client.errors import ERRORS
-from server.errors import HTTP_ANSWERS
-from tests.support.pages import rows, section
+from http_network_relay.wire.codes import ERRORS, HTTP_ANSWERS
+from tests.support.code import PACKAGES, code_files, codes_in_code
+from tests.support.pages import PAGES, rows, section
 from tests.support.processes import ROOT
-from tests.support.vectors import VECTORS, load
+from tests.support.programs import load
+from tests.support.vectors import VECTORS
 
 README = (ROOT / "README.md").read_text("utf-8")
+REFERENCE = (ROOT / "docs" / "reference.md").read_text("utf-8")
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text("utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# The README's section -> the program's parser.
+# The section of docs/reference.md -> the program's parser.
 PROGRAMS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    "### 1. Server": server.__main__._parser,
-    "### 2. Client": client.config.make_parser,
-    "### 3. Proxy command": lambda: load("script").make_parser(),
+    "## Server": server.__main__._parser,
+    "## Client": client.config.make_parser,
+    "## Proxy command": lambda: load("script").make_parser(),
 }
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*")
 _VARIABLE = re.compile(r"HTTP_NETWORK_RELAY_[A-Z_]+")
 _CODE = re.compile(r"`([a-z][a-z_]*)`")
 
 
-@pytest.fixture(params=PROGRAMS, ids=lambda heading: heading.split(". ")[1])
+@pytest.fixture(params=PROGRAMS, ids=lambda heading: heading.removeprefix("## "))
 def program(request: pytest.FixtureRequest) -> tuple[str, argparse.ArgumentParser]:
-    """A program's section of the README, and its parser."""
-    return section(README, request.param), PROGRAMS[request.param]()
+    """A program's section of docs/reference.md, and its parser."""
+    return section(REFERENCE, request.param), PROGRAMS[request.param]()
 
 
-def test_readme_lists_every_flag_of_the_help(
+def test_reference_lists_every_flag_of_the_help(
     program: tuple[str, argparse.ArgumentParser], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The flags of the section's table are those of --help."""
@@ -49,10 +48,10 @@ def test_readme_lists_every_flag_of_the_help(
     assert listed == set(_FLAG.findall(parser.format_help())) - {"--help"}
 
 
-def test_readme_lists_the_variable_of_every_flag(
+def test_reference_lists_the_variable_of_every_flag(
     program: tuple[str, argparse.ArgumentParser],
 ) -> None:
-    """A variable stands beside its flag, in the README as in --help."""
+    """A variable stands beside its flag, on the page as in --help."""
     text, parser = program
     listed = {
         (flag, variable)
@@ -69,25 +68,60 @@ def test_readme_lists_the_variable_of_every_flag(
     assert listed == known
 
 
-def test_every_variable_in_the_code_is_in_the_readme() -> None:
+def test_reference_lists_the_default_of_every_flag(
+    program: tuple[str, argparse.ArgumentParser],
+) -> None:
+    """Where --help gives a default, the page gives the same."""
+    text, parser = program
+    listed = {flag: row[2].strip("`") for row in rows(text) for flag in _FLAG.findall(row[0])}
+    known = {}
+    for action in parser._actions:
+        told = (action.help or "").replace("%(default)s", str(action.default))
+        found = re.search(r"default:? ([^\s;)]*[^\s;),])", told)
+        known.update({flag: found[1] for flag in action.option_strings if found})
+    assert len(known) >= 3
+    assert known == {flag: listed[flag] for flag in known}
+
+
+def test_every_variable_in_the_code_is_in_the_reference() -> None:
     """None is read in secret, and none is promised that nobody reads."""
     code = "".join(path.read_text("utf-8") for path in code_files())
-    assert set(_VARIABLE.findall(README)) == set(_VARIABLE.findall(code))
+    assert set(_VARIABLE.findall(REFERENCE)) == set(_VARIABLE.findall(code))
 
 
-def test_readme_lists_every_positional_argument() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_names_only_variables_that_the_code_reads(page: Path) -> None:
+    """What a reader sets has an effect."""
+    assert set(_VARIABLE.findall(page.read_text("utf-8"))) <= set(_VARIABLE.findall(REFERENCE))
+
+
+def test_reference_lists_every_positional_argument() -> None:
     """The proxy command's arguments, in order."""
     parser = load("script").make_parser()
     wanted = [action.dest for action in parser._actions if not action.option_strings]
-    text = section(README, "### 3. Proxy command")
+    text = section(REFERENCE, "## Proxy command")
     listed = [row[0].strip("`") for row in rows(text) if not row[0].startswith("`--")]
     assert listed == wanted
 
 
-def test_readme_lists_every_exit_code() -> None:
+@pytest.mark.parametrize(
+    ("page", "heading"),
+    [(README, "## Exit codes"), (REFERENCE, "### Proxy command exits")],
+    ids=["README", "reference"],
+)
+def test_page_lists_every_exit_code(page: str, heading: str) -> None:
     """Each exit code that an error can have is explained."""
-    listed = {row[0] for row in rows(section(README, "## Exit codes"))}
+    listed = {row[0] for row in rows(section(page, heading))}
     assert listed == {"0", "128+n", *(str(exit_code) for exit_code, _ in ERRORS.values())}
+
+
+def test_exit_codes_mean_the_same_on_both_pages() -> None:
+    """README.md and docs/reference.md."""
+    short, whole = (
+        {row[0]: row[1] for row in rows(section(page, heading))}
+        for page, heading in ((README, "## Exit codes"), (REFERENCE, "### Proxy command exits"))
+    )
+    assert all(meaning.startswith(short[code]) for code, meaning in whole.items())
 
 
 def test_readme_ssh_config_starts_the_proxy_command(
@@ -109,70 +143,20 @@ def test_readme_ssh_config_starts_the_proxy_command(
     assert settings.token == "TOKEN"
 
 
-def test_readme_names_only_make_targets_that_exist() -> None:
-    """`make ...` in the README can be typed."""
-    named = set(re.findall(r"(?:`|^    )make ([a-z-]+)", README, re.MULTILINE))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_names_only_make_targets_that_exist(page: Path) -> None:
+    """`make ...` on a page can be typed."""
+    named = set(re.findall(r"(?:`|^    )make ([a-z-]+)", page.read_text("utf-8"), re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text("utf-8")
     assert named <= set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    assert {"run", "test"} <= named
-
-
-def strings_in_code() -> set[str]:
-    """Every string that the programs could say, with a gap for each value put into it."""
-    found = set()
-    for path in code_files():
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = [getattr(value, "value", "") for value in node.values]
-                found.add("\0".join(part if isinstance(part, str) else "" for part in parts))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.add(node.value)
-    return found
-
-
-def test_troubleshooting_quotes_lines_that_the_programs_write() -> None:
-    """A line that nobody writes any more helps nobody."""
-    strings = strings_in_code()
-    quoted = [
-        phrase
-        for row in rows(section(README, "## Troubleshooting"))
-        for phrase in re.findall(r"`([^`]+)`", row[0])
-    ]
-    assert len(quoted) > 20
-    for phrase in quoted:
-        for piece in phrase.split("..."):
-            assert any(piece.strip() in string for string in strings), piece
+    if page.name == "README.md" and page.parent == ROOT:
+        assert {"run", "test"} <= named
+    if page.name == "CONTRIBUTING.md":
+        listed = set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
+        assert listed - {"help"} <= named
 
 
 # Codes.
-
-
-def code_files() -> list[Path]:
-    """The programs' code, each line once: the script's block is a copy."""
-    files = [ROOT / "ssh_proxy_command.py"]
-    for package in ("server", "client"):
-        files += sorted((ROOT / package).glob("*.py"))
-    return files
-
-
-def codes_in_code() -> set[str]:
-    """Every code that the code can raise, send or answer."""
-    makers = {"RelayError", "HttpRefusal", "TunnelRefused", "refuse", "client_lost", "_lost"}
-    makers |= {"_refuse_user", "_reset_client"}
-    found = {*ERRORS, *HTTP_ANSWERS}
-    for path in code_files():
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if not isinstance(node, ast.Call):
-                continue
-            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            given = node.args[:1] if name in makers else []
-            given += [keyword.value for keyword in node.keywords if keyword.arg == "code"]
-            found |= {
-                value.value
-                for value in given
-                if isinstance(value, ast.Constant) and isinstance(value.value, str)
-            }
-    return found
 
 
 def documented_codes(heading: str, column: int = 0) -> set[str]:
@@ -208,7 +192,9 @@ def test_retryable_refusals_are_the_documented_ones() -> None:
 def test_every_close_code_is_documented() -> None:
     """Also those that are only sent."""
     listed = {row[0] for row in rows(section(PROTOCOL, "### Close codes"))}
-    known = {str(value) for name, value in vars(wire).items() if name.startswith("CLOSE_")}
+    known = {
+        str(value) for name, value in vars(load("package")).items() if name.startswith("CLOSE_")
+    }
     assert known <= listed
 
 
@@ -221,11 +207,11 @@ def test_every_control_and_field_is_documented() -> None:
             types[names[0]] = set(_CODE.findall(rest[1].split(".")[0]))
         else:
             fields.update(names)
-    assert set(types) == set(wire.FIELDS)
-    for kind, checks in wire.FIELDS.items():
+    assert set(types) == set(load("package").FIELDS)
+    for kind, checks in load("package").FIELDS.items():
         named = types[kind] | (types["open"] if "open" in types[kind] else set())
         assert named - {"open", "user"} == set(checks), kind
-    known = {name for checks in wire.FIELDS.values() for name in checks}
+    known = {name for checks in load("package").FIELDS.values() for name in checks}
     assert fields == {*known, "channel", "user"}
 
 
@@ -235,34 +221,13 @@ def test_every_section_of_the_vectors_is_explained() -> None:
     assert listed == set(VECTORS) - {"about"}
 
 
-# Links.
-
-
-def anchors(page: Path) -> set[str]:
-    """The anchors that a page's headings make."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_within_the_project_resolve(page: Path) -> None:
-    """Each relative link names a file that is there, and a heading in it."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
-        if re.match(r"https?:", target):
-            continue
-        name, _, anchor = target.partition("#")
-        path = (page.parent / name).resolve() if name else page
-        assert path.exists(), f"{page.name}: {target}"
-        assert not anchor or anchor in anchors(path), f"{page.name}: {target}"
-
-
-@pytest.mark.parametrize("name", ["server", "client"])
+@pytest.mark.parametrize("name", PACKAGES)
 def test_architecture_names_every_file(name: str) -> None:
     """The picture of files is true."""
     text = section((ROOT / "docs" / "architecture.md").read_text("utf-8"), "## Files and arrows")
-    block = text.split(f"\n{name}/\n")[1].split("\n\n")[0]
-    files = {path.name for path in (ROOT / name).glob("*.py")} - {"__init__.py"}
-    assert set(re.findall(r"\b\w+\.py\b", block)) - {"script.py"} >= files
+    block = re.split(rf"\n{name}/[^\n]*\n", text)[1].split("\n\n")[0]
+    files = {path.name for path in (ROOT / name).rglob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"\b\w+\.py\b", block)) >= files
 
 
 _FILE = re.compile(r"`([\w/]+\.py)`")
@@ -273,9 +238,7 @@ def test_architecture_names_every_lock() -> None:
     text = section((ROOT / "docs" / "architecture.md").read_text("utf-8"), "## Locks")
     listed = {(row[0].strip("`"), path) for row in rows(text) for path in _FILE.findall(row[1])}
     known = set()
-    for path in code_files()[1:]:
-        if path.read_text("utf-8").startswith("# Written by `make sync`"):
-            continue
+    for path in code_files():
         for owner in re.findall(
             r"self\.(\w+) = threading\.(?:R?Lock|Condition)\(", path.read_text()
         ):

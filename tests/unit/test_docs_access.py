@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from client.rules import AccessRule
-from server.credentials_command import make_parser
-from server.credentials_form import parse_credentials
+from http_network_relay.rules.target import AccessRule
+from server.access.command.main import make_parser
+from server.access.form import parse_credentials
 from tests.support.pages import rows, section
 from tests.support.processes import ROOT
 

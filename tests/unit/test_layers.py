@@ -10,42 +10,85 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "ssh_proxy_command.py"
-SERVER = sorted((ROOT / "server").glob("*.py"))
-CLIENT = sorted((ROOT / "client").glob("*.py"))
-SHIPPED = [*SERVER, *CLIENT, SCRIPT, ROOT / "wsgi.py", ROOT / "gunicorn.conf.py"]
-# What the script's block is made of, and so has to run where the script does.
-BLOCK = ["wire", "errors", "backoff", "settings", "outbox", "duplex", "framing", "outlet"]
-BLOCK += ["gather", "window", "stream", "dial", "transport", "tunnel_end", "timer"]
+PACKAGES = ("http_network_relay", "server", "client")
+SHARED, SERVER, CLIENT = (sorted((ROOT / name).rglob("*.py")) for name in PACKAGES)
+
+ENTRIES = [ROOT / "wsgi.py", ROOT / "gunicorn.conf.py"]
+SHIPPED = [*SHARED, *SERVER, *CLIENT, *ENTRIES, SCRIPT]
 SCRIPT_PYTHON = (3, 9)
+
+# The arrows of docs/architecture.md, from the bottom up. A module imports from its own row
+# and from the rows below, never from a row above. A prefix stands for all below it, unless
+# a longer prefix stands elsewhere.
+SHARED_ROWS = [
+    {"http_network_relay", "http_network_relay.wire"},
+    {"http_network_relay.leg", "http_network_relay.rules"},
+    {"http_network_relay.settings", "http_network_relay.timer"},
+    {"http_network_relay.end", "http_network_relay.dial"},
+    {"http_network_relay.proxy_command", "http_network_relay.tools"},
+]
+SERVER_ROWS = [
+    *SHARED_ROWS[:3],
+    {"server.logs"},
+    {"server.addresses", "server.log_paths"},
+    {"server.config"},
+    {"server.tunnels", "server.access", "server.audit"},
+    {"server.limits"},
+    {"server.legs", "server.registry"},
+    {"server.relay"},
+    {"server.app"},
+    {"server.worker"},
+    {"server.__main__", "server.access.command", "wsgi", "gunicorn.conf"},
+]
+CLIENT_ROWS = [
+    *SHARED_ROWS,
+    {"client.config"},
+    {"client.forwarder"},
+    {"client.tunnel_table"},
+    {"client.leg"},
+    {"client.agent"},
+    {"client.__main__"},
+]
+# Not even downwards: who imports -> what is never imported.
+NEVER = {
+    "http_network_relay": ("server", "client"),
+    "client": ("server", "http_network_relay.proxy_command"),
+    "server": (
+        "client",
+        *(f"http_network_relay.{name}" for name in ("end", "dial", "proxy_command")),
+    ),
+    "server.tunnels": ("server.legs",),
+    # A class of settings opens no log and no socket.
+    "server.config": ("server.logs", "server.audit", "logging", "socket"),
+    "client.config": ("logging", "socket"),
+    "http_network_relay.settings": ("logging", "socket"),
+}
 # May be imported by these files alone.
 FENCED = {
-    "simple_websocket": {"server/transport.py"},
     "flask": {"server/app.py"},
     "flask_sock": {"server/app.py"},
-    "websocket": {"client/transport.py", "ssh_proxy_command.py"},
+    "werkzeug": {"server/app.py"},
+    "simple_websocket": set(),  # flask-sock builds its objects; one file is handed them.
+    "gunicorn": {
+        "server/__main__.py",
+        "server/worker/gunicorn_settings.py",
+        "server/worker/relay_worker.py",
+    },
+    "websocket": {"http_network_relay/dial/connection.py", "ssh_proxy_command.py"},
 }
-# client/: who may import whom, from the bottom up; an import goes down only.
-CLIENT_LEVELS = [
-    {"wire", "errors", "backoff", "duplex"},
-    {"outbox", "settings", "rules", "framing", "window", "gather"},
-    {"dial", "stream", "outlet", "covering"},
-    {"transport", "tunnel_end", "timer"},
-    {"tunnel", "config"},
-    {"tunnels"},
-    {"leg"},
-    {"agent"},
-    {"__main__"},
-]
 # What knows no socket, clock, thread or log.
 PURE = {
-    "client/wire.py": {"json", "re"},
-    "client/stream.py": set(),
-    "client/window.py": set(),
-    "client/errors.py": set(),
-    "client/backoff.py": {"os"},
-    "client/gather.py": set(),
-    "client/rules.py": {"dataclasses", "ipaddress", "re"},
-    "client/covering.py": {"itertools"},
+    "http_network_relay/wire/constants.py": set(),
+    "http_network_relay/wire/codes.py": set(),
+    "http_network_relay/wire/errors.py": set(),
+    "http_network_relay/wire/frames.py": {"functools", "struct"},
+    "http_network_relay/wire/controls.py": {"json", "re"},
+    "http_network_relay/end/stream.py": set(),
+    "http_network_relay/end/window.py": set(),
+    "http_network_relay/end/read_coalescer.py": set(),
+    "http_network_relay/dial/backoff.py": {"os"},
+    "http_network_relay/rules/target.py": {"dataclasses", "ipaddress", "re"},
+    "http_network_relay/rules/shadowed.py": {"itertools"},
 }
 
 
@@ -65,29 +108,141 @@ def imports_of(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
-            yield node.module
-            if node.module in ("server", "client"):
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES else node.module for name in modules)
+
+
+def module_of(path: Path) -> str:
+    name = name_of(path).removesuffix(".py").removesuffix("/__init__")
+    return name.replace("/", ".")
+
+
+MODULES = {module_of(path): path for path in SHIPPED}
 
 
 def tops_of(path: Path) -> set[str]:
     return {module.split(".")[0] for module in imports_of(path)}
 
 
+def is_below(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(f"{prefix}.")
+
+
+def row_of(module: str, rows: list[set[str]]) -> int:
+    """The row of the longest prefix that fits."""
+    fits = [
+        (len(prefix), row)
+        for row, prefixes in enumerate(rows)
+        for prefix in prefixes
+        if is_below(module, prefix)
+    ]
+    assert fits, f"{module} stands in no row"
+    return max(fits)[1]
+
+
+def upwards(rows: list[set[str]], paths: list[Path]) -> list[str]:
+    """The imports that go to a row above that of their file."""
+    return [
+        f"{module_of(path)} -> {wanted}"
+        for path in paths
+        for wanted in imports_of(path)
+        if wanted in MODULES and row_of(wanted, rows) > row_of(module_of(path), rows)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "paths"),
+    [
+        (SHARED_ROWS, SHARED),
+        (SERVER_ROWS, [*SERVER, *ENTRIES]),
+        (CLIENT_ROWS, CLIENT),
+    ],
+    ids=PACKAGES,
+)
+def test_arrows_go_down(rows: list[set[str]], paths: list[Path]) -> None:
+    """A file imports from its own row and from those below."""
+    assert upwards(rows, paths) == []
+
+
+def test_arrow_upwards_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule above can fail: a frame that knows a tunnel's end."""
+    path = tmp_path / "http_network_relay" / "wire" / "frames.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("from http_network_relay.end.stream import Stream\n", "utf-8")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert upwards(SHARED_ROWS, [path]) == [
+        "http_network_relay.wire.frames -> http_network_relay.end.stream"
+    ]
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """Return the members of one circle, in its order; empty if there is none."""
+    done: set[str] = set()
+
+    def walk(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module in done:
+            return []
+        for wanted in sorted(graph.get(module, ())):
+            if found := walk(wanted, [*way, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := walk(module, []))), [])
+
+
+def test_no_imports_form_a_circle() -> None:
+    """Neither files nor folders, imports for type checkers included."""
+    files = {
+        module: {wanted for wanted in imports_of(path) if wanted in MODULES and wanted != module}
+        for module, path in MODULES.items()
+    }
+    assert circle_in(files) == []
+    folders: dict[str, set[str]] = {}
+    for module, wanted in files.items():
+        # A file directly in a program's folder stands for itself.
+        mine = folder_of(module)
+        folders.setdefault(mine, set()).update(map(folder_of, wanted))
+        folders[mine].discard(mine)
+    assert circle_in(folders) == []
+
+
+def folder_of(module: str) -> str:
+    parts = module.split(".")
+    is_in_folder = MODULES[module].name != "__init__.py" and len(parts) > 2
+    return ".".join(parts[:-1]) if is_in_folder else module
+
+
+def test_circle_is_found() -> None:
+    """The search above can fail."""
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+@pytest.mark.parametrize(("importer", "never"), NEVER.items(), ids=NEVER)
+def test_some_arrows_are_never_drawn(importer: str, never: tuple[str, ...]) -> None:
+    """Not even downwards."""
+    paths = [path for module, path in MODULES.items() if is_below(module, importer)]
+    assert paths
+    for path in paths:
+        found = [
+            wanted
+            for wanted in imports_of(path)
+            if any(is_below(wanted, prefix) for prefix in never)
+        ]
+        assert found == [], path
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=name_of)
-def test_three_programs_never_import_each_other(path: Path) -> None:
-    """server/, client/ and the script each stand alone; nothing imports the tests."""
-    mine = {"server", "wsgi"} if path.parent != ROOT / "client" else {"client"}
-    mine = set() if path == SCRIPT else mine
-    others = {"server", "client", "ssh_proxy_command", "wsgi", "tests"} - mine
-    assert not tops_of(path) & others
-    if path.parent == ROOT / "server":
-        assert "wsgi" not in tops_of(path)
+def test_nothing_imports_tests_or_the_script(path: Path) -> None:
+    """The single file is a product, and no part of any program."""
+    assert not tops_of(path) & {"tests", "ssh_proxy_command", "benchmarks"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=name_of)
 def test_library_is_imported_by_its_own_file_only(path: Path) -> None:
-    """Each foreign library is met in one file, where its errors and traps are handled."""
+    """Each foreign library is met in few files, where its errors and traps are handled."""
     for library, allowed in FENCED.items():
         if library in tops_of(path):
             assert name_of(path) in allowed, library
@@ -96,31 +251,7 @@ def test_library_is_imported_by_its_own_file_only(path: Path) -> None:
 @pytest.mark.parametrize(("library", "files"), FENCED.items())
 def test_fence_stands_around_something(library: str, files: set[str]) -> None:
     """A fenced library that nobody imports any more would guard nothing."""
-    if library == "simple_websocket":
-        files = set()  # flask-sock makes its objects; our file is handed them.
     assert all(library in tops_of(ROOT / file) for file in files)
-
-
-@pytest.mark.parametrize("path", CLIENT, ids=name_of)
-def test_arrows_of_the_client_go_down(path: Path) -> None:
-    """A file imports what stands below it, never beside or above."""
-    if path.stem == "__init__":
-        assert not list(imports_of(path))
-        return
-    level = {name: number for number, names in enumerate(CLIENT_LEVELS) for name in names}
-    for module in imports_of(path):
-        if module.startswith("client."):
-            assert level[module.removeprefix("client.")] < level[path.stem], module
-
-
-@pytest.mark.parametrize("path", SERVER, ids=name_of)
-def test_flask_and_gunicorn_stay_at_the_servers_edge(path: Path) -> None:
-    """Nothing but the entry points knows the application or gunicorn's worker."""
-    wanted = {module for module in imports_of(path) if module.startswith("server.")}
-    if "server.app" in wanted:
-        assert path.stem in {"__main__", "gunicorn_conf", "worker"}
-    if "server.transport" in wanted:
-        assert path.stem in {"leg", "user_leg", "app", "relay"}
 
 
 def loaded_by(*argv: str) -> set[str]:
@@ -143,14 +274,14 @@ def test_script_starts_without_modules_that_it_hardly_needs() -> None:
 @pytest.mark.parametrize(("file", "allowed"), PURE.items(), ids=PURE)
 def test_state_and_wire_know_no_socket_clock_thread_or_log(file: str, allowed: set[str]) -> None:
     """Protocol apart from I/O: only names for types, and what computing needs."""
-    tops = tops_of(ROOT / file) - {"__future__", "typing", "collections", "client"}
+    tops = tops_of(ROOT / file) - {"__future__", "typing", "collections", "http_network_relay"}
     assert tops == allowed
 
 
-@pytest.mark.parametrize("path", CLIENT, ids=name_of)
+@pytest.mark.parametrize("path", [*CLIENT, *SHARED], ids=name_of)
 def test_client_needs_only_websocket_client(path: Path) -> None:
     """The client runs from the standard library and one package."""
-    known = {"client", "websocket"} | set(sys.stdlib_module_names)
+    known = {"client", "http_network_relay", "websocket"} | set(sys.stdlib_module_names)
     assert tops_of(path) <= known
 
 
@@ -159,7 +290,9 @@ def test_script_needs_only_websocket_client() -> None:
     assert tops_of(SCRIPT) <= {"websocket"} | set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("path", [ROOT / "client" / "transport.py", SCRIPT], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [ROOT / "http_network_relay" / "dial" / "connection.py", SCRIPT], ids=name_of
+)
 def test_library_is_imported_late(path: Path) -> None:
     """`import websocket` stands in a function: its absence is a sentence, not a traceback."""
     for node in tree_of(path).body:
@@ -178,57 +311,26 @@ def test_wsgi_holds_the_application_and_nothing_else() -> None:
 def test_gunicorn_conf_at_the_root_only_points_to_the_servers() -> None:
     """One import; a second setting there would be lost with `-c`."""
     body = tree_of(ROOT / "gunicorn.conf.py").body[1:]
-    assert [ast.unparse(node) for node in body] == ["from server.gunicorn_conf import *"]
+    assert [ast.unparse(node) for node in body] == ["from server.worker.gunicorn_settings import *"]
 
 
-def test_copies_of_the_shared_code_are_what_client_says() -> None:
-    """`.ci/sync.py --check`: server/ and the script's block hold client/'s text."""
-    command = [sys.executable, str(ROOT / ".ci" / "sync.py"), "--check"]
+def test_script_is_what_the_package_says() -> None:
+    """`.ci/amalgamate.py --check`: the whole text of the single file."""
+    command = [sys.executable, str(ROOT / ".ci" / "amalgamate.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_check_of_the_copies_sees_a_difference(tmp_path: Path) -> None:
-    """A byte more, a tail less, a file that is missing: each is told by its name."""
-    for folder in (".ci", "client", "server"):
-        (tmp_path / folder).mkdir()
-    for path in (ROOT / ".ci" / "sync.py", SCRIPT, *CLIENT, *SERVER):
-        (tmp_path / path.relative_to(ROOT)).write_bytes(path.read_bytes())
-
-    def check() -> tuple[int, str]:
-        command = [sys.executable, str(tmp_path / ".ci" / "sync.py"), "--check"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        return result.returncode, result.stdout
-
-    assert check() == (0, "")
-    text = (tmp_path / "server" / "outbox.py").read_text("utf-8")
-    (tmp_path / "server" / "outbox.py").write_text(text + "\n", "utf-8")
-    script = SCRIPT.read_text("utf-8").splitlines(keepends=True)
-    end = script.index("# --- end of the shared block ---\n")
-    short = script[: end - 4] + script[end:]  # The block's last lines.
-    (tmp_path / SCRIPT.name).write_text("".join(short), "utf-8")
-    (tmp_path / "server" / "duplex.py").unlink()
-    status, output = check()
-    assert status == 1
-    assert [line.split()[0] for line in output.splitlines()] == [
-        "server/outbox.py",
-        "server/duplex.py",
-        "ssh_proxy_command.py",
-    ]
-
-
-@pytest.mark.parametrize(
-    "path", [SCRIPT, *(ROOT / "client" / f"{name}.py" for name in BLOCK)], ids=name_of
-)
-def test_block_and_script_are_python_3_9(path: Path) -> None:
+@pytest.mark.parametrize("path", [SCRIPT, *SHARED], ids=name_of)
+def test_script_and_package_are_python_3_9(path: Path) -> None:
     """The grammar of the laptop's own Python: no `match`, no bracketed `with`."""
     ast.parse(path.read_text("utf-8"), str(path), feature_version=SCRIPT_PYTHON)
 
 
 @pytest.mark.parametrize(
-    "path", [SCRIPT, *(ROOT / "client" / f"{name}.py" for name in BLOCK)], ids=name_of
+    "path", [SCRIPT, *(path for path in SHARED if path.stem != "__init__")], ids=name_of
 )
-def test_block_and_script_use_nothing_newer_at_run_time(path: Path) -> None:
+def test_script_and_package_use_nothing_newer_at_run_time(path: Path) -> None:
     """What only a newer library has: `X | Y` in isinstance, zip(strict=), dataclass(slots=)."""
     tree = tree_of(path)
     for node in ast.walk(tree):
@@ -259,26 +361,24 @@ def constants_of(path: Path) -> dict[str, ast.expr]:
     return found
 
 
-@pytest.mark.parametrize("folder", ["server", "client"])
-def test_constant_of_the_wire_stands_once(folder: str) -> None:
-    """wire.py alone defines its names; the others import them."""
-    wire = constants_of(ROOT / folder / "wire.py")
-    shared = {name for name in wire if name.isupper() and not name.startswith("_")}
-    for path in sorted((ROOT / folder).glob("*.py")):
-        if path.stem != "wire":
-            assert not shared & set(constants_of(path)), path
+WIRE = [ROOT / "http_network_relay" / "wire" / f"{name}.py" for name in ("constants", "codes")]
+OTHERS = [path for path in (*SHARED, *SERVER, *CLIENT) if path not in WIRE]
 
 
-@pytest.mark.parametrize("folder", ["server", "client"])
-def test_words_of_the_wire_stand_once(folder: str) -> None:
+def test_constant_of_the_wire_stands_once() -> None:
+    """The constants and codes of the wire are defined in its two files alone."""
+    shared = {name for path in WIRE for name in constants_of(path) if not name.startswith("_")}
+    for path in OTHERS:
+        assert not shared & set(constants_of(path)), path
+
+
+def test_words_of_the_wire_stand_once() -> None:
     """Paths, header names and the subprotocol are not written out anywhere else."""
-    values = (node.value for node in constants_of(ROOT / folder / "wire.py").values()
+    values = (node.value for node in constants_of(WIRE[0]).values()
               if isinstance(node, ast.Constant))  # fmt: skip
     words = {value for value in values if isinstance(value, str) and len(value) > 8}
     assert words
-    for path in sorted((ROOT / folder).glob("*.py")):
-        if path.stem == "wire":
-            continue
+    for path in OTHERS:
         strings = {
             node.value
             for node in ast.walk(tree_of(path))
@@ -287,18 +387,15 @@ def test_words_of_the_wire_stand_once(folder: str) -> None:
         assert not words & strings, path
 
 
-@pytest.mark.parametrize("folder", ["server", "client"])
-def test_number_of_the_wire_is_imported(folder: str) -> None:
-    """Close codes of four digits are known by their names outside wire.py."""
+def test_number_of_the_wire_is_imported() -> None:
+    """Close codes of four digits are known by their names outside the wire."""
     codes = {
         node.value
-        for name, node in constants_of(ROOT / folder / "wire.py").items()
+        for name, node in constants_of(WIRE[1]).items()
         if name.startswith("CLOSE_") and isinstance(node, ast.Constant)
     }
     assert len(codes) > 5
-    for path in sorted((ROOT / folder).glob("*.py")):
-        if path.stem == "wire":
-            continue
+    for path in OTHERS:
         used = {
             node.value
             for node in ast.walk(tree_of(path))
@@ -328,7 +425,7 @@ def test_script_defines_each_name_once() -> None:
             seen.add(name)
 
 
-@pytest.mark.parametrize("path", [*CLIENT, *SERVER, SCRIPT], ids=name_of)
+@pytest.mark.parametrize("path", [*SHARED, *CLIENT, *SERVER, SCRIPT], ids=name_of)
 def test_no_thread_is_started_and_no_log_written_at_import(path: Path) -> None:
     """Importing a file has no effect that another file or a fork would notice."""
     effects = {"Thread", "start", "Timer", "socket", "open", "connect", "basicConfig", "signal"}

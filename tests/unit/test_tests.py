@@ -9,7 +9,7 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 # Packages of tests, and the packages that their files may import from.
 TIERS = ("unit", "integration", "e2e", "survival", "soak")
-SHARED = {"tests.support", "tests.fuzz"}
+SHARED = {"tests.support", "tests.fuzz", "tests.mutants"}
 FILES = sorted(TESTS.rglob("*.py"))
 
 
@@ -33,19 +33,19 @@ def imports_of(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_test_file_is_imported(path: Path) -> None:
-    """A file in tests/ imports from tests.support and from tests.fuzz, and from nothing else there.
+    """A test imports from tests.support and from the two packages of tools, and from no test.
 
-    tests/fuzz is a package of tools, not of tests: `make fuzz` runs its inputs for long, and the
-    short fuzz tests in unit/ and integration/ run the same functions. No file in tests/fuzz
-    holds a test, so pytest collects none there, and tests/support imports nothing from it.
+    tests/fuzz and tests/mutants are packages of tools, not of tests: they hold no test, and
+    `make fuzz` and `make mutants` run them. The short fuzz tests in unit/ and integration/ run
+    the same functions as `make fuzz`. tests/support imports nothing from either.
     """
     tier = path.relative_to(TESTS).parts[0]
-    allowed = SHARED if tier in (*TIERS, "fuzz") else {"tests.support"}
+    allowed = SHARED if tier != "support" else {"tests.support"}
     for name in imports_of(path):
         assert ".".join(name.split(".")[:2]) in allowed, name
 
 
 def test_tests_stand_in_their_tiers_only() -> None:
-    """A test in tests/support or tests/fuzz would be run in no tier, or imported by one."""
+    """A test in tests/support or tests/fuzz would run in no tier, or imported by one."""
     found = {path.relative_to(TESTS).parts[0] for path in FILES if path.name.startswith("test_")}
     assert found == set(TIERS)

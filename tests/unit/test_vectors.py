@@ -7,7 +7,6 @@ import re
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,14 +16,15 @@ from werkzeug.datastructures import Headers
 import client.agent
 from client.agent import Agent
 from client.config import read_config
+from server.access.credentials import Credentials
 from server.app import build_app
 from server.config import Config
-from server.credentials import Credentials
-from server.credit import Budget, Direction
 from server.relay import Relay
+from server.tunnels.flow_counters import FlowCounters, WindowBudget
 from tests.support.clock import Clock
+from tests.support.programs import load
 from tests.support.taking import take
-from tests.support.vectors import VECTORS, load
+from tests.support.vectors import VECTORS
 
 # Who may say what, and whether the message stands on a leg of many channels.
 WAYS = {
@@ -35,21 +35,9 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=["client.wire", "server.wire", "script"])
-def wire(request: pytest.FixtureRequest) -> Any:
-    """Each of the three copies of the wire."""
-    return load(request.param)
-
-
-@pytest.fixture(params=["client.stream", "script"])
-def stream_module(request: pytest.FixtureRequest) -> Any:
-    """Both copies of the stream state; the server keeps only counters."""
-    return load(request.param)
-
-
-@pytest.fixture(params=["client.outbox", "server.outbox", "script"])
-def outbox_module(request: pytest.FixtureRequest) -> Any:
-    """Each of the three copies of the outbox."""
+@pytest.fixture(params=["package", "script"])
+def shared(request: pytest.FixtureRequest) -> Any:
+    """The names of the shared code: of the package, and of the generated script."""
     return load(request.param)
 
 
@@ -67,15 +55,17 @@ def text_of(vector: Mapping[str, Any]) -> str:
     return "".join(part * times for part, times in vector["parts"])
 
 
-def parse(wire: Any, way: str, text: str) -> dict[str, Any]:
+def parse(shared: Any, way: str, text: str) -> dict[str, Any]:
     legal, has_channel = WAYS[way]
-    parsed: dict[str, Any] = wire.parse_control(text, getattr(wire, legal), has_channel=has_channel)
+    parsed: dict[str, Any] = shared.parse_control(
+        text, getattr(shared, legal), has_channel=has_channel
+    )
     return parsed
 
 
-def encode(wire: Any, parsed: Mapping[str, Any]) -> bytes:
+def encode(shared: Any, parsed: Mapping[str, Any]) -> bytes:
     fields = {k: v for k, v in parsed.items() if k not in ("type", "channel")}
-    encoded: bytes = wire.encode_control(parsed["type"], parsed.get("channel", 0), **fields)
+    encoded: bytes = shared.encode_control(parsed["type"], parsed.get("channel", 0), **fields)
     return encoded
 
 
@@ -86,18 +76,18 @@ def test_vector_ids_are_unique() -> None:
         assert len(set(ids)) == len(ids), section
 
 
-def test_every_type_has_a_vector_in_each_direction(wire: Any) -> None:
+def test_every_type_has_a_vector_in_each_direction(shared: Any) -> None:
     """A type that is added to the table without vectors is noticed."""
     seen = {(v["way"], v["parsed"]["type"]) for v in VECTORS["controls"]}
-    wanted = {(way, kind) for way, (legal, _) in WAYS.items() for kind in getattr(wire, legal)}
+    wanted = {(way, kind) for way, (legal, _) in WAYS.items() for kind in getattr(shared, legal)}
     assert seen == wanted
-    assert {kind for _, kind in wanted} == set(wire.FIELDS)
+    assert {kind for _, kind in wanted} == set(shared.FIELDS)
 
 
 @pytest.mark.parametrize("name", VECTORS["constants"])
-def test_constant_is_the_one_of_the_vectors(wire: Any, name: str) -> None:
+def test_constant_is_the_one_of_the_vectors(shared: Any, name: str) -> None:
     """Names and numbers are equal in all three programs."""
-    assert getattr(wire, name) == VECTORS["constants"][name]
+    assert getattr(shared, name) == VECTORS["constants"][name]
 
 
 # The handshake.
@@ -197,9 +187,9 @@ def test_user_without_a_name_is_called_by_the_tokens_hash(vector: dict[str, str]
 
 
 @each("controls")
-def test_control_is_read_field_by_field(wire: Any, vector: dict[str, Any]) -> None:
+def test_control_is_read_field_by_field(shared: Any, vector: dict[str, Any]) -> None:
     """A good control becomes a dict of the known fields and nothing else."""
-    parsed = parse(wire, vector["way"], text_of(vector))
+    parsed = parse(shared, vector["way"], text_of(vector))
     assert parsed == vector["parsed"]
     assert {k: type(v) for k, v in parsed.items()} == {
         k: type(v) for k, v in vector["parsed"].items()
@@ -207,20 +197,20 @@ def test_control_is_read_field_by_field(wire: Any, vector: dict[str, Any]) -> No
 
 
 @each("controls")
-def test_control_is_written_byte_by_byte(wire: Any, vector: dict[str, Any]) -> None:
+def test_control_is_written_byte_by_byte(shared: Any, vector: dict[str, Any]) -> None:
     """Type, channel, then the fields in the table's order, without white space."""
-    parsed = parse(wire, vector["way"], text_of(vector))
-    encoded = encode(wire, parsed)
+    parsed = parse(shared, vector["way"], text_of(vector))
+    encoded = encode(shared, parsed)
     assert encoded == vector["encoded"].encode()
-    assert parse(wire, vector["way"], encoded.decode()) == parsed
+    assert parse(shared, vector["way"], encoded.decode()) == parsed
 
 
 @each("bad_controls")
-def test_bad_control_is_an_error_of_its_leg_or_tunnel(wire: Any, vector: dict[str, Any]) -> None:
+def test_bad_control_is_an_error_of_its_leg_or_tunnel(shared: Any, vector: dict[str, Any]) -> None:
     """What breaks the framing ends the leg, a bad field ends its tunnel only."""
-    expected = wire.LegError if vector["error"] == "leg" else wire.TunnelError
+    expected = shared.LegError if vector["error"] == "leg" else shared.TunnelError
     with pytest.raises(expected) as caught:
-        parse(wire, vector["way"], text_of(vector))
+        parse(shared, vector["way"], text_of(vector))
     assert_error(caught.value, vector)
 
 
@@ -236,35 +226,35 @@ def assert_error(error: Any, vector: Mapping[str, Any]) -> None:
 
 
 @each("relayed")
-def test_relayed_control_is_still_a_legal_control(wire: Any, vector: dict[str, Any]) -> None:
+def test_relayed_control_is_still_a_legal_control(shared: Any, vector: dict[str, Any]) -> None:
     """What the server writes anew fits the next leg, whatever came in.
 
     A control that grew beyond 4 KiB on the way would end the other leg with all its
     tunnels, at the will of one proxy user.
     """
-    parsed = parse(wire, vector["way"], text_of(vector))
+    parsed = parse(shared, vector["way"], text_of(vector))
     fields = {**parsed, **vector.get("added", {}), "channel": vector["channel"]}
-    encoded = encode(wire, fields)
+    encoded = encode(shared, fields)
     assert len(encoded) <= VECTORS["constants"]["MAX_CONTROL_BYTES"]
-    again = parse(wire, vector["then"], encoded.decode())
+    again = parse(shared, vector["then"], encoded.decode())
     assert {**again, "channel": vector["channel"]} == fields
 
 
 @each("data")
-def test_data_has_its_channel_in_front(wire: Any, vector: dict[str, Any]) -> None:
+def test_data_has_its_channel_in_front(shared: Any, vector: dict[str, Any]) -> None:
     """Four bytes, big-endian."""
-    prefix = wire.encode_channel(vector["channel"])
+    prefix = shared.encode_channel(vector["channel"])
     assert prefix.hex() == vector["prefix"]
-    assert wire.split_channel(prefix + bytes(vector["size"])) == vector["channel"]
+    assert shared.split_channel(prefix + bytes(vector["size"])) == vector["channel"]
 
 
 @each("bad_data")
-def test_bad_data_is_an_error_of_its_leg_or_tunnel(wire: Any, vector: dict[str, Any]) -> None:
+def test_bad_data_is_an_error_of_its_leg_or_tunnel(shared: Any, vector: dict[str, Any]) -> None:
     """Too short for its channel ends the leg; no or too many stream bytes end the tunnel."""
     head, size = vector["message"]
-    expected = wire.LegError if vector["error"] == "leg" else wire.TunnelError
+    expected = shared.LegError if vector["error"] == "leg" else shared.TunnelError
     with pytest.raises(expected) as caught:
-        wire.split_channel(bytes.fromhex(head) + bytes(size))
+        shared.split_channel(bytes.fromhex(head) + bytes(size))
     assert_error(caught.value, vector)
 
 
@@ -293,48 +283,36 @@ class Stream:
         raise AssertionError("send_now() took it all")
 
 
-@pytest.fixture(params=["client", "server", "script"])
-def frames_of(request: pytest.FixtureRequest) -> Any:
-    """Each of the three copies of what makes and takes frames, as one name each."""
-    if request.param == "script":
-        return load("script")
-    names = {
-        name: getattr(load(f"{request.param}.{module}"), name)
-        for module, name in [
-            ("framing", "FrameReader"), ("outlet", "Outlet"), ("outbox", "Outbox"),
-            ("outbox", "Frame"),
-        ]
-    }  # fmt: skip
-    return SimpleNamespace(**names)
-
-
 @each("frames")
-def test_frame_is_made_as_the_vector_says(frames_of: Any, vector: dict[str, Any]) -> None:
+def test_frame_is_made_as_the_vector_says(shared: Any, vector: dict[str, Any]) -> None:
     """Mask bit, key and payload, byte for byte."""
-    stream, outbox = Stream(), frames_of.Outbox()
+    stream, outbox = Stream(), shared.SendQueue()
     key = None if vector["key"] is None else bytes.fromhex(vector["key"])
-    outlet = frames_of.Outlet(outbox, stream, lambda: None, lambda: key)
+    outlet = shared.FrameSender(outbox, stream, lambda: None, lambda: key)
     outlet.start()
     payload = bytes.fromhex(vector["payload"])
     # However it is cut into head and payload.
-    outbox.put_first(1, frames_of.Frame(vector["opcode"], payload[:4], payload[4:]))
+    outbox.put_first(1, shared.Frame(vector["opcode"], payload[:4], payload[4:]))
     outbox.push()
     assert stream.data.hex() == vector["frame"]
 
 
 @each("frames")
-def test_frame_is_read_as_the_vector_says(frames_of: Any, vector: dict[str, Any]) -> None:
+def test_frame_is_read_as_the_vector_says(shared: Any, vector: dict[str, Any]) -> None:
     """A message is taken; any other frame is left to the library, as it came."""
     whole = bytes.fromhex(vector["frame"])
     is_masked = vector["key"] is not None
-    reader = frames_of.FrameReader(Stream(whole), is_masked=is_masked)
-    if vector["opcode"] in (load("client.wire").OP_TEXT, load("client.wire").OP_BINARY):
+    reader = shared.FrameReader(Stream(whole), is_masked=is_masked)
+    if vector["opcode"] in (
+        load("package").OP_TEXT,
+        load("package").OP_BINARY,
+    ):
         assert reader.read_message() == (vector["opcode"], bytes.fromhex(vector["payload"]))
     else:
         assert reader.read_message() is None
         assert reader.read(1000) == whole
     # Without the mask that a leg's way wants, it is nobody's message.
-    other = frames_of.FrameReader(Stream(whole), is_masked=not is_masked)
+    other = shared.FrameReader(Stream(whole), is_masked=not is_masked)
     assert other.read_message() is None
     assert other.read(1000) == whole
 
@@ -461,9 +439,9 @@ class StreamRun:
 
 
 @each("streams")
-def test_stream_counts_as_the_vector_says(stream_module: Any, vector: dict[str, Any]) -> None:
+def test_stream_counts_as_the_vector_says(shared: Any, vector: dict[str, Any]) -> None:
     """Credit, acks, windows and ends follow from the counts alone."""
-    run = StreamRun(stream_module, vector)
+    run = StreamRun(shared, vector)
     for number, step in enumerate(vector["steps"]):
         try:
             run.play(step)
@@ -474,7 +452,7 @@ def test_stream_counts_as_the_vector_says(stream_module: Any, vector: dict[str, 
 # What the server counts.
 
 
-def play_counter(directions: list[Direction], step: Mapping[str, Any]) -> Any:
+def play_counter(directions: list[FlowCounters], step: Mapping[str, Any]) -> Any:
     direction = directions[step["tunnel"]]
     if step["do"] == "first_limit":
         return direction.grant(step["limit"])
@@ -492,12 +470,12 @@ def play_counter(directions: list[Direction], step: Mapping[str, Any]) -> Any:
 @each("counters")
 def test_server_counts_as_the_vector_says(vector: dict[str, Any]) -> None:
     """Limits are lowered to cap and budget, and an end that breaks the rules is found out."""
-    budget = Budget(vector["budget"])
+    budget = WindowBudget(vector["budget"])
     count = 1 + max(step["tunnel"] for step in vector["steps"])
-    directions = [Direction(budget, vector["cap"]) for _ in range(count)]
+    directions = [FlowCounters(budget, vector["cap"]) for _ in range(count)]
     for number, step in enumerate(vector["steps"]):
         if "error" in step:
-            with pytest.raises(load("server.wire").TunnelError) as caught:
+            with pytest.raises(load("package").TunnelError) as caught:
                 play_counter(directions, step)
             assert caught.value.code == "protocol_error", f"step {number}: {step}"
         else:
@@ -517,7 +495,7 @@ class OutboxRun:
     def __init__(self, module: Any, clock: Clock) -> None:
         self.module = module
         self.clock = clock
-        self.outbox = module.Outbox()
+        self.outbox = module.SendQueue()
 
     def play(self, step: Mapping[str, Any]) -> None:
         """Put one thing, take all that is listed, or set the clock."""
@@ -530,12 +508,12 @@ class OutboxRun:
             getattr(self, "put_" + step["put"])(step)
 
     def text(self, step: Mapping[str, Any]) -> Any:
-        return self.module.Frame(load("client.wire").OP_TEXT, b"", step["name"].encode())
+        return self.module.Frame(load("package").OP_TEXT, b"", step["name"].encode())
 
     def name_of(self, frame: Any) -> str | None:
         if frame is None:
             return None
-        if frame.opcode == load("client.wire").OP_BINARY:
+        if frame.opcode == load("package").OP_BINARY:
             return f"data {int.from_bytes(frame.head, 'big')} {len(frame.payload)}"
         return str(frame.payload.decode())
 
@@ -569,12 +547,12 @@ class OutboxRun:
 
 @each("outbox")
 def test_outbox_gives_frames_in_order(
-    outbox_module: Any, vector: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    shared: Any, vector: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fast lane by its slots, then channels by turns, then the close."""
     clock = Clock(0.0)
-    clock.replace_in(monkeypatch, outbox_module)
-    run = OutboxRun(outbox_module, clock)
+    clock.replace_in(monkeypatch, sys.modules[shared.SendQueue.__module__])
+    run = OutboxRun(shared, clock)
     for number, step in enumerate(vector["steps"]):
         # take() would wait for ever in a test that expects too much.
         assert "take" not in step or step["take"][-1] is None or run.outbox.has_frames, number

@@ -16,10 +16,10 @@ import pytest
 
 import client.agent
 from client.agent import CAP_S, Agent
-from client.backoff import Backoff
 from client.config import ClientConfig
-from client.dial import Endpoint
-from client.wire import OP_BINARY, OP_CLOSE, OP_TEXT
+from http_network_relay.dial.backoff import Backoff
+from http_network_relay.dial.endpoint import Endpoint
+from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
 from tests.support.client.by_hand import HandServer, Visitor, frame, hand_server, stay
 from tests.support.targets import RecordingTarget, SilentTarget, black_hole_port
 

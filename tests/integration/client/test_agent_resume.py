@@ -13,8 +13,8 @@ import pytest
 
 from client.agent import Agent
 from client.config import ClientConfig
-from client.dial import Endpoint
-from client.wire import MIN_WINDOW_BYTES
+from http_network_relay.dial.endpoint import Endpoint
+from http_network_relay.wire.constants import MIN_WINDOW_BYTES
 from tests.support.client.by_hand import PlayedLeg, PlayedServer
 from tests.support.targets import (
     Conversation,

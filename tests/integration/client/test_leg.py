@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-import client.tunnels
-from client.wire import MIN_WINDOW_BYTES, OP_BINARY, LegError
+import client.tunnel_table
+from http_network_relay.wire.constants import MIN_WINDOW_BYTES, OP_BINARY
+from http_network_relay.wire.errors import LegError
 from tests.support.client.fake_leg import ServerSide
 from tests.support.targets import EchoTarget, SilentTarget, black_hole_port
 from tests.support.waiting import eventually
@@ -220,8 +221,8 @@ def test_one_tunnel_too_many_is_refused(
     server: ServerSide, echo: EchoTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And there is room again when one has ended."""
-    assert client.tunnels.MAX_TUNNELS == 512
-    monkeypatch.setattr(client.tunnels, "MAX_TUNNELS", 3)
+    assert client.tunnel_table.MAX_TUNNELS == 512
+    monkeypatch.setattr(client.tunnel_table, "MAX_TUNNELS", 3)
     for channel in (1, 2, 3, 4):
         server.open(channel, echo.port)
     assert server.control("refused", 4)["code"] == "busy"

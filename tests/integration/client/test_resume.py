@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-import client.tunnels
-from client.errors import RelayError
-from client.tunnel import Tunnel
-from client.wire import MESSAGE_BYTES, MIN_WINDOW_BYTES
+import client.tunnel_table
+from client.forwarder import Forwarder
+from http_network_relay.wire.constants import MESSAGE_BYTES, MIN_WINDOW_BYTES
+from http_network_relay.wire.errors import RelayError
 from server.config import LEG_BUDGET_BYTES
 from tests.support.client.fake_leg import ServerSide
 from tests.support.targets import (
@@ -61,7 +61,7 @@ def is_alive(server: ServerSide, channel: int) -> bool:
     return server.wait_bytes(channel, before + 6)[before:] == b"alive?"
 
 
-def detach(server: ServerSide, channel: int) -> Tunnel:
+def detach(server: ServerSide, channel: int) -> Forwarder:
     """The user's leg is lost, and the client knows."""
     tunnel = server.tunnel(channel)
     server.say("detached", channel, code="user_lost")
@@ -69,7 +69,7 @@ def detach(server: ServerSide, channel: int) -> Tunnel:
     return tunnel
 
 
-def shorten(tunnel: Tunnel, grace_s: float = 0.1) -> None:
+def shorten(tunnel: Forwarder, grace_s: float = 0.1) -> None:
     """Let its grace be over soon."""
     with tunnel.end._changed:
         tunnel.end._grace_s = grace_s
@@ -452,7 +452,7 @@ def test_detached_tunnel_takes_no_more_from_its_target(server: ServerSide) -> No
         assert out.kept_bytes <= 2 * MIB + 128 * KIB
 
 
-def three_detached(server: ServerSide, target: Target) -> list[Tunnel]:
+def three_detached(server: ServerSide, target: Target) -> list[Forwarder]:
     """Detached one after the other, the first on channel 1."""
     tunnels = []
     for channel in (1, 2, 3):
@@ -466,8 +466,8 @@ def test_too_many_detached_tunnels_end_the_one_that_has_waited_longest(
     server: ServerSide, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A warning for the operator; the others wait on."""
-    assert client.tunnels.MAX_DETACHED == 256
-    monkeypatch.setattr(client.tunnels, "MAX_DETACHED", 2)
+    assert client.tunnel_table.MAX_DETACHED == 256
+    monkeypatch.setattr(client.tunnel_table, "MAX_DETACHED", 2)
     with RecordingTarget() as target:
         tunnels = three_detached(server, target)
         assert target.conversation(0).wait_ended() == "reset"
@@ -481,9 +481,9 @@ def test_too_many_detached_tunnels_end_the_one_that_has_waited_longest(
 def test_limits_of_detached_tunnels_are_no_less_than_what_one_leg_carries() -> None:
     """By a server's budget, which is of each direction; so the loss of a leg alone ends none."""
     carried = LEG_BUDGET_BYTES // MIN_WINDOW_BYTES
-    assert carried <= client.tunnels.MAX_DETACHED < client.tunnels.MAX_TUNNELS
+    assert carried <= client.tunnel_table.MAX_DETACHED < client.tunnel_table.MAX_TUNNELS
     held = 2 * LEG_BUDGET_BYTES + carried * MESSAGE_BYTES
-    assert held <= client.tunnels.MAX_DETACHED_BYTES
+    assert held <= client.tunnel_table.MAX_DETACHED_BYTES
 
 
 def test_all_of_200_tunnels_go_on_when_the_leg_of_the_client_is_lost(
@@ -513,8 +513,8 @@ def test_tunnel_that_is_attached_does_not_count_as_one_that_waits(
     server: ServerSide, echo: EchoTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many there are, and how much they carry."""
-    monkeypatch.setattr(client.tunnels, "MAX_DETACHED", 1)
-    monkeypatch.setattr(client.tunnels, "MAX_DETACHED_BYTES", 10)
+    monkeypatch.setattr(client.tunnel_table, "MAX_DETACHED", 1)
+    monkeypatch.setattr(client.tunnel_table, "MAX_DETACHED_BYTES", 10)
     for channel in (1, 2, 3):
         opened(server, echo, channel)
         server.send(channel, bytes(1000))
@@ -531,8 +531,8 @@ def test_too_many_bytes_of_detached_tunnels_end_the_one_that_has_waited_longest(
     server: ServerSide, echo: EchoTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What they keep to send again, and what waits for their targets."""
-    assert client.tunnels.MAX_DETACHED_BYTES == 144 * MIB
-    monkeypatch.setattr(client.tunnels, "MAX_DETACHED_BYTES", 250_000)
+    assert client.tunnel_table.MAX_DETACHED_BYTES == 144 * MIB
+    monkeypatch.setattr(client.tunnel_table, "MAX_DETACHED_BYTES", 250_000)
     for channel in (1, 2, 3):
         opened(server, echo, channel)
         server.send(channel, bytes(100_000))
@@ -547,8 +547,8 @@ def test_remembered_tunnels_are_bounded_and_the_oldest_goes_first(
     server: ServerSide, echo: EchoTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They keep counts only: no thread, no socket, no byte."""
-    assert client.tunnels.MAX_REMEMBERED == 512
-    monkeypatch.setattr(client.tunnels, "MAX_REMEMBERED", 2)
+    assert client.tunnel_table.MAX_REMEMBERED == 512
+    monkeypatch.setattr(client.tunnel_table, "MAX_REMEMBERED", 2)
     for channel in (1, 2, 3):
         opened(server, echo, channel)
         server.send(channel, b"x" * 1000)
@@ -590,7 +590,7 @@ def test_limit_does_not_end_a_tunnel_that_was_resumed_a_moment_before(
     server: ServerSide, echo: EchoTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two legs: one reader counts who waits while the other resumes it."""
-    monkeypatch.setattr(client.tunnels, "MAX_DETACHED", 0)
+    monkeypatch.setattr(client.tunnel_table, "MAX_DETACHED", 0)
     opened(server, echo)
     tunnel = server.tunnel(1)
     real = tunnel.end.detached_bytes

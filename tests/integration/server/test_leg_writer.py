@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from server import leg as leg_module
-from server.duplex import Duplex
-from server.leg import Helpers, Leg
-from server.outbox import Frame, Outbox
-from server.outlet import Outlet
-from server.sender import Sender
-from server.transport import ReadEnd, close_frame
-from server.wire import CLOSE_RESTART, OP_BINARY, OP_CLOSE, OP_TEXT
+from http_network_relay.leg.duplex_socket import DuplexSocket
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.wire.codes import CLOSE_RESTART
+from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
+from server.legs import leg as leg_module
+from server.legs.leg import Helpers, Leg
+from server.legs.sender import LegSender
+from server.legs.websocket import ReadEnd, close_frame
 from tests.support.pairs import read_frame, tcp_pair
 from tests.support.waiting import eventually
 
@@ -30,11 +31,11 @@ class OneWay:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self.duplex = Duplex(sock)
+        self.duplex = DuplexSocket(sock)
         self.heard_at = float("inf")
 
-    def outlet(self, outbox: Outbox) -> Outlet:
-        return Outlet(outbox, self.duplex, self.abort, lambda: None)
+    def outlet(self, outbox: SendQueue) -> FrameSender:
+        return FrameSender(outbox, self.duplex, self.abort, lambda: None)
 
     def read(self, *_: Any) -> ReadEnd:
         return ReadEnd.CLOSED if self.duplex.recv(1) else ReadEnd.LOST
@@ -54,7 +55,7 @@ class LegWithoutTunnels(Leg):
 class Served:
     """A leg that is served, by its reader and perhaps a sender, and the other end."""
 
-    def __init__(self, sender: Sender | None) -> None:
+    def __init__(self, sender: LegSender | None) -> None:
         self.near, self.far = tcp_pair()
         self.far.settimeout(10)
         helpers = Helpers(lambda _: None, sender.call if sender is not None else lambda _: None)
@@ -85,8 +86,8 @@ def text(content: str) -> Frame:
 
 
 @pytest.fixture
-def sender() -> Iterator[Sender]:
-    made = Sender()
+def sender() -> Iterator[LegSender]:
+    made = LegSender()
     made.start()
     yield made
     made.stop()
@@ -94,7 +95,7 @@ def sender() -> Iterator[Sender]:
 
 
 @pytest.fixture
-def served(sender: Sender) -> Iterator[Served]:
+def served(sender: LegSender) -> Iterator[Served]:
     made = Served(sender)
     yield made
     # Nothing is left where the test has failed before its end.
@@ -115,7 +116,7 @@ def test_no_writer_is_needed_for_what_the_socket_takes(served: Served) -> None:
     served.end()
 
 
-def test_what_was_put_before_the_leg_is_served_is_sent(sender: Sender) -> None:
+def test_what_was_put_before_the_leg_is_served_is_sent(sender: LegSender) -> None:
     """Between the upgrade and run() a client can be reached already."""
     near, far = tcp_pair()
     leg = LegWithoutTunnels(OneWay(near), "tested", 20.0, Helpers(lambda _: None, sender.call))  # type: ignore[arg-type]
@@ -195,7 +196,7 @@ def test_leg_whose_writer_cannot_start_ends(
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_frame_comes_once_and_whole_whoever_sends(sender: Sender, seed: int) -> None:
+def test_every_frame_comes_once_and_whole_whoever_sends(sender: LegSender, seed: int) -> None:
     """Three threads put, push or leave it to others; the end comes in between."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

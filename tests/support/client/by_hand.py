@@ -15,17 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from client.dial import Endpoint
-from client.wire import (
+from http_network_relay.dial.endpoint import Endpoint
+from http_network_relay.wire.constants import (
     MAX_DATA_BYTES,
     OP_BINARY,
     OP_CLOSE,
     OP_PING,
     OP_PONG,
     OP_TEXT,
-    encode_channel,
-    encode_control,
 )
+from http_network_relay.wire.controls import encode_channel, encode_control
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 SUBPROTOCOL = "http-network-relay.v1"

@@ -8,20 +8,19 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from client.errors import RelayError
+from client.forwarder import Forwarder
 from client.leg import Leg
-from client.outbox import Outbox
-from client.tunnel import Tunnel
-from client.tunnels import Tunnels
-from client.wire import (
+from client.tunnel_table import TunnelTable
+from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.wire.constants import (
     DEFAULT_MAX_WINDOW_BYTES,
     MIN_WINDOW_BYTES,
     OP_BINARY,
     OP_CLOSE,
     OP_TEXT,
-    encode_channel,
-    encode_control,
 )
+from http_network_relay.wire.controls import encode_channel, encode_control
+from http_network_relay.wire.errors import RelayError
 from tests.support.taking import take
 from tests.support.waiting import eventually
 
@@ -30,7 +29,7 @@ class FakeTransport:
     """What Leg needs of a Transport: a real outbox, and messages from a queue."""
 
     def __init__(self) -> None:
-        self.outbox = Outbox()
+        self.outbox = SendQueue()
         self.messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.closes: list[tuple[int, str, bool]] = []
         self.gave_up = None
@@ -52,10 +51,10 @@ class ServerSide:
     earlier leg, which that one ends; else they are this leg's own, with `grace_s`.
     """
 
-    def __init__(self, tunnels: Tunnels | None = None, *, grace_s: int = 0) -> None:
+    def __init__(self, tunnels: TunnelTable | None = None, *, grace_s: int = 0) -> None:
         self.transport = FakeTransport()
         self._owns_tunnels = tunnels is None
-        self.tunnels = tunnels or Tunnels(DEFAULT_MAX_WINDOW_BYTES, grace_s)
+        self.tunnels = tunnels or TunnelTable(DEFAULT_MAX_WINDOW_BYTES, grace_s)
         self.leg = Leg(self.transport, self.tunnels)  # type: ignore[arg-type]
         # Guards controls and data; woken at each frame.
         self._changed = threading.Condition()
@@ -186,7 +185,7 @@ class ServerSide:
             kinds = [kind for number, kind in self.order if number == channel and kind != "ack"]
         return [kind for at, kind in enumerate(kinds) if at == 0 or kinds[at - 1] != kind]
 
-    def tunnel(self, channel: int) -> Tunnel:
+    def tunnel(self, channel: int) -> Forwarder:
         """The tunnel that came by this channel."""
         return eventually(lambda: self.leg._channels.get(channel), 5.0)[0]  # type: ignore[index]
 

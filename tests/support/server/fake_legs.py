@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from server.outbox import Outbox
-from server.tunnel import Channels
-from server.wire import FLUSH_S, OP_TEXT
+from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.wire.constants import FLUSH_S, OP_TEXT
+from server.tunnels.channels import Channels
 from tests.support.taking import take
 
 KIB = 1024
@@ -32,7 +32,7 @@ class FakeUserLeg:
     """A user's leg without a socket."""
 
     def __init__(self) -> None:
-        self.outbox = Outbox()
+        self.outbox = SendQueue()
         self.ends: list[tuple[int, str]] = []
         self.expects_close = 0
 
@@ -48,12 +48,12 @@ class FakeClientLeg:
     """A client's leg without a socket."""
 
     def __init__(self, budget: int = 64 * MIB) -> None:
-        self.outbox = Outbox()
-        self.channels = Channels(budget)
+        self.outbox = SendQueue()
+        self.channels: Channels[Any] = Channels(budget)
         self.label = "gw"
 
 
-def taken(outbox: Outbox) -> list[Any]:
+def taken(outbox: SendQueue) -> list[Any]:
     """What waits in the outbox, in order: controls as objects, data as bytes."""
     frames: list[Any] = []
     while outbox.has_frames:

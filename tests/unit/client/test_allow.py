@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-import client.dial
+import http_network_relay.dial.connect
 from client.config import read_config
-from client.errors import RelayError
-from client.outbox import Outbox
-from client.rules import TargetRule
-from client.tunnel import Tunnel
-from client.tunnel_end import Link
+from client.forwarder import Forwarder
+from http_network_relay.end.channel import Link
+from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.rules.target import TargetRule
+from http_network_relay.wire.errors import RelayError
 from tests.support.taking import take
 from tests.support.targets import EchoTarget
 from tests.support.waiting import eventually
@@ -35,7 +35,7 @@ class Machine:
         self.lookups: list[str] = []
         self.dialled: list[str] = []
         monkeypatch.setattr(socket, "getaddrinfo", self._look_up)
-        monkeypatch.setattr(client.dial, "_begin", self._begin)
+        monkeypatch.setattr(http_network_relay.dial.connect, "_begin", self._begin)
 
     def _look_up(self, name: bytes, port: int, **_: Any) -> list[Any]:
         host = name.decode()
@@ -55,7 +55,7 @@ def info(address: str, port: int) -> tuple[Any, ...]:
     return (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
 
 
-def make_tunnel(outbox: Outbox, host: str, port: int, *allow: str) -> Tunnel:
+def make_tunnel(outbox: SendQueue, host: str, port: int, *allow: str) -> Forwarder:
     opening = {
         "user": "ops",
         "tunnel_id": "a" * 32,
@@ -67,10 +67,10 @@ def make_tunnel(outbox: Outbox, host: str, port: int, *allow: str) -> Tunnel:
         "grace_s": 0,
     }
     rules = tuple(TargetRule.parse(text) for text in allow)
-    return Tunnel(opening, Link(outbox, 1), WINDOW, 0, rules, lambda _: None)
+    return Forwarder(opening, Link(outbox, 1), WINDOW, 0, rules, lambda _: None)
 
 
-def first_control(outbox: Outbox) -> dict[str, Any]:
+def first_control(outbox: SendQueue) -> dict[str, Any]:
     """What goes to the server before all else."""
     eventually(lambda: outbox.has_frames)
     frame = take(outbox)
@@ -121,7 +121,7 @@ def test_only_allowed_addresses_are_dialled_when_rules_are_given(
 ) -> None:
     """One lookup, whose answers are judged; what is not allowed sees no packet."""
     rules, host, dialled = DIALS[name]
-    outbox = Outbox()
+    outbox = SendQueue()
     tunnel = make_tunnel(outbox, host, 22, *rules)
     tunnel.thread.start()
     tunnel.thread.join(5)
@@ -141,7 +141,7 @@ def test_lookalike_is_refused_when_it_comes_to_the_client(
     machine: Machine, host: str, rules: list[str]
 ) -> None:
     """Whatever the server let pass: not even looked up, with rules or without."""
-    outbox = Outbox()
+    outbox = SendQueue()
     tunnel = make_tunnel(outbox, host, 22, *rules)
     tunnel.thread.start()
     tunnel.thread.join(5)
@@ -165,7 +165,7 @@ def test_tunnel_opens_when_one_of_the_addresses_is_allowed(
 
         monkeypatch.setattr(socket, "getaddrinfo", look_up)
         rule = f"127.0.0.1:{target.port}" if kind == "address" else f"db.lan:{target.port}"
-        outbox = Outbox()
+        outbox = SendQueue()
         tunnel = make_tunnel(outbox, "db.lan", target.port, rule)
         tunnel.thread.start()
         assert first_control(outbox)["type"] == "opened"
@@ -187,7 +187,7 @@ def test_answer_is_judged_once_when_the_resolver_changes_its_mind(
         return [info(address, port) for address in next(turns)]
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    outbox = Outbox()
+    outbox = SendQueue()
     tunnel = make_tunnel(outbox, "db.lan", 22, "10.0.0.2:22")
     tunnel.thread.start()
     tunnel.thread.join(5)
@@ -199,7 +199,7 @@ def test_answer_is_judged_once_when_the_resolver_changes_its_mind(
 def test_dial_takes_no_lookup_slot_when_a_name_is_denied(machine: Machine) -> None:
     """Denied names give back what they took: more of them than there are slots."""
     for _ in range(40):
-        outbox = Outbox()
+        outbox = SendQueue()
         tunnel = make_tunnel(outbox, "db.lan", 22, "10.0.0.9:22")
         tunnel.thread.start()
         tunnel.thread.join(5)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from client.config import ClientConfig, read_config
-from client.errors import RelayError
+from http_network_relay.wire.errors import RelayError
 
 SECRET = "s3cret-with:colon"
 GOOD = ["--client-name", "lab-1", "--client-secret", SECRET]

@@ -35,7 +35,7 @@ class Desk:
     def __init__(self, *, limit: int = WINDOW, grace_s: float = 0) -> None:
         self.stdin_r, self.stdin_w = os.pipe()
         self.stdout_r, self.stdout_w = os.pipe()
-        self.outbox = script.Outbox()
+        self.outbox = script.SendQueue()
         self.pumps = script.Pumps()
         self.link = script.Link(self.outbox)
         self.end = script.TunnelEnd(self.link, WINDOW, self.pumps.wake)
@@ -262,7 +262,7 @@ def test_quick_stdout_writes_at_once_and_leaves_the_shared_description_alone(
     stdout: Stdout,
 ) -> None:
     """Whoever shares it, ssh or a shell, must not meet O_NONBLOCK."""
-    quick = script._QuickStdout()
+    quick = script.QuickStdout()
     assert quick.write(b"abc") == 3
     assert quick.write(memoryview(b"def")) == 3
     assert read_exactly(stdout.reader, 6) == b"abcdef"
@@ -276,7 +276,7 @@ def test_quick_stdout_writes_at_once_and_leaves_the_shared_description_alone(
 
 def test_quick_stdout_takes_a_part_and_then_nothing_when_it_is_full(stdout: Stdout) -> None:
     """It never waits for the reader, and goes on when that has read."""
-    quick = script._QuickStdout()
+    quick = script.QuickStdout()
     block, total = bytes(range(256)) * 4000, 0
     begun = time.monotonic()
     while count := write_quickly(quick, block[total % 256 :]):
@@ -302,7 +302,7 @@ def test_pipe_is_enlarged_as_soon_as_it_was_full(
     made = Stdout("pipe")
     monkeypatch.setattr(script, "STDOUT", made.fd)
     fcntl.fcntl(made.fd, F_SETPIPE_SZ, before)
-    quick = script._QuickStdout()
+    quick = script.QuickStdout()
     data = random.Random(5).randbytes(script.PIPE_BYTES)
     assert quick.write(data[:before]) == before
     assert pipe_bytes(made.fd) == before
@@ -350,7 +350,7 @@ def test_pipe_that_may_not_be_enlarged_or_is_larger_stays_as_it_is(
         monkeypatch.setattr(script, "STDOUT", made.fd)
         monkeypatch.setattr(script, "PIPE_BYTES", most)
         fcntl.fcntl(made.fd, F_SETPIPE_SZ, 128 * 1024)
-        quick = script._QuickStdout()
+        quick = script.QuickStdout()
         assert quick.write(bytes(1 << 20)) == 128 * 1024
         assert pipe_bytes(made.fd) == 128 * 1024
         assert write_quickly(quick, b"x") == 0
@@ -360,7 +360,7 @@ def test_pipe_that_may_not_be_enlarged_or_is_larger_stays_as_it_is(
 
 def test_quick_stdout_tells_a_reader_that_has_gone(stdout: Stdout) -> None:
     """EPIPE, and no signal."""
-    quick = script._QuickStdout()
+    quick = script.QuickStdout()
     stdout.close_reader()
     with pytest.raises(BrokenPipeError):
         quick.write(b"x")
@@ -376,10 +376,10 @@ def test_no_quick_stdout_when_a_fifo_has_no_reader(
     reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     writer = os.open(tmp_path / "fifo", os.O_WRONLY)
     monkeypatch.setattr(script, "STDOUT", writer)
-    script._QuickStdout().close()
+    script.QuickStdout().close()
     os.close(reader)
     with pytest.raises(OSError, match="No such device"):
-        script._QuickStdout()
+        script.QuickStdout()
     os.close(writer)
 
 
@@ -396,7 +396,7 @@ def test_no_quick_stdout_for_anything_else(
         fds.append(os.open(path, os.O_RDWR | os.O_CREAT))
     monkeypatch.setattr(script, "STDOUT", fds[-1])
     with pytest.raises(OSError, match="neither"):
-        script._QuickStdout()
+        script.QuickStdout()
     for fd in fds:
         os.close(fd)
 
@@ -445,7 +445,7 @@ def test_stdout_as_a_file_carries_all_the_same(
 SHARES = """
 import sys
 import ssh_proxy_command as script
-quick = script._QuickStdout()
+quick = script.QuickStdout()
 assert quick.write(b"quick") == 5
 sys.stdin.read()
 """
@@ -649,7 +649,7 @@ def test_broken_descriptor_is_an_internal_error(
     def write_now(self: Any, data: Any) -> int:
         return write(desk.stdout_w, data)
 
-    monkeypatch.setattr(script._QuickStdout, "write", write_now)
+    monkeypatch.setattr(script.QuickStdout, "write", write_now)
     monkeypatch.setattr(
         os, "read" if which == "stdin" else "write", read if which == "stdin" else write
     )
@@ -812,7 +812,7 @@ def test_pumps_carry_without_poll(
 CLOSES = """
 import os, sys
 import ssh_proxy_command as script
-script._close_stdout()
+script.close_stdout()
 # Then go on with stdin: the other direction.
 sys.exit(0 if os.read(0, 10) == b"go on" else 1)
 """

@@ -14,20 +14,21 @@ from typing import Any
 
 import pytest
 
-import server.access
-from server.access import Access
+import server.access.access
+from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.wire.constants import OP_CLOSE, OP_TEXT
+from http_network_relay.wire.errors import ConfigError, TunnelRefused
+from server.access.access import Access
+from server.access.credentials import Credentials, Login, digest_of
+from server.access.file_watch import FileWatch
+from server.access.form import parse_credentials
 from server.config import Config
-from server.credentials import Credentials, Login, digest_of
-from server.credentials_form import parse_credentials
-from server.errors import ConfigError, TunnelRefused
-from server.leg import ClientLeg, Leg
-from server.outbox import Outbox
+from server.legs.client_leg import ClientLeg
+from server.legs.leg import Leg
+from server.legs.user_leg import UserLeg
+from server.legs.websocket import ReadEnd
 from server.registry import Slot
 from server.relay import Relay
-from server.transport import ReadEnd
-from server.user_leg import UserLeg
-from server.watch import FileWatch
-from server.wire import OP_CLOSE, OP_TEXT
 from tests.support.taking import TakingOutlet
 from tests.support.waiting import eventually
 
@@ -210,8 +211,8 @@ def following(watch: Any) -> Iterator[Following]:
 def today(monkeypatch: pytest.MonkeyPatch) -> Callable[[date], None]:
     """Set the date; looks follow each other closely."""
     dates = [DAY]
-    monkeypatch.setattr(server.access, "utc_today", lambda: dates[0])
-    monkeypatch.setattr(server.access, "_LOOK_S", 0.002)
+    monkeypatch.setattr(server.access.access, "utc_today", lambda: dates[0])
+    monkeypatch.setattr(server.access.access, "_LOOK_S", 0.002)
     return lambda day: dates.__setitem__(0, day)
 
 
@@ -318,7 +319,7 @@ def test_everybody_is_asked_until_it_works_when_on_change_fails() -> None:
 
 def test_stop_is_quick_when_the_next_look_is_far(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that ends does not wait for a look."""
-    monkeypatch.setattr(server.access, "_LOOK_S", 3600.0)
+    monkeypatch.setattr(server.access.access, "_LOOK_S", 3600.0)
     with following(Polls()):
         pass
 
@@ -370,7 +371,7 @@ class Wire:
         self._is_over.wait(5)
         return ReadEnd.LOST
 
-    def outlet(self, outbox: Outbox) -> TakingOutlet:
+    def outlet(self, outbox: SendQueue) -> TakingOutlet:
         return TakingOutlet(outbox, self._write)
 
     def _write(self, frame: Any) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from server import audit
-from server.audit import AuditLog, why_not_writable
+from server.audit import AuditLog
+from server.log_paths import why_not_writable
 from tests.support.waiting import eventually
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.client_names import ClientNames
-from server.credentials_form import parse_credentials
-from server.rules import AccessRule
+from http_network_relay.rules.target import AccessRule
+from server.access.client_names import ClientNames
+from server.access.form import parse_credentials
 
 NAME = st.text("ab~!", min_size=1, max_size=4)
 PATTERN = st.text("ab~!*", min_size=1, max_size=5).filter(lambda text: "**" not in text)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from http_network_relay.wire.errors import ConfigError
 from server.config import LIMITS, Config, Limit
-from server.errors import ConfigError
 
 
 def test_defaults_hold_when_the_environment_is_empty() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from server.credentials import Credentials, Entry, digest_in_file
-from server.credentials_file import load_credentials
-from server.errors import ConfigError
-from server.rules import AccessRule
+from http_network_relay.rules.target import AccessRule
+from http_network_relay.wire.errors import ConfigError
+from server.access.credentials import Credentials, Entry, digest_in_file
+from server.access.file import load_credentials
 
 GOOD = {"clients": {"gateway": "client-secret", "lab": "other-secret"}, "proxy_users": ["tok", "x"]}
 
@@ -297,6 +297,6 @@ def test_first_rule_that_matches_is_named_as_it_is_written() -> None:
 
 def test_tokens_of_one_id_are_one_user(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight digits may collide; then both tokens are in force."""
-    monkeypatch.setattr("server.credentials.id_of", lambda _digest: "00000000")
+    monkeypatch.setattr("server.access.credentials.id_of", lambda _digest: "00000000")
     credentials = Credentials.plain({}, ["a", "b"])
     assert credentials.check_user("a") == credentials.check_user("b") == "token-00000000"

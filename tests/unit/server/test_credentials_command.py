@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from server import credentials_write
 from server.__main__ import main as server_main
-from server.credentials_command import main
-from server.credentials_file import load_credentials
+from server.access.command import write as credentials_write
+from server.access.command.main import main
+from server.access.file import load_credentials
 from tests.support.processes import ROOT
 
 VARIABLE = "HTTP_NETWORK_RELAY_CREDENTIALS_FILE"
@@ -90,7 +90,7 @@ def test_printed_commands_work_for_the_other_side(
 ) -> None:
     """The lines that make the secret's file, and the flags that the programs know."""
     import client.config
-    from tests.support.vectors import load
+    from tests.support.programs import load
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

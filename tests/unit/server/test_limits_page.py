@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from http_network_relay.wire.codes import HTTP_ANSWERS
 from server.addresses import DEFAULT_TRUSTED_PROXIES
 from server.audit import AuditLog
 from server.config import LIMITS, Config
-from server.errors import HTTP_ANSWERS
-from server.guard import Guard, TunnelRecord
-from server.tunnel import Tunnel
+from server.limits.policy import Policy, PolicyObserver
+from server.tunnels.tunnel import Tunnel
 from tests.support.pages import rows, section
 from tests.support.processes import ROOT
 from tests.support.server.fake_legs import CAP, OPEN, RESUME, FakeClientLeg, FakeUserLeg
@@ -50,7 +50,7 @@ def test_filter_of_the_page_finds_a_failed_login(
     assert pattern is not None
     found = re.compile(pattern[1].replace("<ADDR>", r"(?P<addr>[0-9a-f.:]+)"))
     with caplog.at_level(logging.WARNING):
-        Guard(Config()).failed_login("client", name, address, "no")
+        Policy(Config()).failed_login("client", name, address, "no")
     (record,) = caplog.records
     formatted = logging.Formatter("%(asctime)s %(levelname)s %(message)s").format(record)
     line = re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "", formatted)
@@ -78,7 +78,7 @@ def test_audit_lines_of_the_page_have_the_fields_of_the_code() -> None:
     shown = [json.loads(line) for line in block.splitlines()]
     assert [event["event"] for event in shown[-1:]] == ["lost"]  # The writer's own.
 
-    guard = Guard(Config())
+    guard = Policy(Config())
     guard.audit = Noting()
     guard.leg_up("client", "gw", "a")
     guard.leg_down("client", "gw", "a", "lost", 1.0)
@@ -89,7 +89,7 @@ def test_audit_lines_of_the_page_have_the_fields_of_the_code() -> None:
         (RESUME, {"type": "resumed", "received": 0, "delivered": 0, "limit": 300_000}),
     ):
         leg = FakeClientLeg()
-        record = TunnelRecord(guard, first, "u", "a")
+        record = PolicyObserver(guard, first, "u", "a")
         tunnel = Tunnel(leg, FakeUserLeg(), first, "u", "*", record=record)
         with leg.channels.lock:
             tunnel.assign_locked(CAP)

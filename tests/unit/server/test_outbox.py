@@ -2,8 +2,8 @@
 
 import threading
 
-from server.outbox import Frame, Outbox
-from server.wire import OP_BINARY, OP_CLOSE, OP_TEXT
+from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
 from tests.support.taking import take
 
 CLOSE = Frame(OP_CLOSE, b"", b"\x03\xe8")
@@ -13,7 +13,7 @@ def text(word: str) -> Frame:
     return Frame(OP_TEXT, b"", word.encode())
 
 
-def rest(outbox: Outbox) -> list[str]:
+def rest(outbox: SendQueue) -> list[str]:
     """Take until it is empty; data as `head:size`."""
     out = []
     while outbox.has_frames:
@@ -30,7 +30,7 @@ def rest(outbox: Outbox) -> list[str]:
 
 def test_channels_take_turns_and_controls_overtake() -> None:
     """One message a channel; acks, pongs and resets go before all data."""
-    box = Outbox()
+    box = SendQueue()
     for _ in range(3):
         box.put_data(1, b"a", bytes(65536))
     box.put_data(2, b"b", b"key")
@@ -43,7 +43,7 @@ def test_channels_take_turns_and_controls_overtake() -> None:
 
 def test_small_pieces_are_merged_when_they_wait() -> None:
     """A window of single bytes does not cost an entry for each."""
-    box = Outbox()
+    box = SendQueue()
     for _ in range(70_000):
         box.put_data(1, b"a", b"x")
     assert rest(box) == ["a:65536", "a:4464"]
@@ -51,7 +51,7 @@ def test_small_pieces_are_merged_when_they_wait() -> None:
 
 def test_eof_follows_the_data_of_its_channel() -> None:
     """And nothing of the channel follows the eof."""
-    box = Outbox()
+    box = SendQueue()
     box.put_data(1, b"a", bytes(60_000))
     box.put_data(1, b"a", bytes(60_000))
     box.put_eof(1, text("eof"))
@@ -63,7 +63,7 @@ def test_eof_follows_the_data_of_its_channel() -> None:
 def test_close_comes_last_when_it_flushes_and_at_once_when_not() -> None:
     """What is put after it is dropped either way, and the writer ends."""
     for flush, before in ((True, [b"x"]), (False, [])):
-        box = Outbox()
+        box = SendQueue()
         box.put_data(1, b"a", b"x")
         box.close(CLOSE, flush=flush)
         box.put_data(1, b"a", b"late")
@@ -76,7 +76,7 @@ def test_close_comes_last_when_it_flushes_and_at_once_when_not() -> None:
 
 def test_try_put_never_waits_when_the_lock_is_taken() -> None:
     """The timer's way in: it says no instead of waiting (rule 7)."""
-    box = Outbox()
+    box = SendQueue()
     assert box.try_put_leg("ping", text("ping"))
     assert rest(box) == ["ping"]
     taken, release = threading.Event(), threading.Event()

@@ -1,7 +1,7 @@
 """A user's bytes paced by credit, and tunnels that are idle or too old.
 
-The server's Tunnel stands between two real ends (client/stream.py), which check every ack. The
-pacer's thread does not run: a test looks for it, with a clock of its own.
+The server's Tunnel stands between two real ends (http_network_relay/end/stream.py),
+which check every ack. The pacer's thread does not run: a test looks for it, with its own clock.
 """
 
 import json
@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from client.stream import Ack, Stream
+from http_network_relay.end.stream import Ack, Stream
+from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.wire.constants import MIN_WINDOW_BYTES
 from server.config import Config
-from server.credit import FIRST_CREDIT_BYTES
-from server.guard import Guard, TunnelRecord
-from server.outbox import Outbox
-from server.pacer import Pacer
-from server.tunnel import Tunnel
-from server.wire import MIN_WINDOW_BYTES
+from server.limits.pacer import Pacer
+from server.limits.policy import Policy, PolicyObserver
+from server.tunnels.flow_counters import FIRST_CREDIT_BYTES
+from server.tunnels.tunnel import Tunnel
 from tests.support.clock import Clock
 from tests.support.server.fake_legs import (
     CAP,
@@ -44,7 +44,7 @@ class Ends:
         self.client_leg, self.user_leg = bench.client_leg, FakeUserLeg()
         self.user, self.client = Stream(CAP), Stream(CAP)
         control = {**OPEN, "tunnel_id": f"{number:032x}", "limit": MIN_WINDOW_BYTES}
-        record = TunnelRecord(bench.guard, control, user, "addr")
+        record = PolicyObserver(bench.guard, control, user, "addr")
         self.tunnel = Tunnel(self.client_leg, self.user_leg, control, user, "*", record=record)
         with self.client_leg.channels.lock:
             frame = self.tunnel.assign_locked(CAP)
@@ -122,7 +122,7 @@ class Bench:
     def __init__(self, **settings: Any) -> None:
         self.clock = Clock()
         config = Config(**settings)
-        self.guard = Guard(config)
+        self.guard = Policy(config)
         self.guard.pacer = Pacer(config, clock=self.clock)
         self.client_leg = FakeClientLeg()
         self.tunnels: list[Ends] = []
@@ -343,7 +343,7 @@ def test_limits_leave_in_order_when_two_threads_raise_them() -> None:
     limits: list[int] = []
     counted, raised = threading.Event(), threading.Event()
 
-    class SlowOutbox(Outbox):
+    class SlowOutbox(SendQueue):
         def put_ack(self, channel: int, frame: Any) -> None:
             if not counted.is_set():
                 counted.set()
@@ -413,7 +413,7 @@ def test_age_goes_on_when_a_tunnel_is_resumed() -> None:
     bench.run(10, 0.5)
     leg = FakeClientLeg()
     control = {**RESUME, "tunnel_id": f"{0:032x}"}
-    record = TunnelRecord(bench.guard, control, "u", "addr")
+    record = PolicyObserver(bench.guard, control, "u", "addr")
     tunnel = Tunnel(leg, FakeUserLeg(), control, "u", "*", record=record)
     with leg.channels.lock:
         tunnel.assign_locked(CAP)
@@ -428,7 +428,7 @@ def test_age_goes_on_when_a_tunnel_is_resumed() -> None:
 def unanswered(bench: Bench, control: dict[str, Any]) -> tuple[Tunnel, FakeClientLeg, FakeUserLeg]:
     """A tunnel whose client says nothing, but has read that it is asked."""
     client_leg, user_leg = FakeClientLeg(), FakeUserLeg()
-    record = TunnelRecord(bench.guard, control, "u", "addr")
+    record = PolicyObserver(bench.guard, control, "u", "addr")
     tunnel = Tunnel(client_leg, user_leg, control, "u", "*", record=record)
     with client_leg.channels.lock:
         tunnel.assign_locked(CAP)

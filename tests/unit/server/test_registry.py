@@ -2,8 +2,8 @@
 
 import pytest
 
-from server.credentials import Login
-from server.errors import HttpRefusal
+from http_network_relay.wire.errors import HttpRefusal
+from server.access.credentials import Login
 from server.registry import Registry, Slot
 
 A, B = "a" * 32, "b" * 32

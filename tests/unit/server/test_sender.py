@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.sender import Sender
+from server.legs.sender import LegSender
 from tests.support.waiting import eventually
 
 
@@ -27,8 +27,8 @@ class Leg:
 
 
 @pytest.fixture
-def sender() -> Iterator[Sender]:
-    made = Sender()
+def sender() -> Iterator[LegSender]:
+    made = LegSender()
     made.start()
     yield made
     made.stop()
@@ -37,7 +37,7 @@ def sender() -> Iterator[Sender]:
 
 
 def test_each_leg_that_calls_is_served_in_order(
-    sender: Sender, caplog: pytest.LogCaptureFixture
+    sender: LegSender, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One that fails stops nobody, and is told."""
     said: list[object] = []
@@ -51,7 +51,7 @@ def test_each_leg_that_calls_is_served_in_order(
 
 def test_all_that_called_are_served_before_it_ends() -> None:
     """stop() behind them."""
-    sender, said = Sender(), list[object]()
+    sender, said = LegSender(), list[object]()
     legs = [Leg(said) for _ in range(100)]
     for leg in legs:
         sender.call(leg)
@@ -61,7 +61,7 @@ def test_all_that_called_are_served_before_it_ends() -> None:
     assert said == legs
 
 
-def test_leg_that_was_served_is_not_kept(sender: Sender) -> None:
+def test_leg_that_was_served_is_not_kept(sender: LegSender) -> None:
     """Though nobody calls any more."""
     said: list[object] = []
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 
-from server.timer import Timer
+from server.legs.timer import Timer
 from tests.support.waiting import eventually
 
 FAR_S = 3600.0

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from server.errors import TunnelRefused
-from server.outbox import Frame, Outbox
-from server.tunnel import Record, Tunnel
-from server.wire import CLOSE_NORMAL, CLOSE_RESTART, TunnelError
+from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
+from http_network_relay.wire.errors import TunnelError, TunnelRefused
+from server.tunnels.observer import TunnelObserver
+from server.tunnels.tunnel import Tunnel
 from tests.support.server.fake_legs import (
     CAP,
     MIB,
@@ -458,7 +459,7 @@ def test_record_is_told_of_the_start_and_of_the_end_once() -> None:
     """Whatever ends it, and also what was never opened."""
     told: list[tuple[str, bool]] = []
 
-    class Noting(Record):
+    class Noting(TunnelObserver[Tunnel]):
         def accepted(self, tunnel: Tunnel) -> None:
             told.append(("accepted", tunnel.is_opened))
 
@@ -511,7 +512,7 @@ def test_record_is_told_before_an_end_can_know(
     """Whoever is told may come back at once: the audit log has the lines in order even then."""
     told: list[str] = []
 
-    class NotingOutbox(Outbox):
+    class NotingOutbox(SendQueue):
         def __init__(self, name: str) -> None:
             super().__init__()
             self.name = name
@@ -524,7 +525,7 @@ def test_record_is_told_before_an_end_can_know(
             told.append(self.name)
             super().put_end(channel, frame, in_turn=in_turn)
 
-    class Noting(Record):
+    class Noting(TunnelObserver[Tunnel]):
         def accepted(self, tunnel: Tunnel) -> None:
             told.append("accepted")
 

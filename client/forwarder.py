@@ -1,0 +1,262 @@
+"""One tunnel of the client: dials the target, then one thread reads it, one writes it.
+
+The reader thread owns the target's socket: it starts the writer, joins it and closes.
+Both live on while the tunnel has no leg; the writer notices when the grace is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hmac
+import logging
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from http_network_relay.dial.connect import dial_tcp
+from http_network_relay.end.channel import Link
+from http_network_relay.end.read_coalescer import ReadCoalescer
+from http_network_relay.end.tunnel_end import TunnelEnd
+from http_network_relay.leg.duplex_socket import DONT_WAIT, wait_ready
+from http_network_relay.rules.target import Host, RuleError, TargetRule, canonical_host
+from http_network_relay.wire.constants import MESSAGE_BYTES
+from http_network_relay.wire.errors import DialError, RelayError
+
+# The dial of a target in all, name lookup included. Shorter than the proxy command's
+# 15 s, so that the proxy user reads our reason.
+DIAL_TARGET_S = 10.0
+# Two messages: a target's socket has room for them while we let them come together, and to take
+# them at once costs less than twice. Below what glibc would map memory for each time.
+_READ_BYTES = 2 * MESSAGE_BYTES
+# A write to a target that does not read looks this often whether the tunnel has ended.
+_STUCK_WRITE_S = 0.25
+# After its eof a target that has gone is noticed so soon.
+_WATCH_S = 0.5
+_REFUSED_CODES = {
+    "refused": "target_refused",
+    "timeout": "target_timeout",
+    "unknown": "target_unknown",
+    "unreachable": "target_unreachable",
+    "denied": "denied_by_client",
+}
+
+log = logging.getLogger("http_network_relay.client")
+
+
+class Forwarder:
+    """From `open` to the end. The leg's reader calls `end.on_...`; it never waits."""
+
+    def __init__(
+        self,
+        opening: dict[str, Any],
+        link: Link,
+        max_window_bytes: int,
+        grace_s: int,
+        allow: tuple[TargetRule, ...],
+        on_closed: Callable[[Forwarder], None],
+    ) -> None:
+        self.key = (opening["user"], opening["tunnel_id"])
+        self.end = TunnelEnd(link, max_window_bytes)
+        self._opening = opening
+        # Where `opened` goes; nothing else, since the tunnel may change its link.
+        self._first_link = link
+        self._grace_s = grace_s
+        # Empty: whatever is asked.
+        self._allow = allow
+        self._on_closed = on_closed
+        self._sock: socket.socket | None = None
+        self._target_is_read = threading.Event()
+        self._begun = time.monotonic()
+        short_id = opening["tunnel_id"][:8]
+        self.about = f"tunnel={short_id} user={opening['user']}"
+        self.thread = threading.Thread(target=self._run, name=f"tunnel-reader:{short_id}")
+        self._writer = threading.Thread(target=self._write, name=f"tunnel-writer:{short_id}")
+
+    def is_opened_by(self, control: dict[str, Any]) -> bool:
+        """Whether a `resume` has the token and the target of our `open`. In constant time."""
+        opening = self._opening
+        names = ("host", "port", "protocol")
+        has_target = [control[name] for name in names] == [opening[name] for name in names]
+        has_token = hmac.compare_digest(control["resume_token"], opening["resume_token"])
+        return has_token and has_target
+
+    def _run(self) -> None:
+        try:
+            self._sock = self._dial()
+            if self._sock is not None:
+                self._writer.start()
+                self._read(self._sock)
+                self._watch(self._sock)
+                self._writer.join()
+                self._close(self._sock)
+        except Exception:
+            log.exception("tunnel failed %s", self.about)
+            self.end.reset(RelayError("internal_error", "the client failed; its log says why"))
+            if self._sock is not None and self._writer.ident is None:
+                self._close(self._sock)  # The writer could not start: nobody else is inside.
+        finally:
+            self.end.forget()
+            self._on_closed(self)
+
+    def _dial(self) -> socket.socket | None:
+        host, port = self._opening["host"], self._opening["port"]
+        deadline = time.monotonic() + DIAL_TARGET_S
+        try:
+            # What the resolver would take for an address, and the rules for a name.
+            asked = canonical_host(host)
+        except RuleError as exc:
+            log.info("tunnel refused %s reason=target_invalid: %s", self.about, exc)
+            self._refuse(RelayError("target_invalid", str(exc)))
+            return None
+        try:
+            sock = dial_tcp(host, port, deadline, lambda: self.end.is_over, self._filter(asked))
+        except DialError as exc:
+            if exc.kind in _REFUSED_CODES:
+                log.info("tunnel refused %s reason=%s: %s", self.about, exc.kind, exc)
+                self._refuse(RelayError(_REFUSED_CODES[exc.kind], str(exc)))
+            return None
+        if DONT_WAIT:
+            self.end.hand_on_by(functools.partial(_send_now, sock))
+        if not self.end.on_open(
+            self._opening["limit"], min(self._grace_s, self._opening["grace_s"])
+        ):
+            self.end.hand_on_by(None)
+            sock.close()  # The user went away during the dial.
+            return None
+        # First: once it is told, another thread may log its end.
+        log.info("tunnel opened %s target=%s:%d", self.about, host, port)
+        self._first_link.put_first("opened", limit=self.end.first_limit, grace_s=self._grace_s)
+        self._first_link.push()
+        return sock
+
+    def _filter(self, asked: Host) -> Callable[[str], bool]:
+        """Return what says of an address of `asked` whether it may be dialled."""
+        rules, port = self._allow, self._opening["port"]
+        if not rules or any(rule.allows_asked(asked, port) for rule in rules):
+            return lambda _: True
+        return lambda address: any(rule.allows_address(address, port) for rule in rules)
+
+    def _refuse(self, error: RelayError) -> None:
+        self.end.on_end(error)
+        refuse(self._first_link, error)
+
+    # Target to leg.
+
+    def _read(self, sock: socket.socket) -> None:
+        end, gather = self.end, ReadCoalescer(_READ_BYTES)
+        try:
+            while size := min(end.wait_credit(), _READ_BYTES):
+                data = sock.recv(size)
+                if data:
+                    end.send(data)
+                    if wait_s := gather.wait_s(len(data), size, time.monotonic()):
+                        time.sleep(wait_s)
+                elif end.send_eof():
+                    break
+                else:
+                    end.reset(RelayError("target_reset", "the target closed the connection"))
+                    break
+            if end.ended is not None and end.ended.code == "user_gone":
+                # To its end: closing on unread bytes would send RST instead of FIN. Some
+                # targets never end; SHUT_RD does not stop what they still send.
+                while not end.must_stop() and sock.recv(65536):
+                    pass
+        except OSError as exc:
+            end.reset(_target_error(exc))
+        finally:
+            self._target_is_read.set()
+
+    def _watch(self, sock: socket.socket) -> None:
+        """Wait for the end. Nobody reads the target after its eof, so ask for an RST."""
+        end = self.end
+        while not end.is_over:
+            end.wait_over(_WATCH_S)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                end.reset(_target_error(OSError(code, os.strerror(code))))
+
+    # Leg to target.
+
+    def _write(self) -> None:
+        sock, end = self._sock, self.end
+        assert sock is not None  # Started by _run() after the dial.
+        try:
+            while chunk := end.next_chunk():
+                if not self._write_chunk(sock, chunk):
+                    break
+                end.delivered(len(chunk))
+            if chunk == b"":
+                sock.shutdown(socket.SHUT_WR)
+                end.delivered_eof()
+        except OSError as exc:
+            # The reader reads what the target still said, then tells the user.
+            end.fail_consumer(_target_error(exc))
+        except Exception:
+            log.exception("tunnel failed %s", self.about)
+            end.reset(RelayError("internal_error", "the client failed; its log says why"))
+        end.wait_over()
+        if end.ended is not None:
+            self._wake_reader(sock, is_clean=end.ended.code == "user_gone")
+
+    def _write_chunk(self, sock: socket.socket, chunk: Any) -> bool:
+        """Write all; False if the tunnel ended and the target did not take it in time."""
+        view = memoryview(chunk)
+        while view:
+            try:
+                view = view[sock.send(view, DONT_WAIT) :]
+            except BlockingIOError:
+                if self.end.must_stop():
+                    return False
+                wait_ready(sock, write=True, timeout_s=_STUCK_WRITE_S)
+        return True
+
+    def _wake_reader(self, sock: socket.socket, *, is_clean: bool) -> None:
+        """Let the reader's recv() return; a clean end first gives the target its say."""
+        with contextlib.suppress(OSError):
+            if is_clean:
+                sock.shutdown(socket.SHUT_WR)
+                self._target_is_read.wait(self.end.deliver_left_s())
+            # Not SHUT_RDWR: a FIN would tell the target of a clean end.
+            sock.shutdown(socket.SHUT_RD)
+
+    def _close(self, sock: socket.socket) -> None:
+        """FIN for a clean end and for a user who has gone, RST for any other."""
+        ended = self.end.ended
+        if ended is not None and ended.code != "user_gone":
+            linger_0 = struct.pack("ii", 1, 0)
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_0)
+        self.end.hand_on_by(None)
+        sock.close()
+        down, up = self.end.counts
+        reason = ended.code if ended is not None else "eof"
+        log.info(
+            "tunnel closed %s reason=%s up=%d down=%d secs=%.1f",
+            self.about,
+            reason,
+            up,
+            down,
+            time.monotonic() - self._begun,
+        )
+
+
+def _send_now(sock: socket.socket, data: Any) -> int:
+    return sock.send(data, DONT_WAIT)
+
+
+def refuse(link: Link, error: RelayError) -> None:
+    """Answer an `open` or `resume` with `refused`."""
+    link.put_first("refused", code=error.code, message=str(error))
+
+
+def _target_error(exc: OSError) -> RelayError:
+    if isinstance(exc, (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)):
+        return RelayError("target_reset", "the target reset the connection")
+    return RelayError(
+        "target_lost", f"the connection to the target was lost: {exc.strerror or exc}"
+    )

@@ -1,0 +1,149 @@
+"""One socket, TLS or plain, for one reading and one sending thread at once.
+
+Who sends is the Outlet's matter. What is guarded here is TLS alone: `_tls_lock` is held for
+one non-blocking read or write and never across a wait (rule 4 of the design). OpenSSL's
+connection object must not be entered by two threads (CPython does not guard it), and nothing
+seen from outside tells when it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+# The largest TLS record: a longer write would hold `_tls_lock` for several of them.
+_TLS_WRITE_BYTES = 16 * 1024
+# Linux and macOS: try, do not wait, whatever the socket's mode. 0: there is no such thing.
+DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
+# OpenSSL may want the other direction's event (a key update). The other thread may
+# take that event away, so such a wait is short and then tries again.
+_CROSS_WAIT_S = 0.05
+# So long without a byte: a stream that was under way has stopped, for now.
+PAUSE_S = 0.002
+
+
+def wait_ready(sock: socket.socket, *, write: bool, timeout_s: float | None) -> bool:
+    """Wait until the socket can be read or written, or has failed; False: timed out."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT if write else select.POLLIN)
+        return bool(poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000))
+    both = ([], [sock], [sock]) if write else ([sock], [], [sock])
+    return any(select.select(*both, timeout_s))
+
+
+class DuplexSocket:
+    """Owns `sock` (connected, TLS handshake done) until close()."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._is_tls = isinstance(sock, ssl.SSLSocket)
+        # Plain sockets block in the kernel, where two threads are safe.
+        sock.settimeout(0.0 if self._is_tls else None)
+        self._tls_lock = threading.Lock()  # Guards the OpenSSL object.
+        # Whether the last read took all that was there. The reader's own.
+        self._is_drained = True
+        # When any byte last came, monotonic. Written by the reader, read by the timer.
+        self.heard_at = time.monotonic()
+
+    def recv(self, size: int, on_pause: Callable[[], None] | None = None) -> bytes:
+        """Return 1 to `size` bytes, b"" at the end of the stream. Raises OSError.
+
+        Calls `on_pause`, if given, once nothing has come for PAUSE_S, and waits on.
+        """
+        if self._is_tls:
+            data = self._recv_tls(size, on_pause)
+        else:
+            # Before there is a buffer of `size`: an idle leg has none.
+            if on_pause is not None or self._is_drained:
+                self._wait_readable(on_pause)
+            data = self._sock.recv(size)
+            self._is_drained = len(data) < size
+        self.heard_at = time.monotonic()
+        return data  # type: ignore[no-any-return]
+
+    def _wait_readable(self, on_pause: Callable[[], None] | None) -> None:
+        if on_pause is not None:
+            if wait_ready(self._sock, write=False, timeout_s=PAUSE_S):
+                return
+            on_pause()
+        wait_ready(self._sock, write=False, timeout_s=None)
+
+    def recv_into(self, view: memoryview) -> int:
+        """As recv(), into `view`; returns how many bytes, 0 at the end of the stream."""
+        count = self._recv_tls(view) if self._is_tls else self._sock.recv_into(view)
+        self.heard_at = time.monotonic()
+        return int(count)
+
+    def _recv_tls(self, where: Any, on_pause: Callable[[], None] | None = None) -> Any:
+        while True:
+            # Try first: bytes that OpenSSL has decrypted already are invisible to poll.
+            try:
+                with self._tls_lock:
+                    if isinstance(where, int):
+                        return self._sock.recv(where)
+                    return self._sock.recv_into(where)
+            except ssl.SSLWantReadError:
+                self._wait_readable(on_pause)
+                on_pause = None
+            except ssl.SSLWantWriteError:
+                wait_ready(self._sock, write=True, timeout_s=_CROSS_WAIT_S)
+
+    def send_now(self, header: bytes, payload: Any) -> memoryview | None:
+        """Write as much as the socket takes without waiting; return the rest, None if none.
+
+        The rest must be written before anything else. Raises OSError.
+        """
+        if self._is_tls:
+            return self._send_tls(memoryview(header + payload), waits=False)
+        if not DONT_WAIT:
+            return memoryview(header + payload)
+        try:
+            # Without joining them: both cross as they are.
+            sent = self._sock.sendmsg((header, payload), (), DONT_WAIT)
+        except BlockingIOError:
+            sent = 0
+        if sent >= len(header):
+            rest = memoryview(payload)[sent - len(header) :]
+            return rest if rest else None
+        return memoryview(header + payload)[sent:]
+
+    def send(self, data: memoryview) -> None:
+        """Write all of it, however long that takes. Raises OSError; woken by abort()."""
+        if self._is_tls:
+            self._send_tls(data, waits=True)
+        else:
+            self._sock.sendall(data)
+
+    def _send_tls(self, view: memoryview, *, waits: bool) -> memoryview | None:
+        while view:
+            try:
+                # The very same slice after a Want*: OpenSSL insists on it.
+                with self._tls_lock:
+                    sent = self._sock.send(view[:_TLS_WRITE_BYTES])
+            except (ssl.SSLWantWriteError, ssl.SSLWantReadError) as exc:
+                if not waits:
+                    return view
+                is_write = isinstance(exc, ssl.SSLWantWriteError)
+                timeout_s = None if is_write else _CROSS_WAIT_S
+                wait_ready(self._sock, write=is_write, timeout_s=timeout_s)
+            else:
+                view = view[sent:]
+        return None
+
+    def abort(self) -> None:
+        """Wake both threads for good: their next or present call ends or fails. Any thread."""
+        with contextlib.suppress(OSError):  # Not connected any more: nothing waits.
+            # Not SSLSocket.shutdown(), which takes the object away under the threads.
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Free the descriptor; only when neither thread can enter any more."""
+        with contextlib.suppress(OSError):
+            self._sock.close()

@@ -1,0 +1,56 @@
+"""NextLeg: dials the next leg while the present one still works."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from http_network_relay.dial.backoff import uniform
+from http_network_relay.dial.connection import Connection
+from http_network_relay.end.tunnel_end import TunnelEnd
+from http_network_relay.wire.errors import RelayError
+
+# A server that restarts is tried again so often, so long.
+RESTART_RETRY_S = (0.1, 0.3)
+
+RESTART_S = 3.0
+
+
+class NextLeg:
+    """Dials the next leg while the present one still works; for a server that goes away."""
+
+    def __init__(self, end: TunnelEnd, dial: Callable[[], Connection], spread_s: float) -> None:
+        self._end = end
+        self._dial = dial
+        self._spread_s = spread_s
+        self._transport: Connection | None = None
+        self._thread = threading.Thread(target=self._run, name="next-leg")
+
+    def start(self, on_up: Callable[[], None]) -> None:
+        """Begin; `on_up` is called in the thread when the leg is there. take() joins it."""
+        self._on_up = on_up
+        self._thread.start()
+
+    def _run(self) -> None:
+        wait_s = uniform(0.0, self._spread_s)
+        until = time.monotonic() + self._spread_s + RESTART_S
+        while True:
+            self._end.wait_over(wait_s)
+            if self._end.is_over:
+                return
+            try:
+                self._transport = self._dial()
+            except RelayError as exc:
+                if not exc.is_retryable or time.monotonic() >= until:
+                    return
+                wait_s = uniform(*RESTART_RETRY_S)
+            else:
+                self._on_up()
+                return
+
+    def take(self) -> Connection | None:
+        """Wait for the leg, which the caller then owns; None if there is none."""
+        self._thread.join()
+        transport, self._transport = self._transport, None
+        return transport

@@ -1,0 +1,55 @@
+"""Names and numbers of the wire, version 1 (docs/protocol.md, normative), each with its reason."""
+
+from __future__ import annotations
+
+SUBPROTOCOL = "http-network-relay.v1"
+CLIENTS_PATH = "/ws_for_clients"
+USERS_PATH = "/ws_for_ssh_proxy_command"
+# On every HTTP answer of the relay, so that a peer can tell it from a proxy's answer.
+RELAY_HEADER = "HTTP-Network-Relay"
+RELAY_HEADER_VALUE = "v1"
+INSTANCE_HEADER = "HTTP-Network-Relay-Instance"
+# On the request of a user leg that comes to resume this tunnel.
+TUNNEL_HEADER = "HTTP-Network-Relay-Tunnel"
+# A client or proxy command asks to send frames whose masking key is zero; the server agrees.
+MASK_HEADER = "HTTP-Network-Relay-Mask"
+MASK_ZERO = "zero"
+
+OP_TEXT = 0x1
+OP_BINARY = 0x2
+OP_CLOSE = 0x8
+OP_PING = 0x9
+OP_PONG = 0xA
+
+# A data message: large enough to spread the cost of a frame, small enough that a
+# keystroke of another tunnel waits for one of them only some milliseconds.
+MAX_DATA_BYTES = 64 * 1024
+# What we put into one: with its header it crosses loopback as one segment, of 65,483 bytes,
+# so that its receiver wakes up once; and it is whole pages of a pipe.
+MESSAGE_BYTES = 60 * 1024
+# A control: the longest legal `open` is under 2 KiB.
+MAX_CONTROL_BYTES = 4 * 1024
+CHANNEL_BYTES = 4
+MAX_CHANNEL = 2**32 - 1
+# The longest binary message of either leg.
+MAX_MESSAGE_BYTES = CHANNEL_BYTES + MAX_DATA_BYTES
+# Counts travel as JSON numbers, exact up to here in every language.
+MAX_COUNT = 2**53
+# The first window: enough for a fast LAN, and what the server never goes below.
+MIN_WINDOW_BYTES = 256 * 1024
+# The smallest that a receiver goes down to on a thin link: 130 ms at 1 Mbit/s.
+LEAST_WINDOW_BYTES = 16 * 1024
+# 4 MiB carry 320 Mbit/s over 100 ms.
+DEFAULT_MAX_WINDOW_BYTES = 4 * 1024 * 1024
+# The largest window that may be set, and what all tunnels of a client leg may have granted.
+MAX_WINDOW_BYTES = 64 * 1024 * 1024
+# nginx cuts an idle connection after 60 s, mobile NAT after 30 s.
+DEFAULT_PING_INTERVAL_S = 20.0
+# A link is given up when nothing was heard for this many of one's own ping intervals.
+SILENCE_INTERVALS = 2.5
+# What is written after an end (a flush, bytes before a reset) has this long.
+FLUSH_S = 1.0
+# A control's sentence for a person.
+MAX_MESSAGE_CHARS = 500
+NAME_PATTERN = r"[!-9;-~]{1,128}"  # printable ASCII without space and colon (HTTP Basic)
+HOST_PATTERN = r"[!-~]{1,255}"

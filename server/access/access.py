@@ -1,0 +1,96 @@
+"""What is in force: the credentials as they stand now, and what a proxy user may open.
+
+A thread of its own looks at the file every second; everybody else asks. Whoever was let in
+is asked about again after each change: a login is no licence for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from http_network_relay.rules.target import RuleError, canonical_host
+from http_network_relay.wire.errors import ConfigError, TunnelRefused
+from server.access.credentials import Credentials, utc_today
+from server.access.file_watch import FileWatch
+from server.logs import ROOT_NAME
+
+_log = logging.getLogger(f"{ROOT_NAME}.access")
+
+# A change is in force after two looks at most, see FileWatch: well within the 5 s promised.
+_LOOK_S = 1.0
+
+
+class Access:
+    """The credentials in force. `credentials` is replaced whole; reading it needs no lock."""
+
+    def __init__(
+        self, credentials: Credentials, watch: FileWatch | None, on_change: Callable[[], None]
+    ) -> None:
+        self.credentials = credentials
+        # None: nothing to follow.
+        self._watch = watch
+        # Called in the thread: whoever is connected has to be looked at again.
+        self._on_change = on_change
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="credentials")
+
+    def start(self) -> None:
+        """Start to follow the file; stop() and join() end that."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the thread end."""
+        self._stopped.set()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until it has ended."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def check_open(self, user: str, control: dict[str, Any]) -> str:
+        """Return the rule by which this user may open or resume that. Raises TunnelRefused."""
+        client, host, port = control["client"], control["host"], control["port"]
+        try:
+            asked = canonical_host(host)
+        except RuleError as exc:
+            raise TunnelRefused("target_invalid", str(exc)) from exc
+        # One look, so that both answers are of one file.
+        credentials = self.credentials
+        rule = credentials.may_open(user, client, asked, port)
+        # Before the question for the client: the answer must not tell which clients there are.
+        if rule is None:
+            raise TunnelRefused("denied", f"no rule lets {user} open {host}:{port} at {client}")
+        if not credentials.has_client(client):
+            raise TunnelRefused("client_unknown", f"no client is named {client}")
+        return rule
+
+    def _run(self) -> None:
+        today = utc_today()
+        is_due = False
+        while not self._stopped.wait(_LOOK_S):
+            try:
+                # At midnight somebody's last day may be over.
+                is_due = self._look() or is_due or utc_today() != today
+                if is_due:
+                    today = utc_today()
+                    self._on_change()
+                    is_due = False  # Not before: who was not asked would stay.
+            except Exception:
+                _log.exception("credentials were not looked at")
+
+    def _look(self) -> bool:
+        if self._watch is None:
+            return False
+        try:
+            credentials = self._watch.poll()
+        except ConfigError as exc:
+            _log.error("credentials not reloaded, the old ones stay in force: %s", exc)
+            return False
+        if credentials is None:
+            return False
+        self.credentials = credentials
+        _log.info("credentials reloaded %s", credentials.summary)
+        return True

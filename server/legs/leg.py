@@ -1,0 +1,206 @@
+"""A WebSocket into the server: what all legs share, and ClientLeg, which carries many tunnels.
+
+The handler's thread runs run() and is the leg's reader; the timer ticks. Who puts into the
+outbox sends, or the sender does, and a writer thread from when the socket first would not take
+what there was. Any thread may call end(). The reader never waits for anything but its socket
+(rule 3 of the design).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.wire.codes import CLOSE_INTERNAL_ERROR
+from http_network_relay.wire.constants import FLUSH_S, OP_PING, OP_TEXT, SILENCE_INTERVALS
+from http_network_relay.wire.controls import encode_control
+from http_network_relay.wire.errors import LegError
+from server.access.credentials import Login
+from server.legs.websocket import Connection, Message, ReadEnd, close_frame
+from server.logs import ROOT_NAME
+
+_log = logging.getLogger(f"{ROOT_NAME}.leg")
+
+# The timer's next try when a lock was taken.
+RETRY_S = 0.01
+
+_PING = Frame(OP_PING, b"", b"")
+
+
+class Helpers(NamedTuple):
+    """What the relay's own threads do for all legs."""
+
+    look_again: Callable[[Leg], None]  # the timer: a deadline is new
+    send_waiting: Callable[[Leg], None]  # the sender: the outbox of a leg without writer calls
+
+
+class Leg:
+    """What both kinds share: reader loop, writer, pings, the end."""
+
+    def __init__(
+        self,
+        transport: Connection,
+        label: str,
+        ping_interval_s: float,
+        helpers: Helpers,
+    ) -> None:
+        self.label = label
+        # Who was let in; set before the leg is served.
+        self.login: Login | None = None
+        self.outbox = SendQueue()
+        self._transport = transport
+        self._ping_interval_s = ping_interval_s
+        self._helpers = helpers
+        self._outlet = transport.outlet(self.outbox)
+        # Guards the two below: the sender starts a writer where there has to be one, but not
+        # when the reader, at its end, sees to the rest.
+        self._writer_lock = threading.Lock()
+        self._writer: threading.Thread | None = None
+        self._is_ending = False
+        now = time.monotonic()
+        # Used by the timer's thread alone.
+        self._ping_at = now + ping_interval_s
+        # When the leg is shut down hard. A float is read and written whole: no lock.
+        self._abort_at = float("inf")
+        # Why it ends; the first reason stays.
+        self.reason = ""
+
+    def run(self, websocket: Any) -> None:
+        """Serve the upgraded WebSocket until the leg has ended and its writer is gone."""
+        self.outbox.on_call = self._call_sender
+        self._outlet.start()
+        # For what was put since the leg was attached.
+        self._call_sender()
+        try:
+            ended = self._read(websocket)
+            # The tunnels' other ends hear of it before anything here can take time.
+            self.lost()
+            if ended is ReadEnd.LOST:
+                self._transport.abort()
+                self.outbox.stop()
+            else:
+                self._abort_by(time.monotonic() + FLUSH_S)
+                if ended is ReadEnd.BROKEN:
+                    self._transport.discard_input()
+        except BaseException:
+            self._transport.abort()
+            self.outbox.stop()
+            raise
+        finally:
+            with self._writer_lock:
+                self._is_ending = True
+            # The timer ends a writer that is stuck, at the deadline set above.
+            if self._writer is not None:
+                self._writer.join()
+            else:
+                self._write()
+            self._outlet.stop()
+            self._transport.abort()
+
+    def send_waiting(self) -> None:
+        """For the sender: send what the socket takes at once; start the writer for the rest."""
+        if self._writer is not None:
+            return  # The call was for it.
+        self.outbox.hear_call()
+        if not self._outlet.push_all():
+            self._start_writer()
+        elif self.outbox.is_over:
+            self._transport.finish_sending()
+
+    def _call_sender(self) -> None:
+        self._helpers.send_waiting(self)
+
+    def _start_writer(self) -> None:
+        with self._writer_lock:
+            if self._writer is not None or self._is_ending:
+                return
+            writer = threading.Thread(target=self._write, name=f"leg-writer:{self.label}")
+            try:
+                writer.start()
+            except RuntimeError:
+                _log.exception("leg has no writer leg=%s", self.label)
+                self.abort("internal_error")
+                return
+            self._writer = writer
+            self.outbox.on_call = None
+
+    def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
+        """Send a close behind all that is queued; shut down hard after `flush_s`."""
+        self._note(reason)
+        self.outbox.close(close_frame(close_code))
+        self._abort_by(time.monotonic() + flush_s)
+
+    def abort(self, reason: str) -> None:
+        """Shut down at once. Never waits."""
+        self._note(reason)
+        self._transport.abort()
+
+    def tick(self, now: float) -> float:
+        """For the timer: never writes, never waits for a lock (rule 7)."""
+        silent_at = self._transport.heard_at + SILENCE_INTERVALS * self._ping_interval_s
+        abort_at = min(silent_at, self._abort_at)
+        if now >= abort_at:
+            self.abort("silent" if now >= silent_at else "stuck")
+            return now + self._ping_interval_s
+        if now >= self._ping_at:
+            if self.outbox.try_put_leg("ping", _PING):
+                self._ping_at = now + self._ping_interval_s
+            else:
+                self._ping_at = now + RETRY_S
+        return min(abort_at, self._ping_at)
+
+    def going_away(self, spread_ms: int) -> None:
+        """The server stops soon: say so."""
+        text = encode_control("going_away", spread_ms=spread_ms)
+        self.outbox.put_leg("going_away", Frame(OP_TEXT, b"", text))
+        self.outbox.push()
+
+    def _abort_by(self, when: float) -> None:
+        self._abort_at = min(self._abort_at, when)
+        self._helpers.look_again(self)
+
+    def _note(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    def _read(self, websocket: Any) -> ReadEnd:
+        try:
+            ended = self._transport.read(websocket, self._on_message, self.outbox)
+        except LegError as exc:
+            _log.info("leg broke the rules leg=%s error=%s", self.label, exc)
+            self._note("protocol_error")
+            self.outbox.close(close_frame(exc.close_code), flush=False)
+            return ReadEnd.BROKEN
+        except Exception:
+            _log.exception("leg failed leg=%s", self.label)
+            self._note("internal_error")
+            self.outbox.close(close_frame(CLOSE_INTERNAL_ERROR), flush=False)
+            return ReadEnd.BROKEN
+        self._note({"lost": "lost", "closed": "closed", "broken": "protocol_error"}[ended.value])
+        return ended
+
+    def _write(self) -> None:
+        """The writer's thread: sends what those who put it could not send at once."""
+        try:
+            self._outlet.run()
+            self._transport.finish_sending()
+        except OSError:
+            # The peer is gone, or abort() was called: the reader finds out now.
+            self._transport.abort()
+        except Exception:
+            _log.exception("leg's writer failed leg=%s", self.label)
+            self._transport.abort()
+
+    def _on_message(self, message: Message) -> None:
+        raise NotImplementedError
+
+    def lost(self) -> None:
+        """The leg is over: tell its tunnels. Again is harmless."""
+        raise NotImplementedError
+
+    def revoke(self, code: str, message: str) -> None:
+        """End what the credentials do not allow any more, and say why. Any thread."""
+        raise NotImplementedError

@@ -1,0 +1,152 @@
+"""What strangers and users may do, and what is written of it: one door to all limits.
+
+Builds and owns the counts of logins and tunnels, the pacer and the audit log; the relay and
+the application ask here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from http_network_relay.wire.constants import NAME_PATTERN
+from http_network_relay.wire.controls import matches
+from http_network_relay.wire.errors import HttpRefusal
+from server.addresses import parse_networks, source_address
+from server.audit import AuditLog
+from server.config import Config
+from server.limits.failed_logins import FailedLogins
+from server.limits.pacer import Pacer
+from server.limits.quotas import Limits
+from server.logs import ROOT_NAME
+from server.tunnels.observer import TunnelObserver
+from server.tunnels.tunnel import Tunnel
+
+_log = logging.getLogger(f"{ROOT_NAME}.guard")
+
+
+class Policy:
+    """All limits of one process, and its audit log."""
+
+    def __init__(self, config: Config) -> None:
+        self.audit = AuditLog(config.audit_log)
+        self.limits = Limits(config)
+        self.pacer = Pacer(config)
+        self._logins = FailedLogins(config.failed_logins, config.failed_logins_by_address)
+        self._trusted = parse_networks(config.trusted_proxies)
+
+    def start(self) -> None:
+        """Start the threads that the settings need; in the worker process."""
+        self.audit.start()
+        self.pacer.start()
+
+    def stop(self) -> None:
+        """Let the threads end, behind what is queued."""
+        self.pacer.stop()
+        self.audit.stop()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until they have ended."""
+        deadline = time.monotonic() + timeout_s
+        self.pacer.join(timeout_s)
+        self.audit.join(max(0.0, deadline - time.monotonic()))
+
+    def address(self, peer: str | None, forwarded: str) -> str:
+        """Return the address that a request comes from; see addresses.py."""
+        return source_address(peer, forwarded, self._trusted)
+
+    def failed_login(self, kind: str, name: str, address: str, message: str) -> HttpRefusal:
+        """Count and log a wrong name or secret; return how to answer it.
+
+        Ask only after the secret was looked at, which is done always: the time that takes
+        tells nothing, and a right secret never comes here.
+        """
+        name = name if matches(NAME_PATTERN, name) else ""
+        is_over = self._logins.count(kind, name, address)
+        code = "too_many" if is_over else "unauthorized"
+        # docs/limits.md has a filter for this line: it is not to change.
+        _log.warning(
+            "login failed address=%s kind=%s name=%s code=%s", address, kind, name or "-", code
+        )
+        self.audit.put("login_failed", kind=kind, name=name or None, address=address, reason=code)
+        if is_over:
+            return HttpRefusal("too_many", "too many logins failed; wait, then mend the secret")
+        return HttpRefusal("unauthorized", message)
+
+    def leg_up(self, kind: str, name: str, address: str) -> None:
+        """Note that a client is connected; users are known by their tunnels."""
+        if kind == "client":
+            self.audit.put("client_up", client=name, address=address)
+
+    def leg_down(self, kind: str, name: str, address: str, reason: str, secs: float) -> None:
+        """Note that a client is not connected any more."""
+        if kind == "client":
+            fields = {"client": name, "address": address, "secs": round(secs, 3)}
+            self.audit.put("client_down", **fields, reason=reason)
+
+    def refused(self, control: dict[str, Any], user: str, address: str, reason: str) -> None:
+        """Note an `open` or `resume` that has reached no client."""
+        self.audit.put("tunnel_refused", **_asked(control, user, address, None), reason=reason)
+
+
+class PolicyObserver(TunnelObserver[Tunnel]):
+    """Follows one tunnel: counts it, lets it be paced, and writes its audit lines."""
+
+    def __init__(
+        self,
+        guard: Policy,
+        control: dict[str, Any],
+        user: str,
+        address: str,
+        rule: str | None = None,
+    ) -> None:
+        self.is_paced = guard.pacer.is_pacing
+        self._guard = guard
+        self._user = user
+        self._kind = control["type"]
+        self._fields = _asked(control, user, address, rule)
+        self._started_at = time.monotonic()
+
+    def first_credit(self, is_up: bool, wanted: int) -> int:
+        """As in Record."""
+        return self._guard.pacer.first_credit(self._user, is_up, wanted)
+
+    def started(self, tunnel: Tunnel) -> None:
+        """As in Record."""
+        self._guard.pacer.started(self._user, tunnel)
+
+    def accepted(self, tunnel: Tunnel) -> None:
+        """As in Record."""
+        event = "tunnel_resumed" if self._kind == "resume" else "tunnel_opened"
+        self._guard.audit.put(event, **self._fields)
+        self._guard.pacer.opened(tunnel)
+
+    def hungry(self, tunnel: Tunnel, is_up: bool) -> None:
+        """As in Record."""
+        self._guard.pacer.hungry(tunnel, is_up)
+
+    def ended(self, tunnel: Tunnel, reason: str) -> None:
+        """As in Record."""
+        guard = self._guard
+        guard.limits.forget(self._user, tunnel)
+        guard.pacer.ended(tunnel)
+        if not tunnel.is_opened:
+            guard.audit.put("tunnel_refused", **self._fields, reason=reason)
+            return
+        up, down = (flow.forwarded - flow.begun_at for flow in (tunnel.up, tunnel.down))
+        secs = round(time.monotonic() - self._started_at, 3)
+        guard.audit.put("tunnel_closed", **self._fields, up=up, down=down, secs=secs, reason=reason)
+
+
+def _asked(control: dict[str, Any], user: str, address: str, rule: str | None) -> dict[str, Any]:
+    """Return who wants what, without anything secret."""
+    host, port = control["host"], control["port"]
+    return {
+        "tunnel": control["tunnel_id"],
+        "user": user,
+        "address": address,
+        "client": control["client"],
+        "target": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+        "rule": rule,
+    }

@@ -1,0 +1,43 @@
+"""Whether a log file can be written, found out before the first line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tempfile
+
+# This path of a log stands for standard output.
+STDOUT = "-"
+
+
+def why_not_writable(path: str) -> str | None:
+    """Return what keeps lines from ever being written there; None if nothing is known to.
+
+    A disk that is full and a FIFO that nobody reads are none: that may change, and the writer
+    waits for it. Waits for nothing itself, and leaves no file: whoever asks may be root.
+    """
+    if path in ("", STDOUT):
+        return None
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISFIFO(mode):
+            # Not opened: who reads it would take the closing for the end.
+            return None if os.access(path, os.W_OK) else os.strerror(errno.EACCES)
+        if not stat.S_ISREG(mode) and not stat.S_ISCHR(mode):
+            return "not a file"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        os.close(os.open(path, flags))
+    except FileNotFoundError:
+        return _why_not_made(os.path.dirname(os.path.realpath(path)))
+    except OSError as exc:
+        return exc.strerror
+    return None
+
+
+def _why_not_made(folder: str) -> str | None:
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as exc:
+        return None if exc.errno in (errno.ENOSPC, errno.EDQUOT) else exc.strerror
+    return None

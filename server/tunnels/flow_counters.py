@@ -1,0 +1,147 @@
+"""Windows as the server counts them (docs/protocol.md, "Streams and credit").
+
+Counters only: no I/O, clock, thread or log. The lock of the client leg guards them.
+"""
+
+from __future__ import annotations
+
+from http_network_relay.wire.constants import MAX_DATA_BYTES, MIN_WINDOW_BYTES
+from http_network_relay.wire.errors import TunnelError
+
+# The part of a budget that no window grows into: each newcomer needs the smallest window
+# at once, or would be refused because of others' downloads. A quarter is 64 newcomers.
+_NEWCOMERS_SHARE = 4
+# What a paced tunnel may send each way at once, where its user does not owe too much: a
+# message, so that a login does not wait for a download of the same user.
+FIRST_CREDIT_BYTES = MAX_DATA_BYTES
+
+
+class WindowBudget:
+    """Window bytes that all tunnels of a client leg may hold, in one direction."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.free = total_bytes
+        self._newcomers = total_bytes // _NEWCOMERS_SHARE
+
+    @property
+    def growth(self) -> int:
+        """What windows above the smallest may still take."""
+        return max(0, self.free - self._newcomers)
+
+
+class FlowCounters:
+    """One direction of a tunnel as the server counts it. Guarded by the leg's lock.
+
+    Every method raises TunnelError for what the peer may not do, and then changes nothing.
+    """
+
+    def __init__(
+        self,
+        budget: WindowBudget,
+        cap_bytes: int,
+        received: int = 0,
+        delivered: int = 0,
+        *,
+        is_paced: bool = False,
+    ) -> None:
+        self.start_at(received, delivered)
+        self._budget = budget
+        self._cap = cap_bytes
+        # Its limit is what begin() and raise_by() make it.
+        self._is_paced = is_paced
+        # The part of the budget that is ours: the window granted, at least the smallest.
+        self._reserved = MIN_WINDOW_BYTES
+        budget.free -= MIN_WINDOW_BYTES
+        self._asked = 0
+        self.limit = 0
+        self.eof_count: int | None = None
+        self.eof_acked = False
+
+    def start_at(self, received: int, delivered: int) -> None:
+        """Count from where the receiving end stands, which is not 0 after a resume."""
+        if delivered > received:
+            raise TunnelError(f"{delivered} bytes delivered, but {received} received")
+        self.begun_at = received
+        self.forwarded = received
+        self.delivered = delivered
+
+    def on_data(self, size: int) -> None:
+        """Count `size` bytes before they are queued onward."""
+        if not 0 < size <= MAX_DATA_BYTES:
+            raise TunnelError(f"a data message of {size} bytes, not 1 to {MAX_DATA_BYTES}")
+        if self.eof_count is not None:
+            raise TunnelError("data after eof")
+        if self.forwarded + size > self.limit:
+            raise TunnelError(f"window overrun: {self.forwarded + size} over {self.limit}")
+        self.forwarded += size
+
+    def on_eof(self, count: int) -> None:
+        """Take the sender's eof in."""
+        if self.eof_count is not None:
+            raise TunnelError("a second eof")
+        if count != self.forwarded:
+            raise TunnelError(f"eof after {count} bytes, {self.forwarded} came")
+        self.eof_count = count
+
+    def on_ack(self, delivered: int, limit: int, eof: bool) -> int:
+        """Take the receiver's ack in; return the limit to pass on to the sender."""
+        if not self.delivered <= delivered <= self.forwarded:
+            raise TunnelError(
+                f"ack of {delivered} bytes after {self.delivered}, {self.forwarded} were sent"
+            )
+        if limit < self._asked:
+            raise TunnelError(f"limit fell from {self._asked} to {limit}")
+        if eof and delivered != self.eof_count:
+            raise TunnelError("ack of an eof that is not due")
+        self.delivered = delivered
+        self.eof_acked = self.eof_acked or eof
+        return self.grant(limit)
+
+    def grant(self, asked: int) -> int:
+        """Return the limit to pass on: what the receiver asks, as far as the budget goes.
+
+        Never below `delivered` + the smallest window, which was reserved at the start,
+        and never below what was passed on before. Where bytes are paced, what was passed on
+        before: see begin().
+        """
+        self._asked = asked
+        return self._settle(self.limit if self._is_paced else self._highest())
+
+    def ask_first(self, asked: int) -> int:
+        """Take the first limit of a paced direction in; return how much credit begin() takes."""
+        self._asked = asked
+        return max(0, min(self._highest() - self.forwarded, FIRST_CREDIT_BYTES))
+
+    def begin(self, credit: int) -> int:
+        """Return the first limit to pass on: `credit` bytes, or less, from where we stand."""
+        return self._settle(min(self._highest(), self.forwarded + credit))
+
+    @property
+    def hunger(self) -> int:
+        """By how much the limit of a paced direction might rise now."""
+        is_ended = self.eof_count is not None
+        return 0 if is_ended else max(0, self._highest() - self.limit)
+
+    def raise_by(self, size: int) -> int:
+        """Raise the limit of a paced direction by `size` at most; return by how much it rose."""
+        rise = min(size, self.hunger)
+        self._settle(self.limit + rise)
+        return rise
+
+    def _highest(self) -> int:
+        """Return the limit that the receiver and the budget allow."""
+        # At least the smallest window, and what stands from before as `delivered` rises.
+        reach = max(MIN_WINDOW_BYTES, min(self._cap, self._reserved + self._budget.growth))
+        return min(self._asked, max(self.delivered + reach, self.limit))
+
+    def _settle(self, limit: int) -> int:
+        self.limit = limit
+        needed = max(MIN_WINDOW_BYTES, self.limit - self.delivered)
+        self._budget.free += self._reserved - needed
+        self._reserved = needed
+        return self.limit
+
+    def release(self) -> None:
+        """Give our part of the budget back; the tunnel is over."""
+        self._budget.free += self._reserved
+        self._reserved = 0
