@@ -15,10 +15,13 @@ STAMP := .venv/.installed
 DEBIAN_PACKAGES := openssh-server openssh-client nginx rsync git tinyproxy openssl \
 	netcat-openbsd procps iproute2 python3-venv python3-websocket
 
+# The tests that need nothing but the one file, and so run where the server does not.
+SCRIPT_TESTS := tests/unit/script tests/integration/script
+
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-debian run test check amalgamate survival soak fuzz mutants bench clean
+.PHONY: help setup setup-debian run test coverage end-to-end script-tests check amalgamate survival soak fuzz mutants bench clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -48,15 +51,28 @@ run: $(STAMP) ## start a server and a client named demo here, and print an ssh l
 test: $(STAMP) ## run every test but those of survival and soak (about 3 minutes)
 	$(BIN)/python -m pytest $(TEST_PROCESSES) $(ARGS)
 
+coverage: $(STAMP) ## run the unit and integration tests, and fail if they reach too little of the code
+	$(BIN)/python -m pytest $(TEST_PROCESSES) --cov --cov-report=term tests/unit tests/integration $(ARGS)
+
+end-to-end: $(STAMP) ## run the end-to-end tests alone
+	$(BIN)/python -m pytest $(TEST_PROCESSES) tests/e2e $(ARGS)
+
+script-tests: ## run the tests of the proxy command on its oldest Python (PYTHON=python3.9)
+	$(PYTHON) -m venv .venv-script
+	.venv-script/bin/python -m pip install --quiet --disable-pip-version-check \
+		websocket-client pytest pytest-timeout
+	.venv-script/bin/python -m pytest -p no:cacheprovider $(SCRIPT_TESTS) $(ARGS)
+
 survival: $(STAMP) ## the flaky-link oracle and restarts under real ssh (RELAY_ORACLE_HITS=300 RELAY_ORACLE_SEED=1)
 	$(BIN)/python -m pytest tests/survival $(ARGS)
 
-check: $(STAMP) ## format, lint, types, the generated proxy command, the mutants
+check: $(STAMP) ## format, lint, types, the generated proxy command, the mutants, the CI workflow
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/python .ci/amalgamate.py --check
 	$(BIN)/python -m tests.mutants --check
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 
 amalgamate: $(STAMP) ## write ssh_proxy_command.py anew from http_network_relay/
 	$(BIN)/python .ci/amalgamate.py
@@ -76,5 +92,5 @@ bench: $(STAMP) ## measure speed, CPU and memory beside plain TCP: benchmarks/RE
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove .venv, caches and build artefacts (never credentials.json)
-	rm -rf .venv .run .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-script .run .fuzz .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,7 @@
 """What holds for every test: no thread or process is left, and nothing is skipped unseen."""
 
+from __future__ import annotations
+
 import os
 import threading
 from collections.abc import Generator, Iterator

@@ -3,18 +3,14 @@
 import shutil
 import sys
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from tests.support import processes
+from tests.support.early import CLIENTS, OFFLINE, Installation, Slow
 from tests.support.processes import (
-    CLIENT_NAME,
-    CLIENT_SECRET,
     CREDENTIALS,
     ROOT,
-    Pipes,
     Proc,
     child_environment,
     running_relay,
@@ -24,8 +20,6 @@ from tests.support.targets import black_hole_port
 
 # Fixtures that take long: begun before the first test of a run that has a test for them.
 EARLY = ("slow", "installation")
-OFFLINE = "switched-off"
-CLIENTS = {CLIENT_NAME: CLIENT_SECRET, OFFLINE: "cs-of-a-device-that-is-switched-off"}
 # The parts of the project that `pip install .` needs.
 _PARTS = (
     "http_network_relay",
@@ -49,14 +43,6 @@ def _early(request: pytest.FixtureRequest) -> None:
             request.getfixturevalue(name)
 
 
-@dataclass(frozen=True)
-class Slow:
-    """Proxy commands whose end takes many seconds."""
-
-    target_is_silent: Pipes
-    client_is_silent: Pipes
-
-
 @pytest.fixture(scope="session")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slow]:
     """On a relay of their own, which nothing else disturbs."""
@@ -69,14 +55,6 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slow]:
         relay.proxy(port, name=OFFLINE) as client_is_silent,
     ):
         yield Slow(target_is_silent, client_is_silent)
-
-
-@dataclass(frozen=True)
-class Installation:
-    """`pip install .` into an empty environment, on its way."""
-
-    process: Proc
-    bin_folder: Path
 
 
 @pytest.fixture(scope="session")

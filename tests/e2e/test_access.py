@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.flows import run
+from tests.support.flows import run
 from tests.support.processes import (
     ROOT,
     TOKEN,
@@ -125,7 +125,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         for name, rules in (("ops", OPS_RULES), ("net", NET_RULES)):
             allow = [rule.replace("P", str(p.port)).replace("Q", str(q.port)) for rule in rules]
             users[name] = {"secrets": [TOKENS[name]], "allow": allow}
-        servers = []
+        servers: list[Server] = []
         clients: dict[str, Proc] = {}
         for proxy_users in (users, [TOKEN]):
             folder = tmp_path_factory.mktemp("server")
@@ -136,7 +136,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
                 args = ["--allow", f"127.0.0.1:{p.port}"] if name == "tied" else []
                 client = start_client(server.url, name=name, secret=secret, args=args)
                 clients.setdefault(name, stack.enter_context(client))
-        yield World(*servers, p, q, clients)
+        with_rules, with_token = servers
+        yield World(with_rules, with_token, p, q, clients)
 
 
 def ask(server: Server, token: str, kind: str, **opening: Any) -> dict[str, Any]:
@@ -507,7 +508,12 @@ def test_tunnels_go_on_when_what_they_use_stays_allowed(live: Live) -> None:
 
 # A tunnel that lives, and its `resume`.
 
-OWN = {"client": "device", "tunnel_id": "a" * 32, "resume_token": "b" * 64, "grace_s": 60}
+OWN: dict[str, Any] = {
+    "client": "device",
+    "tunnel_id": "a" * 32,
+    "resume_token": "b" * 64,
+    "grace_s": 60,
+}
 COUNTS = {"received": 6, "delivered": 6, "limit": 262_150}
 
 

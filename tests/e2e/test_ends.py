@@ -17,7 +17,7 @@ from typing import Literal
 
 import pytest
 
-from tests.e2e.flows import AT_ONCE_S, becomes, count, lines_since, reasons, side_by_side
+from tests.support.flows import AT_ONCE_S, becomes, count, lines_since, reasons, side_by_side
 from tests.support.link import Link
 from tests.support.processes import (
     CLIENT_SECRET,

@@ -3,7 +3,7 @@
 import re
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import CLIENTS, OFFLINE, Slow
-from tests.e2e.flows import AT_ONCE_S, Mark, count, lines_since, relay_argv
 from tests.support import debian
 from tests.support.certs import Certs
+from tests.support.early import CLIENTS, OFFLINE, Slow
+from tests.support.flows import AT_ONCE_S, Mark, count, lines_since, relay_argv
 from tests.support.ports import free_port
 from tests.support.processes import (
     CLIENT_NAME,
@@ -150,7 +150,7 @@ REFUSED = {
 }
 
 
-def filled(value: Any, names: dict[str, object]) -> Any:
+def filled(value: Any, names: Mapping[str, object]) -> Any:
     """`value` with {names} filled in, through lists and dicts."""
     if isinstance(value, str):
         return re.sub(r"\{(\w+)\}", lambda match: str(names[match[1]]), value)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Installation
-from tests.e2e.flows import run, side_by_side
+from tests.support.early import Installation
+from tests.support.flows import run, side_by_side
 from tests.support.ports import free_port
 from tests.support.processes import (
     CLIENT_NAME,
@@ -30,6 +30,7 @@ from tests.support.targets import EchoTarget
 COMMANDS = ("server", "client", "ssh-proxy-command")
 DEBIAN_PYTHON = "/usr/bin/python3"
 INSTALL_S = 120.0
+pytestmark = pytest.mark.timeout(2 * INSTALL_S)
 HINT = "pip install websocket-client"
 # What the script promises (its inline metadata says the same).
 OLDEST = (3, 9)

@@ -118,7 +118,7 @@ def test_resume_is_refused_when_it_is_not_ours(server: Server, name: str) -> Non
         assert (answer["type"], answer["code"]) == ("refused", code)
         if code == "unknown_tunnel":
             with RawUser(server.url, token) as again:
-                nothing = {"tunnel_id": "e" * 32, "attempt": 1}
+                nothing: dict[str, Any] = {"tunnel_id": "e" * 32, "attempt": 1}
                 assert world.resume(again, **nothing)["message"] == answer["message"]
         world.echo(b"still there")
 

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.e2e.flows import run
 from tests.support import debian
+from tests.support.flows import run
 from tests.support.ports import free_port
 from tests.support.processes import (
     CLIENT_NAME,
@@ -78,7 +79,7 @@ def test_no_secret_is_shown_when_all_talk_most(tmp_path: Path) -> None:
         echo, reset = enter(EchoTarget()), enter(ResetTarget(1))
         dead = f"http://me:{PROXY_PASSWORD}@127.0.0.1:{free_port()}"
         by_file = ["--secret-key-file", str(token_file)]
-        ways = [
+        ways: list[tuple[int, int, dict[str, Any]]] = [
             (echo.port, 0, {}),
             (echo.port, 0, {"token": None, "args": by_file}),
             (echo.port, 3, {"token": WRONG_TOKEN}),

@@ -2,43 +2,34 @@
 
 import hashlib
 import os
-import re
-import select
 import shlex
 import signal
 import socket
-import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.flows import (
+from tests.support import debian
+from tests.support.debian import Sshd
+from tests.support.flows import (
     AT_ONCE_S,
     Mark,
-    becomes,
-    connections_to,
-    count,
-    lines_since,
     relay_argv,
     run,
     side_by_side,
 )
-from tests.support import debian
-from tests.support.debian import Sshd
 from tests.support.ports import free_port
 from tests.support.processes import (
     Pipes,
     Proc,
     Relay,
     can_connect,
-    open_sockets,
     proxy_env,
     running_relay,
-    thread_count,
 )
+from tests.support.ssh import SHELL_S, Terminal, check_short_sessions, ssh_argv
 from tests.support.targets import (
     AnswerAfterEofTarget,
     EchoTarget,
@@ -52,8 +43,6 @@ pytestmark = pytest.mark.debian("openssh-client", "openssh-server")
 FILE_BYTES = 20 * 1024 * 1024
 SESSIONS_AT_ONCE = 20
 SHORT_SESSIONS = 50
-# What a person at a terminal sees of a slow shell; not the relay's time.
-SHELL_S = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +60,6 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
     """A server with room for all sessions of a test, and one client."""
     with running_relay(tmp_path_factory.mktemp("relay"), threads=32) as running:
         yield running
-
-
-def ssh_argv(relay: Relay, sshd: Sshd, *command: str, options: tuple[str, ...] = ()) -> list[str]:
-    return sshd.ssh_argv(relay_argv(relay, sshd.port), *command, options=options)
 
 
 def test_login_runs_a_command_when_through_the_relay(relay: Relay, sshd: Sshd) -> None:
@@ -203,44 +188,6 @@ def test_forwarded_port_echoes_when_ssh_listens(relay: Relay, sshd: Sshd) -> Non
         mark.wait_all_closed(1)
 
 
-class Terminal:
-    """A program on a pseudo terminal of its own. A context manager."""
-
-    def __init__(self, argv: list[str], env: dict[str, str]) -> None:
-        self._ours, theirs = os.openpty()
-        self.popen = subprocess.Popen(
-            argv, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
-        )
-        os.close(theirs)
-        self.screen = b""
-
-    def type(self, keys: bytes) -> None:
-        os.write(self._ours, keys)
-
-    def wait_for(self, ending: bytes) -> None:
-        """Wait until the screen ends so; AssertionError when it does not."""
-        deadline = time.monotonic() + SHELL_S
-        while not self.screen.endswith(ending):
-            assert self.look(max(0.0, deadline - time.monotonic())), self.screen
-
-    def look(self, timeout_s: float) -> bool:
-        """Add what is written next to the screen; False if nothing is in `timeout_s`."""
-        poll = select.poll()
-        poll.register(self._ours, select.POLLIN)
-        if not poll.poll(timeout_s * 1000):
-            return False
-        self.screen += os.read(self._ours, 4096)
-        return True
-
-    def __enter__(self) -> "Terminal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.popen.kill()
-        self.popen.wait()
-        os.close(self._ours)
-
-
 def test_keys_appear_once_when_typed_into_a_terminal(relay: Relay, sshd: Sshd) -> None:
     """`ssh -tt`: each key is echoed exactly once, Ctrl-C interrupts, the status comes back."""
     shell = "exec env PS1='go> ' TERM=dumb ENV= sh -i"
@@ -281,38 +228,6 @@ def test_sessions_do_not_mix_when_twenty_run_at_once(relay: Relay, sshd: Sshd) -
 def test_no_tunnel_is_left_when_fifty_short_sessions_ended(relay: Relay, sshd: Sshd) -> None:
     """50 times `ssh host true`: all is given back within a second of the last one's end."""
     check_short_sessions(relay, sshd, SHORT_SESSIONS)
-
-
-def check_short_sessions(relay: Relay, sshd: Sshd, sessions: int) -> None:
-    """Run `ssh host true` so many times, 8 at once; nothing may be left of them."""
-    becomes(lambda: connections_to(sshd.port), [], SHELL_S)
-    worker = relay.server.worker_pid
-
-    def held() -> tuple[int, int, int]:
-        client = relay.client.pid
-        return open_sockets(worker), open_sockets(client), thread_count(client)
-
-    before = held()
-    mark, sshd_mark = Mark.now(relay), sshd.process.line_count
-    argv = ssh_argv(relay, sshd, "true")
-    done = side_by_side([lambda: run(argv)] * sessions, 8)
-    ended_at = time.monotonic()
-    assert [(each.returncode, each.stderr) for each in done] == [(0, b"")] * sessions
-
-    mark.wait_all_closed(sessions)
-    becomes(lambda: connections_to(sshd.port), [])
-    becomes(held, before)
-    assert time.monotonic() - ended_at <= AT_ONCE_S
-    for side in mark.reasons():
-        assert set(side) <= {"user_gone", "eof"}, "an end that no user would cause"
-
-    # sshd was told goodbye by each, and nothing was cut off.
-    def goodbyes() -> int:
-        return count(lines_since(sshd.process, sshd_mark), "^Received disconnect from")
-
-    becomes(goodbyes, sessions)
-    bad = re.compile("Connection reset|Connection closed by|error|fatal", re.IGNORECASE)
-    assert not [line for line in lines_since(sshd.process, sshd_mark) if bad.search(line)]
 
 
 def test_answer_comes_whole_when_the_pipe_is_half_closed(relay: Relay) -> None:

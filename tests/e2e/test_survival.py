@@ -10,13 +10,13 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.flows import AT_ONCE_S, becomes, relay_argv
+from tests.support.flows import AT_ONCE_S, becomes, relay_argv
 from tests.support.ports import free_port
 from tests.support.processes import (
     NO_RESUME,
@@ -33,7 +33,7 @@ from tests.support.processes import (
 )
 from tests.support.raw import RawUser
 from tests.support.targets import (
-    Conversation,
+    ENDLESS,
     DuplexTarget,
     EchoTarget,
     SilentTarget,
@@ -41,6 +41,7 @@ from tests.support.targets import (
     black_hole_port,
     pseudo_random_bytes,
     pseudo_random_sha256,
+    wait_stuck,
 )
 from tests.support.waiting import eventually
 
@@ -50,7 +51,6 @@ GONE_S = 2.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 KEYSTROKES = 300
 SLOWEST_KEYSTROKE_S = 0.5
-ENDLESS = 1 << 40
 # So much went through: bytes flow.
 FLOWING_BYTES = 2_000_000
 
@@ -64,20 +64,8 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
         yield running
 
 
-def wait_stuck(conversation: Conversation, quiet_s: float = 0.3) -> None:
-    """Wait until the target could send nothing more for `quiet_s`."""
-    is_flowing = True
-    while is_flowing:
-        seen = conversation.sent_bytes
-        try:
-            conversation.wait(lambda me, seen=seen: me.sent_bytes > seen, quiet_s)
-        except AssertionError:
-            is_flowing = False
-    assert conversation.sent_bytes > 0
-
-
 @contextmanager
-def beside(task: "functools.partial[object]") -> Iterator[threading.Event]:
+def beside(task: Callable[[threading.Event], object]) -> Iterator[threading.Event]:
     """Run `task(stop)` beside the test until the block ends, or it does by itself."""
     stop = threading.Event()
     thread = threading.Thread(target=task, args=(stop,))

@@ -1,16 +1,10 @@
 """The soak tests measure: what they found is listed at the end of the run."""
 
-import os
 from collections.abc import Callable
 
 import pytest
 
 _figures: list[str] = []
-
-
-def setting(name: str, default: int) -> int:
-    """A size, count or duration from the environment: SOAK_<NAME>."""
-    return int(os.environ.get(f"SOAK_{name}", default))
 
 
 @pytest.fixture

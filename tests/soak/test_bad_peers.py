@@ -13,15 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.soak.conftest import setting
 from tests.support.processes import CLIENT_NAME, running_relay, thread_count
 from tests.support.raw import RawUser, upgrade_request
+from tests.support.settings import LONG, setting
 from tests.support.targets import EchoTarget
 
 PEERS = setting("PEERS", 200)
 SECONDS = setting("SECONDS", 60)
 SEED = setting("SEED", 0)
 SLOWEST_S = 1.0
+pytestmark = LONG
 # One byte of a request's head this often, for ever.
 _TRICKLE_S = 0.2
 # Between two looks at the server.
@@ -146,7 +147,8 @@ def test_relay_answers_in_time_when_bad_peers_come_and_stay(
     with running_relay(tmp_path, threads=16) as relay, EchoTarget() as target:
         worker = relay.server.worker_pid
         with bad_peers(relay.server.port) as peers:
-            health_s, tunnel_s = [], []
+            health_s: list[float] = []
+            tunnel_s: list[float] = []
             end = time.monotonic() + SECONDS
             pause = threading.Event()
             while time.monotonic() < end:

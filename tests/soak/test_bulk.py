@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.flows import transfer
-from tests.e2e.test_tls import FRONTS, check_bulk, tls_relay
-from tests.soak.conftest import setting
 from tests.support.certs import Certs
+from tests.support.flows import transfer
 from tests.support.processes import Relay, resident_bytes, running_relay
+from tests.support.settings import LONG, setting
 from tests.support.targets import DuplexTarget, pseudo_random_sha256
+from tests.support.tls_relay import FRONTS, check_bulk, tls_relay
 
 SIZE = setting("BULK_MB", 1024) * 1024 * 1024
+pytestmark = LONG
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 

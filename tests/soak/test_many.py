@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_ssh import check_short_sessions
-from tests.e2e.test_tls import FRONTS, JITTER, check_short_tunnels, tls_relay
-from tests.soak.conftest import setting
 from tests.support import debian
 from tests.support.certs import Certs
 from tests.support.processes import running_relay
+from tests.support.settings import LONG, setting
+from tests.support.ssh import check_short_sessions
+from tests.support.tls_relay import FRONTS, JITTER, check_short_tunnels, tls_relay
 
 # Half of them through each front.
 TUNNELS = setting("TUNNELS", 2000)
 SESSIONS = setting("SESSIONS", 500)
+pytestmark = LONG
 
 
 @pytest.mark.debian("nginx", "openssl")

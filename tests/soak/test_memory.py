@@ -5,12 +5,17 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.e2e.flows import Mark, transfer
-from tests.e2e.test_survival import ENDLESS, wait_stuck
-from tests.soak.conftest import setting
+from tests.support.flows import Mark, transfer
 from tests.support.processes import Relay, resident_bytes, running_relay
 from tests.support.raw import RawUser
-from tests.support.targets import DuplexTarget, SourceTarget, pseudo_random_sha256
+from tests.support.settings import LONG, setting
+from tests.support.targets import (
+    ENDLESS,
+    DuplexTarget,
+    SourceTarget,
+    pseudo_random_sha256,
+    wait_stuck,
+)
 
 READERS = setting("READERS", 40)
 ROUNDS = setting("ROUNDS", 10)
@@ -19,6 +24,7 @@ BULK_BYTES = setting("MEMORY_MB", 64) * 1024 * 1024
 # pieces that it cannot give back; it stops growing after some ten rounds.
 BUDGET = 64 * 1024 * 1024
 SLACK = 24 * 1024 * 1024
+pytestmark = LONG
 
 
 def test_memory_stays_flat_when_readers_stop(tmp_path: Path, figure: Callable[[str], None]) -> None:

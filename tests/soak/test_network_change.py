@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import Pipes, proxy_argv, proxy_env, start_client, start_server
+from tests.support.settings import LONG
 from tests.support.targets import EchoTarget
 
 NAMESPACE = "relay-laptop"
 SERVER_ADDRESS = "10.200.9.1"
 # The way to the server is looked at every 2 s, and a link that may be dead has 3 s.
 BACK_S = 7.0
+pytestmark = LONG
 
 
 def ip(*args: str) -> None:

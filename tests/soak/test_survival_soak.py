@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak.conftest import setting
 from tests.support.certs import Certs
-from tests.survival.fleet import FleetSize, Restart, check_fleet_returns
-from tests.survival.oracle import Oracle
-from tests.survival.test_oracle import check_every_kind_struck
+from tests.support.fleet import FleetSize, Restart, check_fleet_returns
+from tests.support.oracle import Oracle, check_every_kind_struck
+from tests.support.settings import LONG, setting
 
 HITS = setting("ORACLE_HITS", 20_000)
 TLS_HITS = setting("ORACLE_TLS_HITS", 2_000)
 SEED = setting("ORACLE_SEED", 1)
 SLOTS = 8
+pytestmark = LONG
 
 
 def test_no_byte_is_lost_when_connections_break_by_the_thousand(

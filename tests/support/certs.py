@@ -1,5 +1,7 @@
 """A throw-away certificate authority and certificates from it, by the `openssl` command."""
 
+from __future__ import annotations
+
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path

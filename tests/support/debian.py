@@ -3,6 +3,8 @@
 Nothing here touches the system's own sshd, nginx or tinyproxy, or needs root.
 """
 
+from __future__ import annotations
+
 import getpass
 import os
 import shlex

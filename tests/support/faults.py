@@ -8,6 +8,8 @@ and strikes at the next moment at which bytes are inside the link both ways. Tha
 Only what a fault does may last: a stall, or the time by which one side learns later.
 """
 
+from __future__ import annotations
+
 import collections
 import random
 import selectors

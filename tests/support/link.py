@@ -7,6 +7,8 @@ called from any thread and return after the link has done what they say. The fau
 calls, not timers, so a test decides when they hit.
 """
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import heapq
@@ -25,6 +27,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+L = TypeVar("L", bound="Link")
 
 _READ_BYTES = 16 * 1024
 # Held per direction when no rate is set: enough for 100 MB/s over 40 ms.
@@ -60,7 +63,7 @@ class _Way:
     lane: _Lane
     source: socket.socket
     sink: socket.socket
-    chunks: "collections.deque[tuple[float, bytes]]" = field(default_factory=collections.deque)
+    chunks: collections.deque[tuple[float, bytes]] = field(default_factory=collections.deque)
     held_bytes: int = 0
     last_due: float = 0.0
     source_ended: bool = False
@@ -215,7 +218,7 @@ class Link:
             self._thread.join()
             self._wake_writer.close()
 
-    def __enter__(self) -> "Link":
+    def __enter__(self: L) -> L:
         return self
 
     def __exit__(

@@ -1,5 +1,7 @@
 """Free TCP ports on loopback."""
 
+from __future__ import annotations
+
 import random
 import socket
 

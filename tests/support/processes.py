@@ -4,6 +4,8 @@ Every one is a `Proc`: its output is collected by a thread of its own, and leavi
 block ends and reaps its whole process group, whatever state it is in.
 """
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import functools
@@ -50,7 +52,7 @@ _START_TIMEOUT_S = 20.0
 _LINES_KEPT = 10_000
 
 # What ran in this test, for the report of a failure; tests/conftest.py empties it.
-started: list["Proc"] = []
+started: list[Proc] = []
 
 
 def child_environment(

@@ -4,6 +4,8 @@ Blocking, on websocket-client's frames. Nothing is answered but pings, and those
 `recv` is being called. One thread may send while another receives, except over TLS.
 """
 
+from __future__ import annotations
+
 import base64
 import contextlib
 import json

@@ -4,6 +4,8 @@ Whoever gives a program a secret, right or wrong, notes it here; tests/support/p
 through all output when a process ends.
 """
 
+from __future__ import annotations
+
 import base64
 import re
 from collections.abc import Mapping

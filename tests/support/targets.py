@@ -4,6 +4,8 @@ Each is a context manager with `.port`, keeps one `Conversation` per connection,
 all its threads at the end, whatever they were blocked in.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import random
@@ -111,7 +113,7 @@ class Conversation:
         with self._changed:
             return self._sent_hash.hexdigest()
 
-    def wait(self, predicate: Callable[["Conversation"], object], timeout_s: float = 5.0) -> None:
+    def wait(self, predicate: Callable[[Conversation], object], timeout_s: float = 5.0) -> None:
         """Wait until `predicate(self)` is true; AssertionError after `timeout_s`."""
         with self._changed:
             if not self._changed.wait_for(lambda: predicate(self), timeout_s):
@@ -441,3 +443,22 @@ def black_hole_port() -> Iterator[int]:
             sock.setblocking(False)
             sock.connect_ex(("127.0.0.1", port))
         yield port
+
+
+# A size that no test reads to its end.
+ENDLESS = 1 << 40
+
+
+def wait_stuck(conversation: Conversation, quiet_s: float = 0.3) -> None:
+    """Wait until the target could send nothing more for `quiet_s`."""
+
+    def sent_more_than(size: int) -> Callable[[Conversation], bool]:
+        return lambda me: me.sent_bytes > size
+
+    is_flowing = True
+    while is_flowing:
+        try:
+            conversation.wait(sent_more_than(conversation.sent_bytes), quiet_s)
+        except AssertionError:
+            is_flowing = False
+    assert conversation.sent_bytes > 0

@@ -1,5 +1,7 @@
 """The one place in which a test polls. Everything else waits on a Condition or an Event."""
 
+from __future__ import annotations
+
 import threading
 import time
 from collections.abc import Callable

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -89,7 +90,7 @@ def flowing(link: FaultyLink, size: int = ENDLESS) -> Iterator[Flow]:
         yield flow
 
 
-def faulty(port: int, tally: Tally, kind: str, seed: int = 1, **options: object) -> FaultyLink:
+def faulty(port: int, tally: Tally, kind: str, seed: int = 1, **options: Any) -> FaultyLink:
     options = {"new_weights": {"": 1}, "weights": {kind: 1}, **RATE, **options}
     return FaultyLink(port, leg="user", name="link", tally=tally, seed=seed, **options)
 

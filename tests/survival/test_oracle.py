@@ -1,31 +1,21 @@
 """Three hundred broken connections, seeded: no byte is lost, no tunnel hangs."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.certs import Certs
-from tests.support.faults import HITTING
-from tests.survival.oracle import Oracle, Result, Stream
+from tests.support.oracle import Oracle, Stream, check_every_kind_struck
 
 # By hand: RELAY_ORACLE_HITS=1000 RELAY_ORACLE_SEED=7 make survival ARGS='-k plain -s'
 HITS = int(os.environ.get("RELAY_ORACLE_HITS", "300"))
 TLS_HITS = max(1, HITS // 5)
 SEED = int(os.environ.get("RELAY_ORACLE_SEED", "1"))
-# The client's leg is one, and what it carries is six times as much; it has its part of the hits.
-CLIENT_SHARE = 0.1
 SLOTS = int(os.environ.get("RELAY_ORACLE_TUNNELS", "6"))
-
-
-def check_every_kind_struck(result: Result, hits: int) -> None:
-    """On both legs, and with bytes both ways where a connection that flows is lost."""
-    assert result.tally.hits >= hits
-    assert result.tally.missing() == []
-    for kind in HITTING:
-        assert result.tally.hits_at("user", kind) >= hits // 60, f"{kind}: {result}"
-    of_client = result.tally.hits_on("client")
-    assert of_client >= result.tally.hits * CLIENT_SHARE, f"{of_client} of the client's: {result}"
+# A hit takes a third of a second at most on a slow machine.
+pytestmark = pytest.mark.timeout(120 + HITS)
 
 
 def test_no_byte_is_lost_when_both_legs_break_all_the_time_plain(tmp_path: Path) -> None:
@@ -55,12 +45,13 @@ def test_the_oracle_fails_when_nothing_resumes(tmp_path: Path) -> None:
 
 def test_the_oracle_fails_when_a_byte_is_doubled_lost_or_changed() -> None:
     """Each is found at the byte itself, whatever the sum of them is."""
-    for change in (
+    changes: tuple[Callable[[bytes], bytes], ...] = (
         lambda data: data[:500] + data[400:],
         lambda data: data[:400] + data[500:],
         lambda data: data[:400] + bytes([data[400] ^ 1]) + data[401:],
         lambda data: data[65536:] + data[:65536],
-    ):
+    )
+    for change in changes:
         stream = Stream("seed")
         data = b""
         for _ in range(3):

@@ -3,6 +3,8 @@
 import threading
 from pathlib import Path
 
+import pytest
+
 from tests.support.link import Link
 from tests.support.processes import (
     Pipes,
@@ -23,6 +25,9 @@ BETWEEN_BYTES = 24 * MIB
 CHUNK = bytes(256 * 1024)
 # Each end keeps what it sent and what its consumer has not taken: a window and 1 MiB each way.
 MOST_KEPT = 2 * (WINDOW + MIB)
+
+
+pytestmark = pytest.mark.timeout(300)
 
 
 class Flood:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_ssh import Terminal
 from tests.support import debian
 from tests.support.debian import Sshd
+from tests.support.fleet import FleetSize, Restart, check_fleet_returns
 from tests.support.link import Link
 from tests.support.ports import free_port
 from tests.support.processes import (
@@ -24,9 +24,9 @@ from tests.support.processes import (
     start_client,
     start_server,
 )
+from tests.support.ssh import Terminal
 from tests.support.targets import pseudo_random
 from tests.support.waiting import eventually
-from tests.survival.fleet import FleetSize, Restart, check_fleet_returns
 
 RESTARTS = 20
 FILE_BYTES = 200_000_000
@@ -34,6 +34,7 @@ FILE_BYTES = 200_000_000
 # a server is away; during a SIGHUP the bytes go on, and that takes a second.
 SCP_KBIT = {"kill": 100_000, "terminate": 100_000, "reload": 50_000}
 COPY_S = 240.0
+pytestmark = pytest.mark.timeout(2 * COPY_S)
 LOOK_S = 0.01
 # A worker that replaces another: the tunnels change over while both are up.
 SIGHUP_STALL_S = 2.0

@@ -1,10 +1,9 @@
 """What README.md and docs/ say is what the programs know, and the other way round."""
 
 import argparse
-import ast
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,18 @@ import pytest
 import client.config
 import server.__main__
 from http_network_relay.wire.codes import ERRORS, HTTP_ANSWERS
+from tests.support.code import PACKAGES, code_files, codes_in_code
+from tests.support.pages import PAGES, rows, section
 from tests.support.processes import ROOT
 from tests.support.programs import load
-from tests.unit.test_vectors import VECTORS
+from tests.support.vectors import VECTORS
 
 README = (ROOT / "README.md").read_text("utf-8")
 REFERENCE = (ROOT / "docs" / "reference.md").read_text("utf-8")
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text("utf-8")
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES.append(ROOT / "benchmarks" / "README.md")
 
 # The section of docs/reference.md -> the program's parser.
-PROGRAMS = {
+PROGRAMS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "## Server": server.__main__._parser,
     "## Client": client.config.make_parser,
     "## Proxy command": lambda: load("script").make_parser(),
@@ -31,22 +30,6 @@ PROGRAMS = {
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*")
 _VARIABLE = re.compile(r"HTTP_NETWORK_RELAY_[A-Z_]+")
 _CODE = re.compile(r"`([a-z][a-z_]*)`")
-
-
-def section(text: str, heading: str) -> str:
-    """What stands under a heading, up to the next one of its level or above."""
-    level = len(heading.split(" ")[0])
-    _, found, rest = text.partition(f"\n{heading}\n")
-    assert found, f"no heading {heading!r}"
-    return re.split(rf"^#{{1,{level}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
-
-
-def rows(text: str) -> Iterator[list[str]]:
-    """The cells of each table row, without heads and rulers."""
-    lines = text.split("\n")
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
-        if line.startswith("|") and not line.startswith("|--") and not following.startswith("|--"):
-            yield [cell.strip() for cell in line.strip("|").split("|")]
 
 
 @pytest.fixture(params=PROGRAMS, ids=lambda heading: heading.removeprefix("## "))
@@ -174,34 +157,6 @@ def test_page_names_only_make_targets_that_exist(page: Path) -> None:
 
 
 # Codes.
-
-
-PACKAGES = ("http_network_relay", "server", "client")
-
-
-def code_files() -> list[Path]:
-    """The programs' code, each line once: the single file is a copy."""
-    return [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
-
-
-def codes_in_code() -> set[str]:
-    """Every code that the code can raise, send or answer."""
-    makers = {"RelayError", "HttpRefusal", "TunnelRefused", "refuse", "client_lost", "_lost"}
-    makers |= {"_refuse_user", "_reset_client"}
-    found = {*ERRORS, *HTTP_ANSWERS}
-    for path in code_files():
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if not isinstance(node, ast.Call):
-                continue
-            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            given = node.args[:1] if name in makers else []
-            given += [keyword.value for keyword in node.keywords if keyword.arg == "code"]
-            found |= {
-                value.value
-                for value in given
-                if isinstance(value, ast.Constant) and isinstance(value.value, str)
-            }
-    return found
 
 
 def documented_codes(heading: str, column: int = 0) -> set[str]:

@@ -8,8 +8,8 @@ import pytest
 from http_network_relay.rules.target import AccessRule
 from server.access.command.main import make_parser
 from server.access.form import parse_credentials
+from tests.support.pages import rows, section
 from tests.support.processes import ROOT
-from tests.unit.test_docs import rows, section
 
 TEXT = (ROOT / "docs" / "access.md").read_text("utf-8")
 FILES = re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_docs import PAGES
-from tests.unit.test_docs_links import page_id, prose
+from tests.support.pages import PAGES, page_id, prose
 
 MOST_WORDS = 25
 # The word that stood for a thing -> its name now.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.pages import PAGES, page_id, prose, section
 from tests.support.processes import ROOT
-from tests.unit.test_docs import PAGES, section
 
 DOCS = ROOT / "docs"
 # Where a comment or a docstring may cite a page.
@@ -21,11 +21,6 @@ _CITATION = re.compile(
 # `rule 3 of the design`, and `(rule 7)` for short.
 _RULE = re.compile(r"(?<![\w-])rule\s(\d+)(?![\w.]*\d)")
 _RULES = "## Rules of the design"
-
-
-def prose(text: str) -> str:
-    """A page without its blocks of code, whose `#` makes no heading."""
-    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 @cache
@@ -51,10 +46,6 @@ def links(page: Path) -> Iterator[tuple[Path, str]]:
         if not re.match(r"https?:", target):
             name, _, anchor = target.partition("#")
             yield (page.parent / name).resolve() if name else page, anchor
-
-
-def page_id(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

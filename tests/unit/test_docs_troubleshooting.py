@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from http_network_relay.wire.codes import ERRORS
+from tests.support.code import code_files, codes_in_code
+from tests.support.pages import rows, section
 from tests.support.processes import ROOT
 from tests.support.programs import load
-from tests.unit.test_docs import ERRORS, code_files, codes_in_code, rows, section
 
 TEXT = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
 CODES = "## Codes and exit codes"
@@ -39,7 +41,8 @@ def template(node: ast.expr) -> str | None:
 
 def strings_of(path: Path) -> set[str]:
     """Every text that a file could say."""
-    found = map(template, (n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if is_text(n)))
+    nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+    found = (template(n) for n in nodes if isinstance(n, ast.expr) and is_text(n))
     return {text for text in found if text is not None}
 
 

@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.e2e.flows import run
 from tests.support import debian, raw
 from tests.support.certs import Certs
+from tests.support.flows import run
 from tests.support.processes import Pipes, Proc, child_environment
 from tests.support.secrecy import (
     AUDIT_LOG,

@@ -3,13 +3,10 @@
 docs/protocol.md, "Golden vectors", says how each section of that file is read.
 """
 
-import json
 import re
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,12 +21,10 @@ from server.app import build_app
 from server.config import Config
 from server.relay import Relay
 from server.tunnels.flow_counters import FlowCounters, WindowBudget
+from tests.support.clock import Clock
 from tests.support.programs import load
 from tests.support.taking import take
-
-ROOT = Path(__file__).resolve().parents[2]
-VECTORS: dict[str, Any] = json.loads((ROOT / "tests" / "vectors" / "wire.json").read_text("utf-8"))
-SCRIPT = ROOT / "ssh_proxy_command.py"
+from tests.support.vectors import VECTORS
 
 # Who may say what, and whether the message stands on a leg of many channels.
 WAYS = {
@@ -46,7 +41,7 @@ def shared(request: pytest.FixtureRequest) -> Any:
     return load(request.param)
 
 
-def each(section: str) -> Any:
+def each(section: str) -> pytest.MarkDecorator:
     """Parametrise over a section of the vectors, by its readable ids."""
     return pytest.mark.parametrize(
         "vector", [pytest.param(v, id=v["id"]) for v in VECTORS[section]]
@@ -110,7 +105,7 @@ def app() -> Iterator[Flask]:
     sys.setswitchinterval(interval_s)
 
 
-def ask(app: Flask, path: str, headers: Mapping[str, str]) -> tuple[int, Mapping[str, str], Any]:
+def ask(app: Flask, path: str, headers: Mapping[str, str]) -> tuple[int, Headers, Any]:
     """Ask for an upgrade over a socket pair whose peer leaves at once; status, headers, JSON."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -123,7 +118,7 @@ def ask(app: Flask, path: str, headers: Mapping[str, str]) -> tuple[int, Mapping
             # So flask-sock tells gunicorn that the socket was a WebSocket and has ended.
             head = theirs.recv(65536).split(b"\r\n\r\n")[0].decode()
     status, *lines = head.split("\r\n")
-    return int(status.split()[1]), Headers([tuple(line.split(": ", 1)) for line in lines]), None
+    return int(status.split()[1]), Headers([line.partition(": ")[::2] for line in lines]), None
 
 
 @each("handshakes")
@@ -457,7 +452,7 @@ def test_stream_counts_as_the_vector_says(shared: Any, vector: dict[str, Any]) -
 # What the server counts.
 
 
-def play_counter(directions: list[FlowCounters], step: Mapping[str, Any]) -> int | None:
+def play_counter(directions: list[FlowCounters], step: Mapping[str, Any]) -> Any:
     direction = directions[step["tunnel"]]
     if step["do"] == "first_limit":
         return direction.grant(step["limit"])
@@ -497,7 +492,7 @@ def test_server_counts_as_the_vector_says(vector: dict[str, Any]) -> None:
 class OutboxRun:
     """Plays the steps of an outbox vector; a frame is known by its name."""
 
-    def __init__(self, module: Any, clock: SimpleNamespace) -> None:
+    def __init__(self, module: Any, clock: Clock) -> None:
         self.module = module
         self.clock = clock
         self.outbox = module.SendQueue()
@@ -555,9 +550,8 @@ def test_outbox_gives_frames_in_order(
     shared: Any, vector: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fast lane by its slots, then channels by turns, then the close."""
-    clock = SimpleNamespace(now=0.0)
-    home = sys.modules[shared.SendQueue.__module__]
-    monkeypatch.setattr(home, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    clock = Clock(0.0)
+    clock.replace_in(monkeypatch, sys.modules[shared.SendQueue.__module__])
     run = OutboxRun(shared, clock)
     for number, step in enumerate(vector["steps"]):
         # take() would wait for ever in a test that expects too much.

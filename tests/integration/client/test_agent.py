@@ -20,7 +20,7 @@ from client.config import ClientConfig
 from http_network_relay.dial.backoff import Backoff
 from http_network_relay.dial.endpoint import Endpoint
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
-from tests.integration.client.by_hand import HandServer, Visitor, frame, hand_server, stay
+from tests.support.client.by_hand import HandServer, Visitor, frame, hand_server, stay
 from tests.support.targets import RecordingTarget, SilentTarget, black_hole_port
 
 SECRET = "cs-a-secret-that-is-looked-for"

@@ -15,7 +15,7 @@ from client.agent import Agent
 from client.config import ClientConfig
 from http_network_relay.dial.endpoint import Endpoint
 from http_network_relay.wire.constants import MIN_WINDOW_BYTES
-from tests.integration.client.by_hand import PlayedLeg, PlayedServer
+from tests.support.client.by_hand import PlayedLeg, PlayedServer
 from tests.support.targets import (
     Conversation,
     EchoTarget,

@@ -18,7 +18,7 @@ import client.forwarder
 from http_network_relay.leg.duplex_socket import wait_ready
 from http_network_relay.wire.constants import MIN_WINDOW_BYTES
 from http_network_relay.wire.errors import DialError, RelayError
-from tests.integration.client.fake_leg import ServerSide
+from tests.support.client.fake_leg import ServerSide
 from tests.support.ports import free_port
 from tests.support.targets import (
     AnswerAfterEofTarget,

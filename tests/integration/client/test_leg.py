@@ -10,7 +10,7 @@ import pytest
 import client.tunnel_table
 from http_network_relay.wire.constants import MIN_WINDOW_BYTES, OP_BINARY
 from http_network_relay.wire.errors import LegError
-from tests.integration.client.fake_leg import ServerSide
+from tests.support.client.fake_leg import ServerSide
 from tests.support.targets import EchoTarget, SilentTarget, black_hole_port
 from tests.support.waiting import eventually
 

@@ -15,7 +15,7 @@ from client.forwarder import Forwarder
 from http_network_relay.wire.constants import MESSAGE_BYTES, MIN_WINDOW_BYTES
 from http_network_relay.wire.errors import RelayError
 from server.config import LEG_BUDGET_BYTES
-from tests.integration.client.fake_leg import ServerSide
+from tests.support.client.fake_leg import ServerSide
 from tests.support.targets import (
     Conversation,
     EchoTarget,

@@ -19,7 +19,7 @@ import pytest
 import ssh_proxy_command as script
 from http_network_relay.wire.constants import MIN_WINDOW_BYTES
 from http_network_relay.wire.controls import encode_control
-from tests.integration.client.by_hand import PlayedLeg, PlayedServer
+from tests.support.client.by_hand import PlayedLeg, PlayedServer
 from tests.support.processes import ROOT, child_environment
 from tests.support.secrecy import check_no_secret, note_secrets, secret_of
 from tests.support.targets import pseudo_random_bytes

@@ -20,8 +20,7 @@ from server.legs import leg as leg_module
 from server.legs.leg import Helpers, Leg
 from server.legs.sender import LegSender
 from server.legs.websocket import ReadEnd, close_frame
-from tests.integration.shared.test_duplex_socket import tcp_pair
-from tests.integration.shared.test_frame_sender import read_frame
+from tests.support.pairs import read_frame, tcp_pair
 from tests.support.waiting import eventually
 
 CLOSE = (OP_CLOSE, close_frame(CLOSE_RESTART).payload)

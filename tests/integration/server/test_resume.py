@@ -77,10 +77,9 @@ def test_resume_and_resumed_pass_with_all_fields_when_the_client_is_there(
 ) -> None:
     """New objects, with channel and user, and limits lowered to cap and budget."""
     with RawUser(server.url, resumes=ID) as user:
-        user.send_resume(
-            **{"tunnel_id": ID, "attempt": 4, "received": 10**9, "delivered": 10**9 - 5},
-            **{"limit": 2**53, "grace_s": 120, "surprise": [1], "user": "x"},
-        )
+        fields: dict[str, Any] = {"tunnel_id": ID, "attempt": 4, "limit": 2**53, "grace_s": 120}
+        fields |= {"received": 10**9, "delivered": 10**9 - 5, "surprise": [1], "user": "x"}
+        user.send_resume(**fields)
         resume = client.recv_control("resume")
         assert resume.pop("user").startswith("token-")
         assert resume == {

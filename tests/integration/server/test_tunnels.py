@@ -115,7 +115,7 @@ def test_bytes_and_ends_pass_both_ways_when_all_is_right(pair: Pair) -> None:
     client.expect_nothing(0.2)
 
 
-REFUSED_AT_ONCE = {
+REFUSED_AT_ONCE: dict[str, tuple[dict[str, Any], str]] = {
     "unknown client": ({"client": "nobody"}, "client_unknown"),
     "absent client": ({"client": "off"}, "client_offline"),
     "port 0": ({"port": 0}, "protocol_error"),

@@ -22,8 +22,8 @@ from http_network_relay.dial.endpoint import Endpoint
 from http_network_relay.dial.names import resolve
 from http_network_relay.leg.duplex_socket import wait_ready
 from http_network_relay.wire.errors import DialError, RelayError
-from tests.integration.client.by_hand import HandServer, Visitor, hand_server, stay
 from tests.support.certs import Certs
+from tests.support.client.by_hand import HandServer, Visitor, hand_server, stay
 from tests.support.ports import free_port
 from tests.support.targets import EchoTarget, black_hole_port
 from tests.support.waiting import eventually

@@ -28,7 +28,7 @@ from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_PING, OP_PONG, OP_TEXT
 from http_network_relay.wire.errors import LegError, RelayError
 from http_network_relay.wire.frames import frame_header, mask
-from tests.integration.client.by_hand import HandServer, Visitor, frame, hand_server, stay
+from tests.support.client.by_hand import HandServer, Visitor, frame, hand_server, stay
 from tests.support.taking import take
 from tests.support.waiting import eventually
 
@@ -247,7 +247,7 @@ def test_answer_without_the_relays_header_comes_from_something_between(status: s
 )  # fmt: skip
 def test_retry_after_is_a_bounded_number(text: str, seconds: float | None) -> None:
     """A typo there neither raises nor parks a client for years."""
-    assert refusal(answering("503 x", Retry_After=text, **RELAYS)).retry_after_s == seconds
+    assert refusal(answering("503 x", b"", Retry_After=text, **RELAYS)).retry_after_s == seconds
 
 
 @pytest.mark.parametrize(

@@ -17,38 +17,13 @@ import pytest
 
 from http_network_relay.leg.duplex_socket import DuplexSocket, wait_ready
 from tests.support.certs import Certs
+from tests.support.clock import Clock
+from tests.support.pairs import Pair, exactly, tcp_pair, tls_pair
 from tests.support.processes import Proc, child_environment
 from tests.support.waiting import eventually
 
-Pair = tuple[socket.socket, socket.socket]
-
 # As many bytes as fit no kernel buffer of a socketpair.
 LARGE = 8 * 1024 * 1024
-
-
-def tcp_pair() -> Pair:
-    """Two ends of one TCP connection with the smallest buffers that the kernel gives."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        near = socket.socket()
-        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        near.connect(listener.getsockname())
-        far, _ = listener.accept()
-    near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return near, far
-
-
-def tls_pair(certs: Certs, near: socket.socket, far: socket.socket) -> Pair:
-    """Both ends after a real handshake."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certs.cert, certs.key)
-    tls_far = context.wrap_socket(far, server_side=True, do_handshake_on_connect=False)
-    shaker = threading.Thread(target=tls_far.do_handshake)
-    shaker.start()
-    trusting = ssl.create_default_context(cafile=str(certs.ca))
-    tls_near = trusting.wrap_socket(near, server_hostname="127.0.0.1")
-    shaker.join()
-    return tls_near, tls_far
 
 
 @pytest.fixture(params=["plain", pytest.param("tls", marks=pytest.mark.debian("openssl"))])
@@ -61,16 +36,6 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     yield near, far
     near.close()
     far.close()
-
-
-def exactly(sock: socket.socket, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        piece = sock.recv(min(65536, size - len(data)))
-        if not piece:
-            raise AssertionError(f"the end after {len(data)} of {size} bytes")
-        data += piece
-    return bytes(data)
 
 
 def send_all(duplex: DuplexSocket, header: bytes, payload: Any) -> None:
@@ -158,9 +123,9 @@ def test_send_now_never_waits_when_the_kernel_takes_nothing(pair: Pair) -> None:
     duplex = DuplexSocket(near)
     whole = bytes(range(256)) * 20_000
     begun = time.monotonic()
-    left, before = duplex.send_now(b"", whole), len(whole)
+    before, left = len(whole), duplex.send_now(b"", whole)
     while left is not None and len(left) < before:
-        left, before = duplex.send_now(b"", left), len(left)
+        before, left = len(left), duplex.send_now(b"", left)
     assert left is not None
     assert time.monotonic() - begun < 1.0
     received: list[bytes] = []
@@ -191,15 +156,16 @@ def test_heard_at_moves_when_bytes_come(pair: Pair, monkeypatch: pytest.MonkeyPa
     """The timer judges silence by it."""
     near, far = pair
     duplex = DuplexSocket(near)
-    before = duplex.heard_at
-    monkeypatch.setattr("http_network_relay.leg.duplex_socket.time.monotonic", lambda: before + 100)
+    clock = Clock(duplex.heard_at)
+    monkeypatch.setattr("http_network_relay.leg.duplex_socket.time.monotonic", clock)
+    clock.advance(100)
     far.sendall(b"x")
     assert duplex.recv(10) == b"x"
-    assert duplex.heard_at == before + 100
-    monkeypatch.setattr("http_network_relay.leg.duplex_socket.time.monotonic", lambda: before + 200)
+    assert duplex.heard_at == clock.now
+    clock.advance(100)
     far.sendall(b"y")
     assert duplex.recv_into(memoryview(bytearray(10))) == 1
-    assert duplex.heard_at == before + 200
+    assert duplex.heard_at == clock.now
 
 
 def blocked(thread: threading.Thread, function: str) -> bool:
@@ -223,7 +189,7 @@ def test_abort_wakes_a_thread_that_is_blocked(pair: Pair, what: str) -> None:
 
     def work() -> None:
         try:
-            calls = {
+            calls: dict[str, Callable[[], Any]] = {
                 "recv": lambda: duplex.recv(10),
                 "recv_into": lambda: duplex.recv_into(memoryview(bytearray(10))),
                 "send": lambda: duplex.send(memoryview(bytes(LARGE))),

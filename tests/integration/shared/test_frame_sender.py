@@ -15,7 +15,7 @@ from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.send_queue import Frame, SendQueue
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
-from tests.integration.shared.test_duplex_socket import Pair, exactly, tcp_pair, tls_pair
+from tests.support.pairs import Pair, read_frame, tcp_pair, tls_pair
 from tests.support.waiting import eventually
 
 CLOSE = Frame(OP_CLOSE, b"", b"\x03\xe8")
@@ -128,18 +128,6 @@ def frames(data: bytes | bytearray) -> list[tuple[int, bytes]]:
         found.append((data[at] & 0xF, bytes(data[start : start + size])))
         at = start + size
     return found
-
-
-def read_frame(sock: socket.socket) -> tuple[int, bytes]:
-    """The next frame: opcode, payload."""
-    head = exactly(sock, 2)
-    assert head[0] & 0xF0 == 0x80
-    size = head[1] & 0x7F
-    if size >= 126:
-        size = int.from_bytes(exactly(sock, {126: 2, 127: 8}[size]), "big")
-    key = exactly(sock, 4) if head[1] & 0x80 else b"\0\0\0\0"
-    data = exactly(sock, size)
-    return head[0] & 0xF, bytes(byte ^ key[at % 4] for at, byte in enumerate(data))
 
 
 def put(outbox: SendQueue, channel: int, data: bytes) -> None:

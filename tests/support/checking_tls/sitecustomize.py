@@ -10,6 +10,8 @@ The mark is a lock-guarded owner and depth, so it holds for any switch interval,
 that calls another (`sendall`, `send`) is one owner two deep.
 """
 
+from __future__ import annotations
+
 import functools
 import os
 import ssl

@@ -25,6 +25,8 @@ from tests.support.waiting import eventually
 
 LOST = script.RelayError("leg_lost", "lost")
 WINDOW = script.MIN_WINDOW_BYTES
+# Linux's numbers, for which Python 3.9 has no names.
+F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
 
 
 class Desk:
@@ -288,7 +290,7 @@ def test_quick_stdout_takes_a_part_and_then_nothing_when_it_is_full(stdout: Stdo
 
 
 def pipe_bytes(fd: int) -> int:
-    return fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+    return fcntl.fcntl(fd, F_GETPIPE_SZ)
 
 
 @QUICK_PIPE
@@ -299,7 +301,7 @@ def test_pipe_is_enlarged_as_soon_as_it_was_full(
     """Not for what fits: most sessions are a shell. And not a byte is moved by it."""
     made = Stdout("pipe")
     monkeypatch.setattr(script, "STDOUT", made.fd)
-    fcntl.fcntl(made.fd, fcntl.F_SETPIPE_SZ, before)
+    fcntl.fcntl(made.fd, F_SETPIPE_SZ, before)
     quick = script.QuickStdout()
     data = random.Random(5).randbytes(script.PIPE_BYTES)
     assert quick.write(data[:before]) == before
@@ -347,7 +349,7 @@ def test_pipe_that_may_not_be_enlarged_or_is_larger_stays_as_it_is(
         made = Stdout("pipe")
         monkeypatch.setattr(script, "STDOUT", made.fd)
         monkeypatch.setattr(script, "PIPE_BYTES", most)
-        fcntl.fcntl(made.fd, fcntl.F_SETPIPE_SZ, 128 * 1024)
+        fcntl.fcntl(made.fd, F_SETPIPE_SZ, 128 * 1024)
         quick = script.QuickStdout()
         assert quick.write(bytes(1 << 20)) == 128 * 1024
         assert pipe_bytes(made.fd) == 128 * 1024
@@ -386,7 +388,7 @@ def test_no_quick_stdout_for_anything_else(
     kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file's own description would have its own offset, and overwrite."""
-    fds = []
+    fds: list[int] = []
     if kind == "terminal":
         fds += os.openpty()
     else:

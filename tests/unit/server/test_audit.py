@@ -308,7 +308,7 @@ def test_no_loss_is_missed_when_threads_race(tmp_path: Path) -> None:
             nonlocal data
             data += fifo.read(1 << 16) or b""
             told = [json.loads(line) for line in data.splitlines()] if data[-1:] == b"\n" else []
-            return sum(event.get("count", 1) for event in told) == 3000
+            return sum(int(event.get("count", 1)) for event in told) == 3000
 
         eventually(all_told)
         log.stop()

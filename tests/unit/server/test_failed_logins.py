@@ -9,16 +9,7 @@ import pytest
 from server.config import Config
 from server.limits.failed_logins import MAX_ENTRIES, FailedLogins
 from server.limits.policy import Policy
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clock import Clock
 
 
 @pytest.fixture
@@ -40,11 +31,11 @@ def test_count_falls_with_time(clock: Clock) -> None:
     """Ten a minute is one each six seconds, and those that were refused did not count."""
     logins = FailedLogins(10, 0, clock=clock)
     failures(logins, 100)
-    clock.now += 5.9
+    clock.advance(5.9)
     assert failures(logins, 1) == [True]
-    clock.now += 0.2
+    clock.advance(0.2)
     assert failures(logins, 2) == [False, True]
-    clock.now += 3600
+    clock.advance(3600)
     assert failures(logins, 11) == [False] * 10 + [True]
 
 
@@ -104,7 +95,7 @@ def test_one_address_cannot_fill_the_table_with_names(clock: Clock) -> None:
 
 def test_every_failure_counts_once_when_threads_race() -> None:
     """None is lost between two threads."""
-    logins = FailedLogins(1000, 0, clock=lambda: 0.0)
+    logins = FailedLogins(1000, 0, clock=Clock())
     answers: list[bool] = []
 
     def fail() -> None:

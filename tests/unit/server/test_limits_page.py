@@ -12,9 +12,10 @@ from server.addresses import DEFAULT_TRUSTED_PROXIES
 from server.audit import AuditLog
 from server.config import LIMITS, Config
 from server.limits.policy import Policy, PolicyObserver
+from server.tunnels.tunnel import Tunnel
+from tests.support.pages import rows, section
 from tests.support.processes import ROOT
-from tests.unit.server.test_tunnel import CAP, OPEN, RESUME, FakeClientLeg, FakeUserLeg, Tunnel
-from tests.unit.test_docs import rows, section
+from tests.support.server.fake_legs import CAP, OPEN, RESUME, FakeClientLeg, FakeUserLeg
 
 PAGE = (ROOT / "docs" / "limits.md").read_text("utf-8")
 

@@ -18,8 +18,8 @@ from server.limits.pacer import Pacer
 from server.limits.policy import Policy, PolicyObserver
 from server.tunnels.flow_counters import FIRST_CREDIT_BYTES
 from server.tunnels.tunnel import Tunnel
-from tests.support.waiting import eventually
-from tests.unit.server.test_tunnel import (
+from tests.support.clock import Clock
+from tests.support.server.fake_legs import (
     CAP,
     OPEN,
     RESUME,
@@ -28,21 +28,12 @@ from tests.unit.server.test_tunnel import (
     FakeUserLeg,
     taken,
 )
+from tests.support.waiting import eventually
 
 KIB = 1024
 MIB = 1024 * KIB
 RATE = 100 * KIB
 ENDLESS = b"x" * 64 * KIB
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Ends:
@@ -145,7 +136,7 @@ class Bench:
     def run(self, seconds: float, step_s: float = 0.05) -> None:
         """Let time pass."""
         for _ in range(round(seconds / step_s)):
-            self.clock.now += step_s
+            self.clock.advance(step_s)
             # Until nothing moves at this moment.
             while True:
                 before = [dict(ends.arrived) for ends in self.tunnels]
@@ -291,7 +282,7 @@ def test_resume_begins_where_the_end_stands_when_its_user_owes_too_much() -> Non
     tunnel.on_client_control(dict(RESUMED))
     (resumed,) = taken(user_leg.outbox)
     assert resumed["limit"] == RESUMED["received"]
-    bench.clock.now += 20
+    bench.clock.advance(20)
     bench.guard.pacer.look()
     for outbox, stands in ((client_leg.outbox, RESUME), (user_leg.outbox, RESUMED)):
         (ack,) = taken(outbox)

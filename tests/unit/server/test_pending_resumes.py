@@ -25,7 +25,7 @@ from tests.support.taking import TakingOutlet, take
 
 INTERVAL_S = 20.0
 INSTANCE = "a" * 32
-RESUME = {
+RESUME: dict[str, Any] = {
     "type": "resume",
     "client": "gw",
     "host": "h",
@@ -236,7 +236,7 @@ def test_nothing_follows_the_close_when_a_ping_is_due_then(bench: Bench) -> None
     user = bench.user()
     say(user, RESUME)
     now = time.monotonic() + INTERVAL_S
-    user._transport.heard_at = now  # type: ignore[misc]
+    user._transport.heard_at = now
     user.tick(now)
     assert kinds(user.outbox) == ["refused", CLOSE_NORMAL]
 
@@ -357,7 +357,7 @@ def test_tunnel_is_opened_or_refused_when_the_open_comes_at_the_last_moment() ->
         bench = Bench()
         user, client = bench.user(), bench.client()
         now = time.monotonic() + Config().handshake_timeout_s
-        user._transport.heard_at = now  # type: ignore[misc]
+        user._transport.heard_at = now
         together(lambda: say(user, {**RESUME, "type": "open"}), lambda: user.tick(now))  # noqa: B023
         user.tick(now + 0.1)
         seen = kinds(client.outbox), kinds(user.outbox)
@@ -371,7 +371,7 @@ def test_held_resume_keeps_its_deadline_when_it_comes_at_the_last_moment() -> No
         bench = Bench()
         user = bench.user()
         now = time.monotonic() + Config().handshake_timeout_s
-        user._transport.heard_at = now  # type: ignore[misc]
+        user._transport.heard_at = now
         together(lambda: say(user, RESUME), lambda: user.tick(now))  # noqa: B023
         later = now + held.HELD_RESUME_S + 1
         for _ in range(2):

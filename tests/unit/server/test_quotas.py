@@ -7,16 +7,7 @@ import pytest
 from http_network_relay.wire.errors import TunnelRefused
 from server.config import Config
 from server.limits.quotas import Limits
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clock import Clock
 
 
 @dataclass(eq=False)
@@ -50,9 +41,9 @@ def test_opens_are_refused_when_the_bucket_is_empty() -> None:
     clock = Clock()
     limits = Limits(Config(opens_per_s=5), clock=clock)
     assert spend(limits, 100) == 50
-    clock.now += 1
+    clock.advance(1)
     assert spend(limits, 100) == 5
-    clock.now += 3600
+    clock.advance(3600)
     assert spend(limits, 100) == 50
 
 
@@ -71,7 +62,7 @@ def test_all_tunnels_of_a_user_come_back_when_they_try_again() -> None:
     left, seconds = 64, 0
     while left:
         left -= spend(limits, left, kind="resume")
-        clock.now += 1
+        clock.advance(1)
         seconds += 1
     assert seconds <= 60
 
@@ -81,9 +72,9 @@ def test_slow_rate_lets_one_through() -> None:
     clock = Clock()
     limits = Limits(Config(opens_per_s=0.1), clock=clock)
     assert spend(limits, 5) == 1
-    clock.now += 9
+    clock.advance(9)
     assert spend(limits, 5) == 0
-    clock.now += 1.1
+    clock.advance(1.1)
     assert spend(limits, 5) == 1
 
 
@@ -97,7 +88,7 @@ def test_buckets_that_are_full_again_are_forgotten() -> None:
     clock = Clock()
     limits = Limits(Config(opens_per_s=5), clock=clock)
     for number in range(5000):
-        clock.now += 0.01
+        clock.advance(0.01)
         limits.spend(f"user-{number}", "open")
     assert len(limits._buckets) <= 1001
 

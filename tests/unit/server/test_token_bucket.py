@@ -7,18 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from server.limits.token_bucket import TokenBuckets
+from tests.support.clock import Clock
 
 RATE = 1000.0
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture(params=[0.005, 1e-6], ids=["as-usual", "switching-often"])
@@ -36,11 +27,11 @@ def test_debt_ends_where_a_seconds_worth_is_owed() -> None:
     purses = TokenBuckets(RATE, 0, clock=clock)
     assert [purses.borrow("u", True, 700) for _ in range(4)] == [700, 700, 600, 0]
     assert purses.left("u", True) == -RATE
-    clock.now += 0.5
+    clock.advance(0.5)
     assert purses.borrow("u", True, 700) == 500
     # Each user and each way has its own.
     assert purses.borrow("u", False, 700) == purses.borrow("other", True, 700) == 700
-    clock.now += 3600
+    clock.advance(3600)
     assert purses.left("u", True) == RATE
 
 
@@ -56,7 +47,7 @@ def test_purse_is_forgotten_when_it_is_full_again() -> None:
     purses = TokenBuckets(RATE, 0, clock=clock)
     purses.pay("u", True, 10)
     assert not purses.forget("u", True)
-    clock.now += 1
+    clock.advance(1)
     assert purses.forget("u", True)
     assert len(purses) == 0
 
@@ -65,7 +56,7 @@ def test_purse_is_forgotten_when_it_is_full_again() -> None:
 def test_nobody_borrows_beyond_the_debt_when_threads_race() -> None:
     """To the byte: nothing is lent twice, and no payment is lost."""
     for _ in range(100):
-        purses = TokenBuckets(RATE, 0, clock=lambda: 0.0)
+        purses = TokenBuckets(RATE, 0, clock=Clock())
         barrier = threading.Barrier(4)
         lent: list[int] = []
 

@@ -9,67 +9,19 @@ import pytest
 
 from http_network_relay.leg.send_queue import Frame, SendQueue
 from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
-from http_network_relay.wire.constants import FLUSH_S, OP_TEXT
 from http_network_relay.wire.errors import TunnelError, TunnelRefused
-from server.tunnels.channels import Channels
 from server.tunnels.observer import TunnelObserver
 from server.tunnels.tunnel import Tunnel
-from tests.support.taking import take
-
-KIB = 1024
-MIB = 1024 * KIB
-CAP = 4 * MIB
-OPEN = {
-    "type": "open",
-    "client": "gw",
-    "host": "h",
-    "port": 22,
-    "protocol": "tcp",
-    "tunnel_id": "ab" * 16,
-    "resume_token": "0" * 64,
-    "limit": 262_144,
-    "grace_s": 0,
-}
-
-
-RESUME = {**OPEN, "type": "resume", "attempt": 3, "received": 5000, "delivered": 4000}
-RESUMED = {"type": "resumed", "received": 700, "delivered": 600, "limit": 300_000}
-
-
-class FakeUserLeg:
-    """A user's leg without a socket."""
-
-    def __init__(self) -> None:
-        self.outbox = SendQueue()
-        self.ends: list[tuple[int, str]] = []
-        self.expects_close = 0
-
-    def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
-        assert flush_s >= FLUSH_S or reason == "superseded"
-        self.ends.append((close_code, reason))
-
-    def expect_close(self) -> None:
-        self.expects_close += 1
-
-
-class FakeClientLeg:
-    """A client's leg without a socket."""
-
-    def __init__(self, budget: int = 64 * MIB) -> None:
-        self.outbox = SendQueue()
-        self.channels = Channels(budget)
-        self.label = "gw"
-
-
-def taken(outbox: SendQueue) -> list[Any]:
-    """What waits in the outbox, in order: controls as objects, data as bytes."""
-    frames: list[Any] = []
-    while outbox.has_frames:
-        frame = take(outbox)
-        assert frame is not None
-        payload = bytes(frame.payload)
-        frames.append(json.loads(payload) if frame.opcode == OP_TEXT else frame.head + payload)
-    return frames
+from tests.support.server.fake_legs import (
+    CAP,
+    MIB,
+    OPEN,
+    RESUME,
+    RESUMED,
+    FakeClientLeg,
+    FakeUserLeg,
+    taken,
+)
 
 
 class Pair:
@@ -343,10 +295,10 @@ def test_counts_go_on_where_the_ends_stand_when_a_tunnel_is_resumed() -> None:
 BEYOND: dict[str, End] = {
     "the client sends beyond the limit": lambda pair: [
         pair.tunnel.on_client_data(memoryview(bytes(65536))) for _ in range(5)
-    ],
+    ][-1],
     "the user sends beyond the limit": lambda pair: [
         pair.tunnel.on_user_data(bytes(65536)) for _ in range(5)
-    ],
+    ][-1],
     "the user acks less than it said": lambda pair: pair.tunnel.on_user_control(ack(3999)),
     "the user acks more than it has": lambda pair: pair.tunnel.on_user_control(ack(5001)),
     "the client acks less than it said": lambda pair: pair.tunnel.on_client_control(ack(599)),
@@ -507,7 +459,7 @@ def test_record_is_told_of_the_start_and_of_the_end_once() -> None:
     """Whatever ends it, and also what was never opened."""
     told: list[tuple[str, bool]] = []
 
-    class Noting(TunnelObserver):
+    class Noting(TunnelObserver[Tunnel]):
         def accepted(self, tunnel: Tunnel) -> None:
             told.append(("accepted", tunnel.is_opened))
 
@@ -573,7 +525,7 @@ def test_record_is_told_before_an_end_can_know(
             told.append(self.name)
             super().put_end(channel, frame, in_turn=in_turn)
 
-    class Noting(TunnelObserver):
+    class Noting(TunnelObserver[Tunnel]):
         def accepted(self, tunnel: Tunnel) -> None:
             told.append("accepted")
 

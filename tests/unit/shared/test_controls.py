@@ -53,9 +53,9 @@ GOOD: dict[str, Any] = {
     "spread_ms": 0,
 }
 # Values that are wrong for every field of their kind.
-WRONG_NUMBERS = [None, True, False, 1.0, -1, MAX_COUNT + 1, "1", [], {}, 10**400]
+WRONG_NUMBERS: list[Any] = [None, True, False, 1.0, -1, MAX_COUNT + 1, "1", [], {}, 10**400]
 WRONG_TEXTS = [None, True, 1, 1.5, [], {}, ["a"], {"a": 1}]
-WRONG_FLAGS = [None, 0, 1, "true", [], {}, 1.0]
+WRONG_FLAGS: list[Any] = [None, 0, 1, "true", [], {}, 1.0]
 
 
 def side_of(kind: str) -> tuple[frozenset[str], bool]:
@@ -140,7 +140,7 @@ def assert_is_ours(error: Exception) -> None:
 def controls() -> st.SearchStrategy[str]:
     """Nearly right: a real type with fields of any kind."""
     number = st.integers(-(2**70), 2**70) | st.floats() | st.sampled_from([0, 1, 7, 22, MAX_COUNT])
-    value = st.none() | st.booleans() | number | st.text(max_size=40)
+    value: st.SearchStrategy[Any] = st.none() | st.booleans() | number | st.text(max_size=40)
     value |= st.sampled_from([GOOD[name] for name in GOOD])
     value |= st.lists(st.integers(), max_size=3)
     kind = st.sampled_from(sorted(FIELDS)) | st.text(max_size=10)

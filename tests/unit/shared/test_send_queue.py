@@ -7,7 +7,6 @@ import threading
 import tracemalloc
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,18 +14,17 @@ import pytest
 import http_network_relay.leg.send_queue
 from http_network_relay.leg.send_queue import Frame, SendQueue, append_merged
 from http_network_relay.wire.constants import MAX_DATA_BYTES, OP_BINARY, OP_CLOSE, OP_TEXT
+from tests.support.clock import Clock
 from tests.support.taking import take
 
 CLOSE = Frame(OP_CLOSE, b"", b"\x03\xe8")
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The outbox's clock: set `.now`."""
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(
-        http_network_relay.leg.send_queue, "time", SimpleNamespace(monotonic=lambda: clock.now)
-    )
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The outbox's clock."""
+    clock = Clock()
+    clock.replace_in(monkeypatch, http_network_relay.leg.send_queue)
     return clock
 
 
@@ -165,17 +163,17 @@ def test_end_is_sent_when_the_open_was_sent() -> None:
     assert names(outbox) == ["reset"]
 
 
-def test_end_in_turn_comes_behind_the_data(clock: SimpleNamespace) -> None:
+def test_end_in_turn_comes_behind_the_data(clock: Clock) -> None:
     """user_gone and target_reset belong to the conversation."""
     outbox = SendQueue()
     put_blocks(outbox, 1, 3)
     put(outbox, 2, b"k")
     outbox.put_end(1, text("reset"), in_turn=True)
-    clock.now += 0.999
+    clock.advance(0.999)
     assert names(outbox) == ["1", "2", "1", "1", "reset"]
 
 
-def test_end_in_turn_overtakes_after_a_second(clock: SimpleNamespace) -> None:
+def test_end_in_turn_overtakes_after_a_second(clock: Clock) -> None:
     """A leg that hardly moves must not keep a tunnel for ever."""
     outbox = SendQueue()
     put_blocks(outbox, 1, 30)
@@ -184,18 +182,18 @@ def test_end_in_turn_overtakes_after_a_second(clock: SimpleNamespace) -> None:
     first = take(outbox)
     assert first is not None
     assert first.opcode == OP_BINARY
-    clock.now += 1.0
+    clock.advance(1.0)
     assert names(outbox) == ["reset"]
 
 
-def test_second_end_in_turn_changes_nothing(clock: SimpleNamespace) -> None:
+def test_second_end_in_turn_changes_nothing(clock: Clock) -> None:
     """The first reason stands, and its second is not counted anew."""
     outbox = SendQueue()
     put_blocks(outbox, 1, 5)
     outbox.put_end(1, text("first"), in_turn=True)
-    clock.now += 0.6
+    clock.advance(0.6)
     outbox.put_end(1, text("second"), in_turn=True)
-    clock.now += 0.4
+    clock.advance(0.4)
     assert names(outbox) == ["first"]
 
 

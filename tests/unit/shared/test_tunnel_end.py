@@ -7,7 +7,6 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from http_network_relay.end.tunnel_end import TunnelEnd
 from http_network_relay.leg.send_queue import SendQueue
 from http_network_relay.wire.constants import MAX_DATA_BYTES, MIN_WINDOW_BYTES, OP_BINARY
 from http_network_relay.wire.errors import RelayError, TunnelError
+from tests.support.clock import Clock
 from tests.support.taking import take
 from tests.support.waiting import eventually
 
@@ -28,12 +28,12 @@ LOST = RelayError("leg_lost", "lost")
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The clock of both files: set `.now`."""
-    clock = SimpleNamespace(now=100.0)
-    fake = SimpleNamespace(monotonic=lambda: clock.now)
-    monkeypatch.setattr(http_network_relay.end.tunnel_end, "time", fake)
-    monkeypatch.setattr(http_network_relay.leg.send_queue, "time", fake)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of both files."""
+    clock = Clock()
+    clock.replace_in(
+        monkeypatch, http_network_relay.end.tunnel_end, http_network_relay.leg.send_queue
+    )
     return clock
 
 
@@ -194,7 +194,7 @@ def test_consumer_without_news_is_woken(end: TunnelEnd, link: Link, by: str) -> 
 
 
 def test_bytes_before_an_end_are_handed_on_for_a_second(
-    end: TunnelEnd, link: Link, clock: SimpleNamespace
+    end: TunnelEnd, link: Link, clock: Clock
 ) -> None:
     """They came first; then the time is over."""
     block = bytes(MAX_DATA_BYTES)
@@ -202,10 +202,10 @@ def test_bytes_before_an_end_are_handed_on_for_a_second(
         end.on_data(link, block)
     end.on_end(GONE)
     assert end.next_chunk() == block
-    clock.now += 0.999
+    clock.advance(0.999)
     assert not end.must_stop()
     assert end.next_chunk() == block
-    clock.now += 0.001
+    clock.advance(0.001)
     assert end.must_stop()
     assert end.next_chunk() is None
 
@@ -521,7 +521,7 @@ def test_tunnel_is_not_finished_before_its_last_ack_is_queued(
         seen.append(end.is_finished)
         real(*args)
 
-    outbox.put_ack = put_ack  # type: ignore[method-assign]
+    outbox.put_ack = put_ack  # type: ignore[method-assign, assignment]
     end.on_open(MIN_WINDOW_BYTES, 0)
     finish(end, link)
     assert seen == [False]
@@ -540,6 +540,7 @@ def test_waiting_for_the_end_is_woken_by_it(end: TunnelEnd, link: Link) -> None:
 def test_change_is_told_without_the_lock(outbox: SendQueue) -> None:
     """Who is told may call back at once."""
     told: list[bool] = []
+    end: TunnelEnd
 
     def lock_is_free() -> bool:
         taken = end._changed.acquire(timeout=5.0)
@@ -564,6 +565,7 @@ def test_change_is_told_without_the_lock(outbox: SendQueue) -> None:
 def test_ack_wakes_nobody_who_has_credit(outbox: SendQueue) -> None:
     """Most acks come to one who sends on."""
     told: list[int] = []
+    end: TunnelEnd
     link = Link(outbox)
     end = TunnelEnd(link, MIN_WINDOW_BYTES, lambda: told.append(end.credit()))
     end.on_open(10, 0)

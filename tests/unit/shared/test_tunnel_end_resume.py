@@ -9,7 +9,6 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from http_network_relay.end.tunnel_end import TunnelEnd
 from http_network_relay.leg.send_queue import SendQueue
 from http_network_relay.wire.constants import MESSAGE_BYTES, MIN_WINDOW_BYTES, OP_BINARY
 from http_network_relay.wire.errors import RelayError, TunnelError
+from tests.support.clock import Clock
 from tests.support.taking import take
 from tests.support.targets import pseudo_random_bytes
 from tests.support.waiting import eventually
@@ -35,12 +35,12 @@ NOTHING = Position(0, 0, WINDOW)
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The clock of both files: set `.now`."""
-    clock = SimpleNamespace(now=100.0)
-    fake = SimpleNamespace(monotonic=lambda: clock.now)
-    monkeypatch.setattr(http_network_relay.end.tunnel_end, "time", fake)
-    monkeypatch.setattr(http_network_relay.leg.send_queue, "time", fake)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of both files."""
+    clock = Clock()
+    clock.replace_in(
+        monkeypatch, http_network_relay.end.tunnel_end, http_network_relay.leg.send_queue
+    )
     return clock
 
 
@@ -241,6 +241,7 @@ def test_lost_leg_detaches_a_tunnel_with_grace_once(end: TunnelEnd, first: Link)
 def test_loss_is_told_so_that_the_producer_looks(first: Link) -> None:
     """Pump-up must stop reading stdin; and go on when the tunnel is resumed."""
     told: list[int] = []
+    end: TunnelEnd
     end = TunnelEnd(first, WINDOW, lambda: told.append(end.credit()))
     end.on_open(1000, GRACE_S)
     end.detach(first, LOST)
@@ -328,36 +329,32 @@ def test_consumer_and_producer_are_told_when_the_grace_is_over() -> None:
 
 
 @pytest.mark.parametrize("look", ["must_stop", "resume_left_s"])
-def test_grace_is_over_at_its_second(
-    end: TunnelEnd, first: Link, clock: SimpleNamespace, look: str
-) -> None:
+def test_grace_is_over_at_its_second(end: TunnelEnd, first: Link, clock: Clock, look: str) -> None:
     """Whoever looks then ends it; nothing is handed on any more."""
     end.on_data(first, b"queued")
     end.detach(first, LOST)
-    clock.now += GRACE_S - 0.001
+    clock.advance(GRACE_S - 0.001)
     getattr(end, look)()
     assert end.ended is None
-    clock.now += 0.001
+    clock.advance(0.001)
     getattr(end, look)()
     assert end.ended is LOST
     assert end.next_chunk() is None
     assert end._stream.out.kept_bytes == 0
 
 
-def test_grace_begins_anew_with_each_loss(
-    end: TunnelEnd, first: Link, clock: SimpleNamespace
-) -> None:
+def test_grace_begins_anew_with_each_loss(end: TunnelEnd, first: Link, clock: Clock) -> None:
     """A tunnel that was back may wait as long again."""
     end.detach(first, LOST)
-    clock.now += GRACE_S - 1
+    clock.advance(GRACE_S - 1)
     newest = new_link(2)
     end.accept_resume(newest, NOTHING, 1)
-    clock.now += 10 * GRACE_S
+    clock.advance(10 * GRACE_S)
     assert not end.must_stop()
     end.detach(newest, LOST)
-    clock.now += GRACE_S - 1
+    clock.advance(GRACE_S - 1)
     assert not end.must_stop()
-    clock.now += 1
+    clock.advance(1)
     assert end.must_stop()
 
 
@@ -503,9 +500,7 @@ def test_finished_tunnel_that_is_resumed_may_lose_its_leg_again(
         ("no grace", False),
     ],
 )
-def test_only_an_end_with_an_answer_can_be_asked(
-    how: str, can: bool, clock: SimpleNamespace
-) -> None:
+def test_only_an_end_with_an_answer_can_be_asked(how: str, can: bool, clock: Clock) -> None:
     """One that the user ended is forgotten, and nobody asks for one without grace."""
     link = new_link()
     end = TunnelEnd(link, WINDOW)
@@ -521,7 +516,7 @@ def test_only_an_end_with_an_answer_can_be_asked(
         end.on_reset(link, GONE)
     if how == "expired":
         end.detach(link, LOST)
-        clock.now += GRACE_S
+        clock.advance(GRACE_S)
         assert end.must_stop()
     assert end.can_be_asked == can
 
@@ -585,7 +580,7 @@ def test_end_that_was_told_of_no_change_can_begin_to_resume_again(
 # Threads.
 
 
-def together(*jobs: Callable[[], None]) -> None:
+def together(*jobs: Callable[[], object]) -> None:
     """Run all at once; the first error is raised."""
     barrier = threading.Barrier(len(jobs))
     errors: list[BaseException] = []

@@ -1,5 +1,7 @@
 """Steps that several end-to-end tests take: marks in logs, tunnels, transfers, ssh."""
 
+from __future__ import annotations
+
 import concurrent.futures
 import hashlib
 import re
@@ -41,7 +43,7 @@ class Mark:
     client_line: int
 
     @classmethod
-    def now(cls, relay: Relay) -> "Mark":
+    def now(cls, relay: Relay) -> Mark:
         """Mark both logs, once the tunnels of what came before have ended in both."""
         start = cls(relay, 0, 0)
 
@@ -116,7 +118,7 @@ def side_by_side(tasks: Sequence[Callable[[], T]], at_once: int | None = None) -
 
 def run(
     argv: Sequence[str], *, timeout_s: float = 30.0, data: bytes | None = b"", **options: object
-) -> "subprocess.CompletedProcess[bytes]":
+) -> subprocess.CompletedProcess[bytes]:
     """Run a program to its end, as the proxy user: the token is in its environment.
 
     AssertionError if it writes a secret that was noted before.

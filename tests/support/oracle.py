@@ -9,6 +9,8 @@ stream hashed. A tunnel that was broken often enough ends with both eofs, still 
 proxy command has to exit 0, and another tunnel follows.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import os
@@ -23,9 +25,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.e2e.flows import becomes, lines_since
 from tests.support.certs import Certs
-from tests.support.faults import FaultyLink, Leg, Tally
+from tests.support.faults import HITTING, FaultyLink, Leg, Tally
+from tests.support.flows import becomes, lines_since
 from tests.support.processes import (
     NO_RESUME,
     Proc,
@@ -400,7 +402,7 @@ class Oracle:
                 args=self._ca_args,
             )
         )
-        stack.callback(lambda: [self._close(slot) for slot in list(self._tunnels)])
+        stack.callback(self._close_all)
 
     @property
     def _ca_args(self) -> list[str]:
@@ -439,6 +441,10 @@ class Oracle:
             self._env,
         )
         self._tunnels[slot].wanted_hits += self.tally.hits_of(link.name)
+
+    def _close_all(self) -> None:
+        for slot in list(self._tunnels):
+            self._close(slot)
 
     def _close(self, slot: int) -> None:
         tunnel = self._tunnels.pop(slot)
@@ -617,3 +623,17 @@ def tunnels_detached(lines: list[str]) -> list[str]:
         for name in tunnels_not_closed(lines)
     }
     return [name for name, line in last.items() if "tunnel detached" in line]
+
+
+# The client's leg is one, and what it carries is six times as much; it has its part of the hits.
+CLIENT_SHARE = 0.1
+
+
+def check_every_kind_struck(result: Result, hits: int) -> None:
+    """On both legs, and with bytes both ways where a connection that flows is lost."""
+    assert result.tally.hits >= hits
+    assert result.tally.missing() == []
+    for kind in HITTING:
+        assert result.tally.hits_at("user", kind) >= hits // 60, f"{kind}: {result}"
+    of_client = result.tally.hits_on("client")
+    assert of_client >= result.tally.hits * CLIENT_SHARE, f"{of_client} of the client's: {result}"

@@ -5,6 +5,8 @@ script; the clients are `client.agent.Agent`s in the threads of one process. Thi
 either of the two, and is told what to do by lines on standard input.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from server.relay import SPREAD_MS_PER_LEG
-from tests.e2e.flows import lines_since
+from tests.support.flows import lines_since
 from tests.support.ports import free_port
 from tests.support.processes import (
     TOKEN,
@@ -60,12 +62,12 @@ def check_fleet_returns(folder: Path, size: FleetSize, how: Restart) -> str:
     """A new server, or a new worker: every tunnel echoes again. Returns a line of figures."""
     secrets = {f"device-{number}": f"cs-{number:04d}-{'x' * 24}" for number in range(size.clients)}
     port = free_port()
-    options = {
+    options: dict[str, Any] = {
         "threads": 2 * (size.clients + size.tunnels),
         "port": port,
         "credentials": {"clients": secrets, "proxy_users": [TOKEN]},
     }
-    me = [sys.executable, "-m", "tests.survival.fleet"]
+    me = [sys.executable, "-m", "tests.support.fleet"]
     url = f"ws://127.0.0.1:{port}"
     (folder / "clients.json").write_text(json.dumps(secrets))
     with EchoTarget() as target, start_server(folder, **options) as server:
@@ -158,7 +160,7 @@ class Health:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="health")
 
-    def __enter__(self) -> "Health":
+    def __enter__(self) -> Health:
         self._thread.start()
         return self
 
@@ -319,4 +321,5 @@ def echo(users: list[User], number: str) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    {"clients": run_clients, "users": run_users}[sys.argv[1]](*sys.argv[2:])
+    programs: dict[str, Callable[..., None]] = {"clients": run_clients, "users": run_users}
+    programs[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,34 @@
+"""The programs' code as text: its files, and the codes in them."""
+
+import ast
+from pathlib import Path
+
+from http_network_relay.wire.codes import ERRORS, HTTP_ANSWERS
+from tests.support.processes import ROOT
+
+PACKAGES = ("http_network_relay", "server", "client")
+
+
+def code_files() -> list[Path]:
+    """The programs' code, each line once: the single file is a copy."""
+    return [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
+
+
+def codes_in_code() -> set[str]:
+    """Every code that the code can raise, send or answer."""
+    makers = {"RelayError", "HttpRefusal", "TunnelRefused", "refuse", "client_lost", "_lost"}
+    makers |= {"_refuse_user", "_reset_client"}
+    found = {*ERRORS, *HTTP_ANSWERS}
+    for path in code_files():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            given = node.args[:1] if name in makers else []
+            given += [keyword.value for keyword in node.keywords if keyword.arg == "code"]
+            found |= {
+                value.value
+                for value in given
+                if isinstance(value, ast.Constant) and isinstance(value.value, str)
+            }
+    return found
