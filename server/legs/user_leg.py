@@ -17,9 +17,9 @@ from http_network_relay.wire.codes import CLOSE_NORMAL
 from http_network_relay.wire.constants import FLUSH_S, OP_TEXT
 from http_network_relay.wire.controls import FROM_USER, encode_control, parse_control
 from http_network_relay.wire.errors import TunnelError, TunnelRefused
-from server.legs.leg import RETRY_S, Helpers, Leg
+from server.legs.leg import RETRY_S, Helpers, Leg, Message
 from server.legs.pending_resumes import PendingResumes
-from server.legs.websocket import Connection, Message, close_frame
+from server.legs.websocket import Connection, close_frame
 from server.tunnels.tunnel import USER_CHANNEL, Tunnel
 
 # A user's end whose tunnel is over closes by itself, at once; this catches one that does not.
