@@ -46,7 +46,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 from urllib.parse import unquote, urlsplit
 
 # --- http_network_relay/wire/codes.py -------------------------------------------------------------
@@ -163,6 +163,8 @@ ENDS_IN_TURN = frozenset({"user_gone", "target_reset"})
 # --- http_network_relay/wire/errors.py ------------------------------------------------------------
 # The errors of all three programs: one root, few classes.
 
+DialFailure = Literal["refused", "unreachable", "timeout", "unknown", "denied", "cancelled"]
+
 
 class RelayError(Exception):
     """Something failed that has a code; `str()` is a sentence for a person."""
@@ -184,11 +186,11 @@ class RelayError(Exception):
         return ERRORS.get(self.code, (EXIT_TUNNEL_LOST, False))[1]
 
 
-class DialError(Exception):
-    """A TCP dial failed: `kind` is refused, unreachable, timeout, unknown, denied or cancelled."""
+class DialError(RelayError):
+    """A dial failed. The code is that of the way to the server; the client maps `kind`."""
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, kind: DialFailure, message: str) -> None:
+        super().__init__("server_unreachable", message)
         self.kind = kind
 
 
@@ -2407,38 +2409,34 @@ class ReadCoalescer:
 
 
 # --- http_network_relay/dial/deadline.py ----------------------------------------------------------
-# How long a wait in a dial may last: until its deadline, or until the dial is cancelled.
+# The deadline of a dial: one object for all its waits, made once and passed down.
 
 # RFC 8305, "Connection Attempt Delay": a dead first address costs this much.
 STAGGER_S = 0.250
 
 
-def slice_s(deadline: float) -> float:
-    """Return how long to wait before the next look at the deadline and a cancellation."""
-    return max(0.0, min(STAGGER_S, deadline - time.monotonic()))
+class Deadline:
+    """Ends a dial after `timeout_s`, or soon after `is_cancelled` returns true."""
 
+    def __init__(self, timeout_s: float, is_cancelled: Callable[[], bool] = lambda: False) -> None:
+        self._at = time.monotonic() + timeout_s
+        self._is_cancelled = is_cancelled
 
-def check_going_on(failure: str, deadline: float, is_cancelled: Callable[[], bool]) -> None:
-    if is_cancelled():
-        raise DialError("cancelled", f"{failure} before the dial was cancelled")
-    if time.monotonic() >= deadline:
-        raise DialError("timeout", f"{failure} in time")
+    def slice_s(self) -> float:
+        """Return how long to wait, in seconds, before the next check()."""
+        return max(0.0, min(STAGGER_S, self._at - time.monotonic()))
 
+    def check(self, failure: str) -> None:
+        """Raise DialError with the sentence `failure` if the dial must end."""
+        if self._is_cancelled():
+            raise DialError("cancelled", f"{failure} before the dial was cancelled")
+        if time.monotonic() >= self._at:
+            raise DialError("timeout", f"{failure} in time")
 
-def wait_until(
-    sock: socket.socket,
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
-    *,
-    write: bool,
-    what: str,
-) -> None:
-    """Wait for the socket until the deadline; raises RelayError when it has passed."""
-    while not wait_ready(sock, write=write, timeout_s=slice_s(deadline)):
-        if is_cancelled():
-            raise RelayError("server_unreachable", f"the dial of {what} was cancelled")
-        if time.monotonic() >= deadline:
-            raise RelayError("server_unreachable", f"{what} did not answer in time")
+    def wait_ready(self, sock: socket.socket, *, write: bool, what: str) -> None:
+        """Wait for the peer `what` behind the socket. Raises DialError."""
+        while not wait_ready(sock, write=write, timeout_s=self.slice_s()):
+            self.check(f"{what} did not answer")
 
 
 # --- http_network_relay/dial/names.py -------------------------------------------------------------
@@ -2448,15 +2446,13 @@ def wait_until(
 _lookup_slots = threading.BoundedSemaphore(32)
 
 
-def resolve(
-    host: str, port: int, deadline: float, is_cancelled: Callable[[], bool] = lambda: False
-) -> list[Any]:
+def resolve(host: str, port: int, deadline: Deadline) -> list[Any]:
     """Return getaddrinfo's answers by turns of family. Raises DialError."""
     if parse_address(host.strip("[]")) is not None:
         # No lookup: an address must not wait behind names that hang.
         return _by_turns(_look_up(host, port))
-    while not _lookup_slots.acquire(timeout=slice_s(deadline)):
-        check_going_on(f"the name {host} could not be looked up", deadline, is_cancelled)
+    while not _lookup_slots.acquire(timeout=deadline.slice_s()):
+        deadline.check(f"the name {host} could not be looked up")
     answers: list[Any] = []
     is_done = threading.Event()
 
@@ -2476,8 +2472,8 @@ def resolve(
     except RuntimeError:
         _lookup_slots.release()
         raise
-    while not is_done.wait(slice_s(deadline)):
-        check_going_on(f"the name {host} could not be looked up", deadline, is_cancelled)
+    while not is_done.wait(deadline.slice_s()):
+        deadline.check(f"the name {host} could not be looked up")
     (answer,) = answers
     if isinstance(answer, Exception):
         reason = getattr(answer, "strerror", None) or answer
@@ -2668,11 +2664,7 @@ def printable(text: str) -> str:
 
 
 def connect_through(
-    sock: socket.socket,
-    proxy: Proxy,
-    endpoint: Endpoint,
-    deadline: float,
-    is_cancelled: Callable[[], bool],
+    sock: socket.socket, proxy: Proxy, endpoint: Endpoint, deadline: Deadline
 ) -> None:
     """Ask the proxy for a way to the server (RFC 9110, 9.3.6)."""
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
@@ -2683,10 +2675,10 @@ def connect_through(
     request = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii", "replace")
     head = b""
     try:
-        wait_until(sock, deadline, is_cancelled, write=True, what=what)
+        deadline.wait_ready(sock, write=True, what=what)
         sock.send(request)  # Fits into an empty send buffer whole.
         while b"\r\n\r\n" not in head:
-            wait_until(sock, deadline, is_cancelled, write=False, what=what)
+            deadline.wait_ready(sock, write=False, what=what)
             # One byte at a time past the end would eat the server's first bytes.
             piece = sock.recv(_head_step(head))
             if not piece or len(head) > _MAX_HEAD_BYTES:
@@ -2713,22 +2705,20 @@ def _head_step(head: bytes) -> int:
 #
 # websocket-client's own connect is not used: it has a timeout for each read, tries one
 # address, sends secrets to where a redirect points, and reads proxy settings loosely.
-# A deadline is a time of time.monotonic(), made once and passed down.
 
 
 def dial_tcp(
     host: str,
     port: int,
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
+    deadline: Deadline,
     allows: Callable[[str], bool] = lambda _: True,
 ) -> socket.socket:
     """Connect to the first address that answers; the socket comes back blocking.
 
-    A new address is tried every 250 ms, or at once when one fails. `is_cancelled` is
-    asked as often. `allows` says of each address whether it may be dialled. Raises DialError.
+    A new address is tried every 250 ms, or at once when one fails. `allows` says of each
+    address whether it may be dialled. Raises DialError.
     """
-    found = resolve(host, port, deadline, is_cancelled)
+    found = resolve(host, port, deadline)
     infos = [info for info in found if allows(info[4][0])]
     if found and not infos:
         raise DialError("denied", f"the client does not dial {host}:{port}")
@@ -2737,7 +2727,7 @@ def dial_tcp(
     with selectors.DefaultSelector() as selector:
         try:
             while True:
-                check_going_on(f"{host}:{port} did not answer", deadline, is_cancelled)
+                deadline.check(f"{host}:{port} did not answer")
                 now = time.monotonic()
                 pending = len(selector.get_map())
                 if not infos and not pending:
@@ -2746,7 +2736,7 @@ def dial_tcp(
                     error = _begin(infos.pop(0), selector)
                     last, next_at = error or last, 0.0 if error else now + STAGGER_S
                     continue
-                for key, _ in selector.select(slice_s(deadline)):
+                for key, _ in selector.select(deadline.slice_s()):
                     sock: socket.socket = key.fileobj  # type: ignore[assignment]
                     selector.unregister(sock)
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -2805,25 +2795,23 @@ def dial_server(
     endpoint: Endpoint,
     context: ssl.SSLContext | None,
     environ: Mapping[str, str],
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
+    deadline: Deadline,
 ) -> socket.socket:
     """Return a connected, non-blocking socket, TLS done if the URL says so."""
     proxy = proxy_for(endpoint, environ)
     host, port = (proxy.host, proxy.port) if proxy else (endpoint.host, endpoint.port)
     what = "the HTTP proxy" if proxy else "the server"
     try:
-        sock = dial_tcp(host, port, deadline, is_cancelled)
+        sock = dial_tcp(host, port, deadline)
     except DialError as exc:
         code = "proxy_failed" if proxy else "server_unreachable"
         raise RelayError(code, f"cannot reach {what}: {exc}") from exc
     try:
         sock.setblocking(False)
         if proxy:
-            connect_through(sock, proxy, endpoint, deadline, is_cancelled)
+            connect_through(sock, proxy, endpoint, deadline)
         if endpoint.is_tls:
-            context = context or make_context(None)
-            sock = _start_tls(sock, endpoint, context, deadline, is_cancelled)
+            sock = _start_tls(sock, endpoint, context or make_context(None), deadline)
     except BaseException:
         sock.close()
         raise
@@ -2858,11 +2846,7 @@ def source_address(peer: Any) -> str | None:
 
 
 def _start_tls(
-    sock: socket.socket,
-    endpoint: Endpoint,
-    context: ssl.SSLContext,
-    deadline: float,
-    is_cancelled: Callable[[], bool],
+    sock: socket.socket, endpoint: Endpoint, context: ssl.SSLContext, deadline: Deadline
 ) -> ssl.SSLSocket:
     what = f"TLS with {endpoint.host}:{endpoint.port}"
     tls: socket.socket = sock
@@ -2875,9 +2859,9 @@ def _start_tls(
             try:
                 tls.do_handshake()
             except ssl.SSLWantReadError:
-                wait_until(tls, deadline, is_cancelled, write=False, what=what)
+                deadline.wait_ready(tls, write=False, what=what)
             except ssl.SSLWantWriteError:
-                wait_until(tls, deadline, is_cancelled, write=True, what=what)
+                deadline.wait_ready(tls, write=True, what=what)
             else:
                 return tls
     except ssl.SSLCertVerificationError as exc:
@@ -2950,15 +2934,9 @@ class _HandshakeSocket:
     of a refusal can be read with every version of the library.
     """
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        deadline: float,
-        is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
         self._sock = sock
         self._deadline = deadline
-        self._is_cancelled = is_cancelled
         self._taken = 0
         self.buffer = b""
 
@@ -2977,7 +2955,7 @@ class _HandshakeSocket:
                 # Small: the library takes it byte by byte, and each takes the rest along.
                 self.buffer = self._sock.recv(4096)
             except (BlockingIOError, ssl.SSLWantReadError):
-                self._wait(write=False)
+                self._deadline.wait_ready(self._sock, write=False, what="the server")
             else:
                 if not self.buffer:
                     return b""
@@ -2992,11 +2970,7 @@ class _HandshakeSocket:
             try:
                 return self._sock.send(data)
             except (BlockingIOError, ssl.SSLWantWriteError):
-                self._wait(write=True)
-
-    def _wait(self, *, write: bool) -> None:
-        what = "the server"
-        wait_until(self._sock, self._deadline, self._is_cancelled, write=write, what=what)
+                self._deadline.wait_ready(self._sock, write=True, what="the server")
 
 
 def connect(
@@ -3010,9 +2984,9 @@ def connect(
 ) -> Connection:
     """Dial, upgrade and return the leg; raises RelayError, within 20 s."""
     library = websocket_client()
-    deadline = time.monotonic() + DIAL_SERVER_S
-    sock = dial_server(endpoint, context, environ, deadline, is_cancelled)
-    shim = _HandshakeSocket(sock, deadline, is_cancelled)
+    deadline = Deadline(DIAL_SERVER_S, is_cancelled)
+    sock = dial_server(endpoint, context, environ, deadline)
+    shim = _HandshakeSocket(sock, deadline)
     # Nobody on the way can read what is masked; so it need not be, if the server agrees.
     is_here = endpoint.is_loopback and _far_peer(sock) is None  # And by no proxy elsewhere.
     asks_for_zero = endpoint.is_tls or is_here

@@ -2,7 +2,6 @@
 
 websocket-client's own connect is not used: it has a timeout for each read, tries one
 address, sends secrets to where a redirect points, and reads proxy settings loosely.
-A deadline is a time of time.monotonic(), made once and passed down.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from http_network_relay.dial.deadline import STAGGER_S, check_going_on, slice_s, wait_until
+from http_network_relay.dial.deadline import STAGGER_S, Deadline
 from http_network_relay.dial.endpoint import Endpoint
 from http_network_relay.dial.http_proxy import connect_through, proxy_for
 from http_network_relay.dial.names import resolve
@@ -26,16 +25,15 @@ from http_network_relay.wire.errors import DialError, RelayError
 def dial_tcp(
     host: str,
     port: int,
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
+    deadline: Deadline,
     allows: Callable[[str], bool] = lambda _: True,
 ) -> socket.socket:
     """Connect to the first address that answers; the socket comes back blocking.
 
-    A new address is tried every 250 ms, or at once when one fails. `is_cancelled` is
-    asked as often. `allows` says of each address whether it may be dialled. Raises DialError.
+    A new address is tried every 250 ms, or at once when one fails. `allows` says of each
+    address whether it may be dialled. Raises DialError.
     """
-    found = resolve(host, port, deadline, is_cancelled)
+    found = resolve(host, port, deadline)
     infos = [info for info in found if allows(info[4][0])]
     if found and not infos:
         raise DialError("denied", f"the client does not dial {host}:{port}")
@@ -44,7 +42,7 @@ def dial_tcp(
     with selectors.DefaultSelector() as selector:
         try:
             while True:
-                check_going_on(f"{host}:{port} did not answer", deadline, is_cancelled)
+                deadline.check(f"{host}:{port} did not answer")
                 now = time.monotonic()
                 pending = len(selector.get_map())
                 if not infos and not pending:
@@ -53,7 +51,7 @@ def dial_tcp(
                     error = _begin(infos.pop(0), selector)
                     last, next_at = error or last, 0.0 if error else now + STAGGER_S
                     continue
-                for key, _ in selector.select(slice_s(deadline)):
+                for key, _ in selector.select(deadline.slice_s()):
                     sock: socket.socket = key.fileobj  # type: ignore[assignment]
                     selector.unregister(sock)
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -112,25 +110,23 @@ def dial_server(
     endpoint: Endpoint,
     context: ssl.SSLContext | None,
     environ: Mapping[str, str],
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
+    deadline: Deadline,
 ) -> socket.socket:
     """Return a connected, non-blocking socket, TLS done if the URL says so."""
     proxy = proxy_for(endpoint, environ)
     host, port = (proxy.host, proxy.port) if proxy else (endpoint.host, endpoint.port)
     what = "the HTTP proxy" if proxy else "the server"
     try:
-        sock = dial_tcp(host, port, deadline, is_cancelled)
+        sock = dial_tcp(host, port, deadline)
     except DialError as exc:
         code = "proxy_failed" if proxy else "server_unreachable"
         raise RelayError(code, f"cannot reach {what}: {exc}") from exc
     try:
         sock.setblocking(False)
         if proxy:
-            connect_through(sock, proxy, endpoint, deadline, is_cancelled)
+            connect_through(sock, proxy, endpoint, deadline)
         if endpoint.is_tls:
-            context = context or make_context(None)
-            sock = _start_tls(sock, endpoint, context, deadline, is_cancelled)
+            sock = _start_tls(sock, endpoint, context or make_context(None), deadline)
     except BaseException:
         sock.close()
         raise
@@ -165,11 +161,7 @@ def source_address(peer: Any) -> str | None:
 
 
 def _start_tls(
-    sock: socket.socket,
-    endpoint: Endpoint,
-    context: ssl.SSLContext,
-    deadline: float,
-    is_cancelled: Callable[[], bool],
+    sock: socket.socket, endpoint: Endpoint, context: ssl.SSLContext, deadline: Deadline
 ) -> ssl.SSLSocket:
     what = f"TLS with {endpoint.host}:{endpoint.port}"
     tls: socket.socket = sock
@@ -182,9 +174,9 @@ def _start_tls(
             try:
                 tls.do_handshake()
             except ssl.SSLWantReadError:
-                wait_until(tls, deadline, is_cancelled, write=False, what=what)
+                deadline.wait_ready(tls, write=False, what=what)
             except ssl.SSLWantWriteError:
-                wait_until(tls, deadline, is_cancelled, write=True, what=what)
+                deadline.wait_ready(tls, write=True, what=what)
             else:
                 return tls
     except ssl.SSLCertVerificationError as exc:

@@ -7,11 +7,11 @@ import contextlib
 import ipaddress
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from http_network_relay.dial.deadline import wait_until
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.dial.endpoint import Endpoint
 from http_network_relay.dial.names import parse_address
 from http_network_relay.wire.errors import RelayError
@@ -106,11 +106,7 @@ def printable(text: str) -> str:
 
 
 def connect_through(
-    sock: socket.socket,
-    proxy: Proxy,
-    endpoint: Endpoint,
-    deadline: float,
-    is_cancelled: Callable[[], bool],
+    sock: socket.socket, proxy: Proxy, endpoint: Endpoint, deadline: Deadline
 ) -> None:
     """Ask the proxy for a way to the server (RFC 9110, 9.3.6)."""
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
@@ -121,10 +117,10 @@ def connect_through(
     request = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii", "replace")
     head = b""
     try:
-        wait_until(sock, deadline, is_cancelled, write=True, what=what)
+        deadline.wait_ready(sock, write=True, what=what)
         sock.send(request)  # Fits into an empty send buffer whole.
         while b"\r\n\r\n" not in head:
-            wait_until(sock, deadline, is_cancelled, write=False, what=what)
+            deadline.wait_ready(sock, write=False, what=what)
             # One byte at a time past the end would eat the server's first bytes.
             piece = sock.recv(_head_step(head))
             if not piece or len(head) > _MAX_HEAD_BYTES:

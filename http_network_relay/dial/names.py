@@ -5,25 +5,22 @@ from __future__ import annotations
 import ipaddress
 import socket
 import threading
-from collections.abc import Callable
 from typing import Any
 
-from http_network_relay.dial.deadline import check_going_on, slice_s
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.wire.errors import DialError
 
 # Name lookups cannot be interrupted, so they run in daemon threads; this many at most.
 _lookup_slots = threading.BoundedSemaphore(32)
 
 
-def resolve(
-    host: str, port: int, deadline: float, is_cancelled: Callable[[], bool] = lambda: False
-) -> list[Any]:
+def resolve(host: str, port: int, deadline: Deadline) -> list[Any]:
     """Return getaddrinfo's answers by turns of family. Raises DialError."""
     if parse_address(host.strip("[]")) is not None:
         # No lookup: an address must not wait behind names that hang.
         return _by_turns(_look_up(host, port))
-    while not _lookup_slots.acquire(timeout=slice_s(deadline)):
-        check_going_on(f"the name {host} could not be looked up", deadline, is_cancelled)
+    while not _lookup_slots.acquire(timeout=deadline.slice_s()):
+        deadline.check(f"the name {host} could not be looked up")
     answers: list[Any] = []
     is_done = threading.Event()
 
@@ -43,8 +40,8 @@ def resolve(
     except RuntimeError:
         _lookup_slots.release()
         raise
-    while not is_done.wait(slice_s(deadline)):
-        check_going_on(f"the name {host} could not be looked up", deadline, is_cancelled)
+    while not is_done.wait(deadline.slice_s()):
+        deadline.check(f"the name {host} could not be looked up")
     (answer,) = answers
     if isinstance(answer, Exception):
         reason = getattr(answer, "strerror", None) or answer

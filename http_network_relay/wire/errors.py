@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from http_network_relay.wire.codes import (
     CLOSE_PROTOCOL_ERROR,
     ERRORS,
@@ -9,6 +11,8 @@ from http_network_relay.wire.codes import (
     HTTP_ANSWERS,
     HttpAnswer,
 )
+
+DialFailure = Literal["refused", "unreachable", "timeout", "unknown", "denied", "cancelled"]
 
 
 class RelayError(Exception):
@@ -31,11 +35,11 @@ class RelayError(Exception):
         return ERRORS.get(self.code, (EXIT_TUNNEL_LOST, False))[1]
 
 
-class DialError(Exception):
-    """A TCP dial failed: `kind` is refused, unreachable, timeout, unknown, denied or cancelled."""
+class DialError(RelayError):
+    """A dial failed. The code is that of the way to the server; the client maps `kind`."""
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, kind: DialFailure, message: str) -> None:
+        super().__init__("server_unreachable", message)
         self.kind = kind
 
 
