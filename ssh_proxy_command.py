@@ -2440,19 +2440,20 @@ class Deadline:
 
 
 # --- http_network_relay/dial/names.py -------------------------------------------------------------
-# Name lookups: bounded daemon threads inside a deadline.
+# Name lookups within a deadline, in a bounded number of daemon threads.
 
-# Name lookups cannot be interrupted, so they run in daemon threads; this many at most.
+# The most lookups at a time. A lookup that hangs keeps its thread and its slot.
 _lookup_slots = threading.BoundedSemaphore(32)
 
 
 def resolve(host: str, port: int, deadline: Deadline) -> list[Any]:
-    """Return getaddrinfo's answers by turns of family. Raises DialError."""
+    """Return getaddrinfo's answers, the address families in turns. Raises DialError."""
     if parse_address(host.strip("[]")) is not None:
-        # No lookup: an address must not wait behind names that hang.
+        # No lookup: an address must not wait for a slot behind names that hang.
         return _by_turns(_look_up(host, port))
+    failure = f"the name {host} could not be looked up"
     while not _lookup_slots.acquire(timeout=deadline.slice_s()):
-        deadline.check(f"the name {host} could not be looked up")
+        deadline.check(failure)
     answers: list[Any] = []
     is_done = threading.Event()
 
@@ -2465,7 +2466,7 @@ def resolve(host: str, port: int, deadline: Deadline) -> list[Any]:
             _lookup_slots.release()
             is_done.set()
 
-    # Daemon: getaddrinfo has no timeout and nothing can wake it.
+    # A daemon: getaddrinfo has no timeout, and nothing can wake the thread.
     thread = threading.Thread(target=look_up, name=f"lookup:{host}", daemon=True)
     try:
         thread.start()
@@ -2473,7 +2474,7 @@ def resolve(host: str, port: int, deadline: Deadline) -> list[Any]:
         _lookup_slots.release()
         raise
     while not is_done.wait(deadline.slice_s()):
-        deadline.check(f"the name {host} could not be looked up")
+        deadline.check(failure)
     (answer,) = answers
     if isinstance(answer, Exception):
         reason = getattr(answer, "strerror", None) or answer
@@ -2482,13 +2483,13 @@ def resolve(host: str, port: int, deadline: Deadline) -> list[Any]:
 
 
 def _look_up(host: str, port: int) -> list[Any]:
-    # An IPv6 literal may come in brackets, as it stands in a URL.
+    # The brackets of an IPv6 literal are the URL's.
     name = encode_name(host.strip("[]"))
     return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
 
 
 def _by_turns(infos: list[Any]) -> list[Any]:
-    """Alternate the families, first family first (RFC 8305, 4)."""
+    """Alternate the families, beginning with the first answer's (RFC 8305, 4)."""
     families: dict[int, list[Any]] = {}
     for info in infos:
         families.setdefault(info[0], []).append(info)
@@ -2506,9 +2507,9 @@ def parse_address(text: str) -> Any:
 
 
 def encode_name(name: str) -> bytes:
-    """As Python's sockets do; to import the IDNA codec for every name takes a start 1 ms.
+    """Encode as Python's sockets do. Raises UnicodeError for a text that is no name.
 
-    Raises UnicodeError for what is no name.
+    The IDNA codec is for other names than plain ones: its import costs a start 1 ms.
     """
     labels = name.removesuffix(".").split(".")
     is_plain = name.isascii() and all(0 < len(label) < 64 for label in labels)
@@ -2516,11 +2517,11 @@ def encode_name(name: str) -> bytes:
 
 
 # --- http_network_relay/dial/endpoint.py ----------------------------------------------------------
-# Where the server is: the parsed --server-url.
+# The server's address: the parsed --server-url.
 
 
 class Endpoint(NamedTuple):
-    """Where a server is: what --server-url says."""
+    """A server's address, and the path and query of its WebSocket."""
 
     is_tls: bool
     host: str
@@ -2544,14 +2545,17 @@ class Endpoint(NamedTuple):
 
 
 def parse_server_url(url: str, default_path: str) -> Endpoint:
-    """Read ws, wss, http and https URLs; one without a path gets `default_path`."""
+    """Read a ws, wss, http or https URL; a URL without a path gets `default_path`.
+
+    Raises RelayError.
+    """
     try:
         parts = urlsplit(url)
         port = parts.port
-        # What getaddrinfo and TLS will do to it; `.example` and `a..b` fail there.
+        # getaddrinfo and TLS encode the name too; `.example` and `a..b` would fail there.
         encode_name(parts.hostname or "")
     except ValueError as exc:
-        # Not the URL itself: somebody may have put a password into it.
+        # The message omits the URL, which may hold a password.
         raise RelayError("usage", "--server-url is not a URL: look at its host and port") from exc
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     if scheme not in ("ws", "wss") or not parts.hostname:
@@ -2572,9 +2576,9 @@ def parse_server_url(url: str, default_path: str) -> Endpoint:
 
 
 # --- http_network_relay/dial/http_proxy.py --------------------------------------------------------
-# HTTP CONNECT proxies: which one the environment names, and the way through it.
+# HTTP CONNECT proxies: which proxy the environment names, and the way through it.
 
-# A proxy's answer to CONNECT.
+# The head of a proxy's answer to CONNECT.
 _MAX_HEAD_BYTES = 16 * 1024
 
 
@@ -2587,11 +2591,10 @@ class Proxy(NamedTuple):
 
 
 def proxy_for(endpoint: Endpoint, environ: Mapping[str, str]) -> Proxy | None:
-    """Return the HTTP proxy that the environment names for this server, if any."""
+    """Return the proxy for this server. Raises RelayError for one that cannot be used."""
     names = ("https_proxy", "HTTPS_PROXY") if endpoint.is_tls else ("http_proxy", "HTTP_PROXY")
     for name in (*names, "all_proxy", "ALL_PROXY"):
-        value = environ.get(name, "").strip()
-        if value:
+        if value := environ.get(name, "").strip():
             break
     else:
         return None
@@ -2610,19 +2613,18 @@ def proxy_for(endpoint: Endpoint, environ: Mapping[str, str]) -> Proxy | None:
     authorization = None
     if parts.username is not None:
         pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        # As it stands in the environment, UTF-8 or not.
-        authorization = (
-            "Basic " + base64.b64encode(pair.encode("utf-8", "surrogateescape")).decode()
-        )
+        # The environment's own bytes, which need not be UTF-8.
+        encoded = base64.b64encode(pair.encode("utf-8", "surrogateescape"))
+        authorization = f"Basic {encoded.decode()}"
     return Proxy(host, port or 80, authorization)
 
 
 def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
-    """Whether NO_PROXY names this host, read exactly.
+    """Whether NO_PROXY names this host.
 
-    `example.com` and `.example.com` stand for the name and what is below it, never for
-    notexample.com; an address for itself; a network in CIDR form for its addresses;
-    `host:port` for that port; `*` for all.
+    `example.com` and `.example.com` mean the name and its subdomains, never notexample.com.
+    An address means itself, a network in CIDR form its addresses, `host:port` one port,
+    `*` every host.
     """
     host = host.lower().rstrip(".")
     address = parse_address(host)
@@ -2645,28 +2647,25 @@ def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
 
 def _split_port(entry: str) -> tuple[str, int | None]:
     """Split `host:port` and `[v6]:port`; an IPv6 literal alone has no port."""
-    if entry.startswith("["):
-        name, _, rest = entry[1:].partition("]")
-    elif entry.count(":") == 1:
-        name, _, rest = entry.partition(":")
-        rest = f":{rest}"
-    else:
+    found = re.fullmatch(r"\[([^]]*)]?(.*)|([^:]*)(:[^:]*)", entry)
+    if found is None:
         return entry, None
-    if rest in ("", ":"):
+    name, port = found[1] or found[3] or "", found[2] or found[4] or ":"
+    if port == ":":
         return name, None
-    # What is no port is the port of nobody.
-    return name, int(rest[1:]) if re.fullmatch(r":[0-9]{1,5}", rest) else -1
+    # -1 is no server's port: a malformed entry matches nothing.
+    return name, int(port[1:]) if re.fullmatch(r":[0-9]{1,5}", port) else -1
 
 
 def printable(text: str) -> str:
-    """Nothing from the network may move a terminal's cursor or fill it."""
+    """Return at most 300 characters of a peer's text, none of which moves a cursor."""
     return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
 def connect_through(
     sock: socket.socket, proxy: Proxy, endpoint: Endpoint, deadline: Deadline
 ) -> None:
-    """Ask the proxy for a way to the server (RFC 9110, 9.3.6)."""
+    """Ask the proxy for a way to the server (RFC 9110, 9.3.6). Raises RelayError."""
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
     lines = [f"CONNECT {host}:{endpoint.port} HTTP/1.1", f"Host: {host}:{endpoint.port}"]
     if proxy.authorization:
@@ -2676,11 +2675,11 @@ def connect_through(
     head = b""
     try:
         deadline.wait_ready(sock, write=True, what=what)
-        sock.send(request)  # Fits into an empty send buffer whole.
-        while b"\r\n\r\n" not in head:
+        sock.send(request)  # An empty send buffer takes the whole request.
+        while not head.endswith(b"\r\n\r\n"):
             deadline.wait_ready(sock, write=False, what=what)
-            # One byte at a time past the end would eat the server's first bytes.
-            piece = sock.recv(_head_step(head))
+            # One byte at a time: the server's own bytes follow the head.
+            piece = sock.recv(1)
             if not piece or len(head) > _MAX_HEAD_BYTES:
                 raise RelayError("proxy_failed", f"{what} ended the connection")
             head += piece
@@ -2692,19 +2691,11 @@ def connect_through(
         raise RelayError("proxy_failed", f"{what} answered {said} to CONNECT {host}")
 
 
-def _head_step(head: bytes) -> int:
-    """Return how many bytes can be read without passing the blank line at the end."""
-    for have in (3, 2, 1):
-        if head.endswith(b"\r\n\r\n"[:have]):
-            return 4 - have
-    return 4
-
-
 # --- http_network_relay/dial/connect.py -----------------------------------------------------------
 # Dials: names, staggered addresses, HTTP CONNECT proxies and TLS, under one deadline.
 #
-# websocket-client's own connect is not used: it has a timeout for each read, tries one
-# address, sends secrets to where a redirect points, and reads proxy settings loosely.
+# websocket-client's own connect is not used: its timeout is for one read, a dead first address
+# fails the dial, a redirect gets the secrets, and NO_PROXY is matched loosely.
 
 
 def dial_tcp(
@@ -2713,10 +2704,10 @@ def dial_tcp(
     deadline: Deadline,
     allows: Callable[[str], bool] = lambda _: True,
 ) -> socket.socket:
-    """Connect to the first address that answers; the socket comes back blocking.
+    """Return a blocking socket, connected to the first address that answers.
 
-    A new address is tried every 250 ms, or at once when one fails. `allows` says of each
-    address whether it may be dialled. Raises DialError.
+    Another address is tried every 250 ms, or at once when one fails. `allows` says whether an
+    address may be dialled. Raises DialError.
     """
     found = resolve(host, port, deadline)
     infos = [info for info in found if allows(info[4][0])]
@@ -2751,7 +2742,7 @@ def dial_tcp(
 
 
 def _begin(info: Any, selector: selectors.BaseSelector) -> OSError | None:
-    """Start a connect; return why it could not even start."""
+    """Begin to connect, and register the socket; return the error of a failed beginning."""
     family, kind, protocol, _, address = info
     try:
         sock = socket.socket(family, kind, protocol)
@@ -2771,10 +2762,10 @@ def _begin(info: Any, selector: selectors.BaseSelector) -> OSError | None:
 
 def _set_options(sock: socket.socket) -> None:
     sock.setblocking(True)
-    # macOS refuses options on a socket that the peer has reset already; its first use tells.
+    # macOS refuses options on a socket that the peer has reset; the first read fails then.
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A host that vanished without a word ends its connection after about two minutes.
+        # A connection to a host that has vanished ends after about two minutes.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
             if hasattr(socket, name):
@@ -2797,7 +2788,10 @@ def dial_server(
     environ: Mapping[str, str],
     deadline: Deadline,
 ) -> socket.socket:
-    """Return a connected, non-blocking socket, TLS done if the URL says so."""
+    """Return a connected, non-blocking socket, after the TLS handshake if the URL asks for TLS.
+
+    Raises RelayError.
+    """
     proxy = proxy_for(endpoint, environ)
     host, port = (proxy.host, proxy.port) if proxy else (endpoint.host, endpoint.port)
     what = "the HTTP proxy" if proxy else "the server"
@@ -2819,7 +2813,7 @@ def dial_server(
 
 
 def make_context(ca_file: str | None) -> ssl.SSLContext:
-    """Return a context that verifies, always; `ca_file` adds a private CA."""
+    """Return a context that always verifies; `ca_file` adds a private CA. Raises RelayError."""
     context = ssl.create_default_context()
     if ca_file is not None:
         try:
@@ -2831,10 +2825,9 @@ def make_context(ca_file: str | None) -> ssl.SSLContext:
 
 
 def source_address(peer: Any) -> str | None:
-    """Return the address from which this machine reaches `peer` now; None: not at all.
+    """Return the local address of the route to `peer`, a getpeername(); None without a route.
 
-    `peer` is as of getpeername(). No packet is sent and nothing waits: the kernel looks
-    into its routes.
+    No packet is sent, and nothing waits: the kernel looks into its routes.
     """
     family = socket.AF_INET if len(peer) == 2 else socket.AF_INET6
     try:
@@ -2851,7 +2844,8 @@ def _start_tls(
     what = f"TLS with {endpoint.host}:{endpoint.port}"
     tls: socket.socket = sock
     try:
-        sock.getpeername()  # Wrapping fails too if the peer has reset it, but leaves its mess.
+        # After a reset, wrap_socket() fails too, but leaves a socket open.
+        sock.getpeername()
         tls = context.wrap_socket(
             sock, server_hostname=endpoint.host, do_handshake_on_connect=False
         )
@@ -2871,7 +2865,8 @@ def _start_tls(
             f"the certificate of {endpoint.host} is not trusted ({exc.verify_message});"
             " a private CA is added with --ca-file",
         ) from exc
-    except (OSError, ValueError) as exc:  # ValueError: a name that cannot be in a certificate.
+    # ValueError: a name that no certificate can have.
+    except (OSError, ValueError) as exc:
         tls.close()
         reason = getattr(exc, "strerror", None) or exc
         raise RelayError("tls_failed", f"{what} failed: {reason}; check --server-url") from exc
@@ -3311,32 +3306,32 @@ class Connection:
 
 
 # --- http_network_relay/dial/backoff.py -----------------------------------------------------------
-# How long to wait before the next try: exponential backoff with full jitter.
+# The wait before the next try: exponential backoff with full jitter.
 
 _FIRST_S = 0.2
-# A leg that held less, and carried nothing, was no leg.
-_SHORTEST_HELD_S = 1.0
+# A leg that lasted less, and carried nothing, counts as a failed try.
+_SHORTEST_LEG_S = 1.0
 
 
 def uniform(low: float, high: float) -> float:
-    """Draw from low..high, as random.uniform(): to import that takes a start a millisecond."""
+    """Draw from low..high. Not random.uniform(), whose import costs a start 1 ms."""
     return low + (high - low) * int.from_bytes(os.urandom(7), "big") / 2**56
 
 
 class Backoff:
-    """The first retry is immediate; then uniform in 0..b, b doubling from 0.2 s to `cap_s`."""
+    """The first wait is 0 s, each later one uniform in 0..b; b doubles from 0.2 s to `cap_s`."""
 
     def __init__(self, cap_s: float, draw: Callable[[float, float], float] = uniform) -> None:
         self._cap_s = cap_s
         self._draw = draw
         self._tries = 0
 
-    def held(self, seconds: float, *, was_used: bool = False) -> None:
-        """Note how long a leg held, and whether it carried anything for a tunnel.
+    def lasted(self, seconds: float, *, was_used: bool = False) -> None:
+        """Note for how long a leg lasted, and whether the leg carried anything for a tunnel.
 
-        The waits start anew after one that was of use, or held for twice the last b.
+        The waits begin anew after a leg that was used, or that lasted for twice the last b.
         """
-        if was_used or seconds >= max(_SHORTEST_HELD_S, 2 * self._bound_s()):
+        if was_used or seconds >= max(_SHORTEST_LEG_S, 2 * self._bound_s()):
             self._tries = 0
 
     def next_s(self) -> float:
@@ -3347,7 +3342,7 @@ class Backoff:
     def _bound_s(self) -> float:
         if self._tries <= 1:
             return 0.0
-        # min() before the power: after a year of tries it would be a huge number.
+        # min() before the power, which a year of tries would make a huge number.
         return min(self._cap_s, _FIRST_S * 2.0 ** min(self._tries - 2, 16))
 
 
@@ -3990,7 +3985,7 @@ class Session:
             self._read(transport)
             self._leave(transport)
             if not end.is_over:
-                backoff.held(time.monotonic() - begun, was_used=end.counts != counts)
+                backoff.lasted(time.monotonic() - begun, was_used=end.counts != counts)
                 self._come_back(backoff)
         pumps.wake()  # A tunnel that expires tells nobody.
         # What came before the end may still be handed on, for a second.
