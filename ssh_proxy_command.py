@@ -46,13 +46,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn
+from enum import Enum
+from typing import Any, Literal, NamedTuple, NoReturn, Union
 from urllib.parse import unquote, urlsplit
 
 # --- http_network_relay/wire/codes.py -------------------------------------------------------------
-# Every code that a peer, a person or an operator may see, and what follows from each.
+# Every code that a peer, a person or an operator may read, and what follows from the code.
 #
-# The codes are those of docs/protocol.md, "Codes"; the local ones stand last.
+# One table for all three programs. docs/protocol.md, "Codes", says when each code is sent.
 
 CLOSE_NORMAL = 1000
 CLOSE_PROTOCOL_ERROR = 1002
@@ -64,6 +65,7 @@ CLOSE_RESTART = 1012
 CLOSE_REPLACED_BY_SELF = 4408
 CLOSE_REPLACED_BY_OTHER = 4409
 
+# Exit codes of the proxy command.
 EXIT_CLEAN = 0
 EXIT_TUNNEL_LOST = 1
 EXIT_USAGE = 2
@@ -73,101 +75,207 @@ EXIT_TARGET = 5
 EXIT_SERVER = 6
 EXIT_DENIED = 7
 EXIT_SIGNAL_BASE = 128
-# What EPIPE on stdout counts as, on every system: 128 + SIGPIPE.
+# EPIPE on stdout counts as 128 + SIGPIPE on every system.
 EXIT_SIGPIPE = 141
 
-# code -> (exit code, a new try may help)
-ERRORS: dict[str, tuple[int, bool]] = {
+# Which programs may say a code on the wire: server, client, proxy command.
+_S, _C, _SC = ("server",), ("client",), ("server", "client")
+_SP, _CP = ("server", "proxy command"), ("client", "proxy command")
+_ALL = ("server", "client", "proxy command")
+_AGAIN = "try again in a moment"
+_CONNECT = "connect again"
+
+
+class _Row(NamedTuple):
+    """The properties of a code, as the class Code explains them."""
+
+    text: str
+    exit_code: int
+    said_by: tuple[str, ...] = ()
+    hint: str = ""
+    is_retryable: bool = False
+    http_status: int = 0
+    retry_after_s: int = 0
+    takes_turn: bool = False
+
+
+class Code(str, Enum):
+    """A code: a `str` on the wire and in logs, with its properties.
+
+    Attributes:
+        exit_code: How the proxy command exits.
+        said_by: The programs that may say the code on the wire; empty for a local code.
+        hint: What a proxy user can try; empty if the sentence says enough.
+        is_retryable: Whether a new try may help.
+        http_status: The HTTP status before the upgrade; 0 if there is none.
+        retry_after_s: The value of Retry-After; 0 if there is none.
+        takes_turn: Whether the end waits behind the channel's data (docs/protocol.md, "Order").
+    """
+
+    exit_code: int
+    said_by: tuple[str, ...]
+    hint: str
+    is_retryable: bool
+    http_status: int
+    retry_after_s: int
+    takes_turn: bool
+
+    def __new__(cls, *row: Any) -> Code:
+        """Make a member from its row, which Enum passes field by field."""
+        self = str.__new__(cls, row[0])
+        self._value_ = row[0]
+        for name, value in _Row(*row)._asdict().items():
+            if name != "text":
+                setattr(self, name, value)
+        return self
+
+    # Enum's own would show the member's name in log lines.
+    __str__ = str.__str__
+    __format__ = str.__format__  # type: ignore[assignment]
+
     # HTTP answers before the upgrade.
-    "bad_request": (EXIT_SERVER, False),
-    "unauthorized": (EXIT_UNAUTHORIZED, False),
-    "forbidden": (EXIT_UNAUTHORIZED, False),
-    "not_found": (EXIT_SERVER, False),
-    "version_unsupported": (EXIT_SERVER, False),
-    "head_timeout": (EXIT_SERVER, True),
-    "too_many": (EXIT_SERVER, True),
-    "head_too_large": (EXIT_SERVER, False),
-    "wrong_worker": (EXIT_SERVER, False),
-    "busy": (EXIT_SERVER, True),
-    "server_restart": (EXIT_SERVER, True),
-    # `refused`
-    "client_unknown": (EXIT_CLIENT_OFFLINE, False),
-    "client_offline": (EXIT_CLIENT_OFFLINE, True),
-    "user_full": (EXIT_SERVER, True),
-    "client_full": (EXIT_SERVER, True),
-    "too_many_opens": (EXIT_SERVER, True),
-    "no_open": (EXIT_SERVER, True),
-    "unknown_tunnel": (EXIT_TUNNEL_LOST, False),
-    "denied": (EXIT_DENIED, False),
-    "denied_by_client": (EXIT_DENIED, False),
-    "protocol_unsupported": (EXIT_USAGE, False),
-    "target_invalid": (EXIT_USAGE, False),
-    "target_refused": (EXIT_TARGET, False),
-    "target_unreachable": (EXIT_TARGET, False),
-    "target_timeout": (EXIT_TARGET, False),
-    "target_unknown": (EXIT_TARGET, False),
-    # `reset` and `detached`
-    "protocol_error": (EXIT_TUNNEL_LOST, False),
-    "user_gone": (EXIT_TUNNEL_LOST, False),
-    "target_reset": (EXIT_TUNNEL_LOST, False),
-    "target_lost": (EXIT_TUNNEL_LOST, False),
-    "client_stopped": (EXIT_TUNNEL_LOST, False),
-    "superseded": (EXIT_TUNNEL_LOST, False),
-    "revoked": (EXIT_UNAUTHORIZED, False),
-    "idle_timeout": (EXIT_TUNNEL_LOST, False),
-    "max_age": (EXIT_TUNNEL_LOST, False),
-    "user_lost": (EXIT_TUNNEL_LOST, False),
-    "client_lost": (EXIT_TUNNEL_LOST, True),
-    "client_replaced": (EXIT_TUNNEL_LOST, True),
-    # Local: seen by this end alone.
-    "usage": (EXIT_USAGE, False),
-    "server_unreachable": (EXIT_SERVER, True),
-    "tls_failed": (EXIT_SERVER, True),
-    "proxy_failed": (EXIT_SERVER, True),
-    "not_a_relay": (EXIT_SERVER, True),
-    "server_failed": (EXIT_SERVER, True),
-    "leg_lost": (EXIT_TUNNEL_LOST, True),
-    "open_timeout": (EXIT_TARGET, True),
-    "internal_error": (EXIT_TUNNEL_LOST, False),
-}
-
-
-class HttpAnswer(NamedTuple):
-    status: int
-    retry_after_s: int | None = None
-
-
-# code -> how it is answered before the upgrade.
-HTTP_ANSWERS: dict[str, HttpAnswer] = {
-    "bad_request": HttpAnswer(400),
-    "unauthorized": HttpAnswer(401),
-    "forbidden": HttpAnswer(403),
-    "not_found": HttpAnswer(404),
-    "version_unsupported": HttpAnswer(426),
-    "head_timeout": HttpAnswer(408),
-    # As long as a client waits anyway whose secret is wrong.
-    "too_many": HttpAnswer(429, 30),
-    "head_too_large": HttpAnswer(431),
-    "internal_error": HttpAnswer(500),
-    "wrong_worker": HttpAnswer(500),
+    BAD_REQUEST = _Row("bad_request", EXIT_SERVER, _S, http_status=400)
+    UNAUTHORIZED = _Row(
+        "unauthorized",
+        EXIT_UNAUTHORIZED,
+        _S,
+        "check the token (--secret-key-file) with the relay's operator",
+        http_status=401,
+    )
+    FORBIDDEN = _Row("forbidden", EXIT_UNAUTHORIZED, _S, http_status=403)
+    NOT_FOUND = _Row("not_found", EXIT_SERVER, _S, "check --server-url", http_status=404)
+    VERSION_UNSUPPORTED = _Row("version_unsupported", EXIT_SERVER, _S, http_status=426)
+    HEAD_TIMEOUT = _Row("head_timeout", EXIT_SERVER, _S, is_retryable=True, http_status=408)
+    # A client whose secret is wrong waits as long anyway.
+    TOO_MANY = _Row(
+        "too_many", EXIT_SERVER, _S, is_retryable=True, http_status=429, retry_after_s=30
+    )
+    HEAD_TOO_LARGE = _Row("head_too_large", EXIT_SERVER, _S, http_status=431)
+    WRONG_WORKER = _Row("wrong_worker", EXIT_SERVER, _S, http_status=500)
     # Legs last for hours, but a failing peer gives its slot back within seconds.
-    "busy": HttpAnswer(503, 5),
+    BUSY = _Row(
+        "busy", EXIT_SERVER, _SC, _AGAIN, is_retryable=True, http_status=503, retry_after_s=5
+    )
     # A rolling restart has the next worker listening already.
-    "server_restart": HttpAnswer(503, 1),
-}
+    SERVER_RESTART = _Row(
+        "server_restart",
+        EXIT_SERVER,
+        _S,
+        _AGAIN,
+        is_retryable=True,
+        http_status=503,
+        retry_after_s=1,
+    )
+    # `refused`
+    CLIENT_UNKNOWN = _Row(
+        "client_unknown", EXIT_CLIENT_OFFLINE, _S, "check the name with the relay's operator"
+    )
+    CLIENT_OFFLINE = _Row(
+        "client_offline",
+        EXIT_CLIENT_OFFLINE,
+        _S,
+        "is the device switched on and its client running?",
+        is_retryable=True,
+    )
+    USER_FULL = _Row("user_full", EXIT_SERVER, _S, is_retryable=True)
+    CLIENT_FULL = _Row("client_full", EXIT_SERVER, _S, is_retryable=True)
+    TOO_MANY_OPENS = _Row("too_many_opens", EXIT_SERVER, _S, is_retryable=True)
+    NO_OPEN = _Row("no_open", EXIT_SERVER, _S, is_retryable=True)
+    UNKNOWN_TUNNEL = _Row("unknown_tunnel", EXIT_TUNNEL_LOST, _C)
+    DENIED = _Row("denied", EXIT_DENIED, _S, "ask the relay's operator for a rule that allows it")
+    DENIED_BY_CLIENT = _Row(
+        "denied_by_client",
+        EXIT_DENIED,
+        _C,
+        "ask the device's owner: its client was started with --allow",
+    )
+    PROTOCOL_UNSUPPORTED = _Row("protocol_unsupported", EXIT_USAGE, _C)
+    TARGET_INVALID = _Row("target_invalid", EXIT_USAGE, _SC)
+    TARGET_REFUSED = _Row(
+        "target_refused", EXIT_TARGET, _C, "does the service run there, on that port?"
+    )
+    TARGET_UNREACHABLE = _Row(
+        "target_unreachable", EXIT_TARGET, _C, "is the address right, as seen from the device?"
+    )
+    TARGET_TIMEOUT = _Row(
+        "target_timeout",
+        EXIT_TARGET,
+        _C,
+        "is the address right, as seen from the device, and no firewall between?",
+    )
+    TARGET_UNKNOWN = _Row(
+        "target_unknown", EXIT_TARGET, _C, "is the name right, as seen from the device?"
+    )
+    # `reset` and `detached`
+    PROTOCOL_ERROR = _Row(
+        "protocol_error", EXIT_TUNNEL_LOST, _ALL, "upgrade the older one of the relay's programs"
+    )
+    USER_GONE = _Row("user_gone", EXIT_TUNNEL_LOST, _SP, takes_turn=True)
+    TARGET_RESET = _Row(
+        "target_reset", EXIT_TUNNEL_LOST, _C, "the target's own log may say why", takes_turn=True
+    )
+    TARGET_LOST = _Row("target_lost", EXIT_TUNNEL_LOST, _C, "connect again when the target is back")
+    CLIENT_STOPPED = _Row(
+        "client_stopped", EXIT_TUNNEL_LOST, _C, "connect again when the client runs again"
+    )
+    SUPERSEDED = _Row("superseded", EXIT_TUNNEL_LOST, _C)
+    REVOKED = _Row("revoked", EXIT_UNAUTHORIZED, _S, "ask the relay's operator")
+    IDLE_TIMEOUT = _Row("idle_timeout", EXIT_TUNNEL_LOST, _S)
+    MAX_AGE = _Row("max_age", EXIT_TUNNEL_LOST, _S)
+    USER_LOST = _Row("user_lost", EXIT_TUNNEL_LOST, _S)
+    CLIENT_LOST = _Row("client_lost", EXIT_TUNNEL_LOST, _S, _CONNECT, is_retryable=True)
+    CLIENT_REPLACED = _Row("client_replaced", EXIT_TUNNEL_LOST, _S, _CONNECT, is_retryable=True)
+    # A bug of the program that says so; in an HTTP answer, of the server.
+    INTERNAL_ERROR = _Row("internal_error", EXIT_TUNNEL_LOST, _CP, http_status=500)
+    # Local codes, never on the wire.
+    USAGE = _Row("usage", EXIT_USAGE)
+    SERVER_UNREACHABLE = _Row(
+        "server_unreachable",
+        EXIT_SERVER,
+        hint="check the network and --server-url",
+        is_retryable=True,
+    )
+    TLS_FAILED = _Row("tls_failed", EXIT_SERVER, is_retryable=True)
+    PROXY_FAILED = _Row(
+        "proxy_failed",
+        EXIT_SERVER,
+        hint="check the proxy settings (https_proxy, no_proxy)",
+        is_retryable=True,
+    )
+    NOT_A_RELAY = _Row("not_a_relay", EXIT_SERVER, is_retryable=True)
+    SERVER_FAILED = _Row("server_failed", EXIT_SERVER, is_retryable=True)
+    LEG_LOST = _Row("leg_lost", EXIT_TUNNEL_LOST, hint=_CONNECT, is_retryable=True)
+    OPEN_TIMEOUT = _Row(
+        "open_timeout",
+        EXIT_TARGET,
+        hint="try again; the log of the client on the device says more",
+        is_retryable=True,
+    )
 
-# These ends take their turn behind the channel's data (docs/protocol.md, "Order").
-ENDS_IN_TURN = frozenset({"user_gone", "target_reset"})
+
+def takes_turn(text: str) -> bool:
+    """Whether an end of this code waits behind the channel's data."""
+    row = find_code(text)
+    return row is not None and row.takes_turn
+
+
+def find_code(text: str) -> Code | None:
+    """Return the row of a code; None for a code of a newer peer."""
+    # Not Code(text): an error costs more than a look-up.
+    return Code._value2member_map_.get(text)  # type: ignore[return-value]
 
 
 # --- http_network_relay/wire/errors.py ------------------------------------------------------------
 # The errors of all three programs: one root, few classes.
+#
+# str() of each is a sentence for a person. The code is for programs, logs and peers; a code
+# of a newer peer need not be in the table of codes.py.
 
 DialFailure = Literal["refused", "unreachable", "timeout", "unknown", "denied", "cancelled"]
 
 
 class RelayError(Exception):
-    """Something failed that has a code; `str()` is a sentence for a person."""
+    """An error that has a code."""
 
     def __init__(self, code: str, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -177,57 +285,50 @@ class RelayError(Exception):
 
     @property
     def exit_code(self) -> int:
-        """The proxy command's exit code; an unknown code of a newer peer counts as a loss."""
-        return ERRORS.get(self.code, (EXIT_TUNNEL_LOST, False))[0]
+        """The proxy command's exit code; an unknown code counts as a lost tunnel."""
+        row = find_code(self.code)
+        return EXIT_TUNNEL_LOST if row is None else row.exit_code
 
     @property
     def is_retryable(self) -> bool:
         """Whether a new try may help."""
-        return ERRORS.get(self.code, (EXIT_TUNNEL_LOST, False))[1]
+        row = find_code(self.code)
+        return row is not None and row.is_retryable
 
 
 class DialError(RelayError):
     """A dial failed. The code is that of the way to the server; the client maps `kind`."""
 
     def __init__(self, kind: DialFailure, message: str) -> None:
-        super().__init__("server_unreachable", message)
+        super().__init__(Code.SERVER_UNREACHABLE, message)
         self.kind = kind
 
 
-class LegError(Exception):
+class LegError(RelayError):
     """The peer broke the leg's rules; the leg ends with `close_code`."""
 
     def __init__(self, message: str, close_code: int = CLOSE_PROTOCOL_ERROR) -> None:
-        super().__init__(message)
+        super().__init__(Code.PROTOCOL_ERROR, message)
         self.close_code = close_code
 
 
-class TunnelError(Exception):
+class TunnelError(RelayError):
     """The peer broke one tunnel's rules; that tunnel is reset, the leg goes on."""
 
-    def __init__(self, message: str, channel: int = 0, code: str = "protocol_error") -> None:
-        super().__init__(message)
+    def __init__(self, message: str, channel: int = 0, code: str = Code.PROTOCOL_ERROR) -> None:
+        super().__init__(code, message)
         self.channel = channel
-        self.code = code
 
 
 class ConfigError(RelayError):
-    """A setting or a file is wrong; the message names it and the mend."""
+    """A setting or a file is wrong; the message names the setting and the fix."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("config", message)
+        super().__init__(Code.USAGE, message)
 
 
-class TunnelRefused(RelayError):
-    """An `open` or `resume` that does not become a tunnel: answered with `refused`."""
-
-
-class HttpRefusal(RelayError):
-    """A request that is answered with an HTTP error; `code` is in HTTP_ANSWERS."""
-
-    @property
-    def answer(self) -> HttpAnswer:
-        return HTTP_ANSWERS[self.code]
+class Refused(RelayError):
+    """The server admits no leg or opens no tunnel: an HTTP answer, or `refused`."""
 
 
 # --- http_network_relay/wire/constants.py ---------------------------------------------------------
@@ -355,11 +456,108 @@ def _prose(value: Any) -> str | None:
     return "".join(c if c.isprintable() else "?" for c in value[:MAX_MESSAGE_CHARS])
 
 
-_code = _matching(r"[a-z][a-z_]{0,63}")
-_seconds = _whole(0, 10**6)
+class Open(NamedTuple):
+    """The proxy user asks for a tunnel; the server adds `user` on the way to the client."""
+
+    client: str
+    host: str
+    port: int
+    protocol: str
+    tunnel_id: str
+    resume_token: str
+    limit: int
+    grace_s: int
+    user: str = ""
+    channel: int = 0
+
+
+class Resume(NamedTuple):
+    """The proxy user asks to go on with a tunnel: the fields of its Open, and the counts."""
+
+    client: str
+    host: str
+    port: int
+    protocol: str
+    tunnel_id: str
+    resume_token: str
+    limit: int
+    grace_s: int
+    attempt: int
+    received: int
+    delivered: int
+    user: str = ""
+    channel: int = 0
+
+
+class Opened(NamedTuple):
+    """The client has opened the tunnel."""
+
+    limit: int
+    grace_s: int
+    channel: int = 0
+
+
+class Resumed(NamedTuple):
+    """The client goes on with the tunnel."""
+
+    received: int
+    delivered: int
+    limit: int
+    channel: int = 0
+
+
+class OpenRefused(NamedTuple):
+    """An `open` or `resume` makes no tunnel; on the wire the type is `refused`."""
+
+    code: str
+    message: str
+    channel: int = 0
+
+
+class Ack(NamedTuple):
+    """The receiver has delivered bytes, and its eof perhaps; the sender's new limit."""
+
+    delivered: int
+    limit: int
+    eof: bool
+    channel: int = 0
+
+
+class Eof(NamedTuple):
+    """The sender's stream has ended after `count` bytes."""
+
+    count: int  # type: ignore[assignment]  # The wire's name hides tuple.count().
+    channel: int = 0
+
+
+class Reset(NamedTuple):
+    """One end has ended the tunnel with an error."""
+
+    code: str
+    message: str
+    channel: int = 0
+
+
+class Detached(NamedTuple):
+    """The other end's leg is lost; the tunnel may be resumed."""
+
+    code: str
+    channel: int = 0
+
+
+class GoingAway(NamedTuple):
+    """The server stops soon: peers return within `spread_ms`. Concerns the leg, no channel."""
+
+    spread_ms: int
+    channel: int = 0
+
+
+Opening = Union[Open, Resume]
+Control = Union[Open, Resume, Opened, Resumed, OpenRefused, Ack, Eof, Reset, Detached, GoingAway]
 
 _Check = Callable[[Any], Any]
-_OPEN: dict[str, _Check] = {
+# A field has the same check in each type. A check returns the value, or None for a bad one.
+_CHECKS: dict[str, _Check] = {
     "client": _matching(NAME_PATTERN),
     "host": _matching(HOST_PATTERN),
     "port": _whole(1, 65535),
@@ -367,24 +565,36 @@ _OPEN: dict[str, _Check] = {
     "tunnel_id": _matching(r"[0-9a-f]{32}"),
     "resume_token": _matching(r"[0-9a-f]{64}"),
     "limit": _count,
-    "grace_s": _seconds,
+    "grace_s": _whole(0, 10**6),
+    "attempt": _count,
+    "received": _count,
+    "delivered": _count,
+    "eof": _flag,
+    "count": _count,
+    "code": _matching(r"[a-z][a-z_]{0,63}"),
+    "message": _prose,
+    "spread_ms": _whole(0, 10**6),
 }
-_REASON: dict[str, _Check] = {"code": _code, "message": _prose}
-# One row a type: field -> check that returns the value, or None for a bad one.
+# The server adds this field on the way to a client.
+_user = _matching(r"[!-~]{1,128}")
+TYPES: dict[str, type[Any]] = {
+    "open": Open,
+    "opened": Opened,
+    "refused": OpenRefused,
+    "ack": Ack,
+    "eof": Eof,
+    "reset": Reset,
+    "detached": Detached,
+    "going_away": GoingAway,
+    "resume": Resume,
+    "resumed": Resumed,
+}
+# One row a type: its fields on every leg, in the order of its class, with their checks.
 FIELDS: dict[str, dict[str, _Check]] = {
-    "open": _OPEN,
-    "opened": {"limit": _count, "grace_s": _seconds},
-    "refused": _REASON,
-    "ack": {"delivered": _count, "limit": _count, "eof": _flag},
-    "eof": {"count": _count},
-    "reset": _REASON,
-    "detached": {"code": _code},
-    "going_away": {"spread_ms": _whole(0, 10**6)},
-    "resume": {**_OPEN, "attempt": _count, "received": _count, "delivered": _count},
-    "resumed": {"received": _count, "delivered": _count, "limit": _count},
+    kind: {name: _CHECKS[name] for name in made._fields if name in _CHECKS}
+    for kind, made in TYPES.items()
 }
-# Fields that the server adds on the way to a client.
-_ADDED_BY_SERVER: dict[str, _Check] = {"user": _matching(r"[!-~]{1,128}")}
+_NAMES: dict[type[Any], str] = {made: kind for kind, made in TYPES.items()}
 
 FROM_USER: frozenset[str] = frozenset({"open", "resume", "ack", "eof", "reset"})
 FROM_CLIENT: frozenset[str] = frozenset({"opened", "resumed", "refused", "ack", "eof", "reset"})
@@ -395,11 +605,22 @@ LEG_TYPES: frozenset[str] = frozenset({"going_away"})
 _channel = _whole(1, MAX_CHANNEL)
 
 
-def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> dict[str, Any]:
-    """Return a new dict with `type`, `channel` (on a client leg) and the known fields.
+def type_of(control: Control) -> str:
+    """Return the control's type, as the wire names it."""
+    return _NAMES[type(control)]
 
-    `legal` is what may come from this side. Unknown fields are ignored. Raises
-    LegError or TunnelError as docs/protocol.md, "Errors", tells them apart.
+
+def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> Control:
+    """Return the control that a text message is.
+
+    Args:
+        text: The message; fields that are not known are ignored.
+        legal: The types that may come from this side.
+        has_channel: Whether the message came on a client leg.
+
+    Raises:
+        LegError: The leg ends (docs/protocol.md, "Errors").
+        TunnelError: The tunnel of `channel` ends.
     """
     if len(text) > MAX_CONTROL_BYTES or len(text.encode("utf-8", "replace")) > MAX_CONTROL_BYTES:
         raise LegError(f"a control is longer than {MAX_CONTROL_BYTES} bytes", CLOSE_TOO_BIG)
@@ -410,23 +631,24 @@ def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> dic
     kind = raw.get("type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in FIELDS:
         raise LegError("a control has no known type")
-    control: dict[str, Any] = {"type": kind}
+    channel = 0
     if has_channel and kind not in LEG_TYPES:
-        channel = _channel(raw.get("channel"))
-        if channel is None:
+        found = _channel(raw.get("channel"))
+        if found is None:
             raise LegError(f"{kind} has no valid channel")
-        control["channel"] = channel
-    channel = control.get("channel", 0)
+        channel = found
     if kind not in legal:
         raise TunnelError(f"{kind} does not come from this side", channel)
     checks = FIELDS[kind]
-    if has_channel and kind in ("open", "resume"):
-        checks = {**checks, **_ADDED_BY_SERVER}
+    if has_channel and "client" in checks:
+        checks = {**checks, "user": _user}
+    values: list[Any] = []
     for name, check in checks.items():
         value = check(raw.get(name))
         if value is None:
             raise TunnelError(f"{kind} has a missing or bad field {name}", channel)
-        control[name] = value
+        values.append(value)
+    control: Control = TYPES[kind](*values, channel=channel)
     return control
 
 
@@ -438,16 +660,20 @@ def decode_text(payload: bytes | bytearray) -> str:
         raise LegError("a text message is not UTF-8", CLOSE_NOT_UTF8) from exc
 
 
-def encode_control(kind: str, channel: int = 0, **fields: Any) -> bytes:
-    """Return the JSON of a control; `channel` 0 leaves that field out (a user leg)."""
-    control: dict[str, Any] = {"type": kind}
-    if channel:
-        control["channel"] = channel
+def encode_control(control: Control) -> bytes:
+    """Return a control's JSON. Channel 0 (a user leg) and an empty user are left out."""
+    fields: dict[str, Any] = {"type": type_of(control)}
+    if control.channel:
+        fields["channel"] = control.channel
+    fields.update(control._asdict())
+    if not control.channel:
+        del fields["channel"]
+    if not fields.get("user", True):
+        del fields["user"]
     if "message" in fields:
         fields["message"] = _prose(fields["message"])
-    control.update(fields)
     # Not as \uXXXX: a message of 500 characters must fit into MAX_CONTROL_BYTES.
-    return json.dumps(control, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
 def encode_channel(channel: int) -> bytes:
@@ -1328,6 +1554,54 @@ class Timer:
             slept = time.time() - planned > _SLEPT_S
 
 
+# --- http_network_relay/end/channel.py ------------------------------------------------------------
+# A tunnel's handle on one leg.
+
+
+class Link:
+    """A channel of one leg, as the end of a tunnel uses it. Its identity is what counts.
+
+    `channel` 0 is a user leg's only tunnel. Any thread; it only puts into the outbox.
+    """
+
+    def __init__(self, outbox: SendQueue, channel: int = 0) -> None:
+        self.outbox = outbox
+        self.channel = channel
+        self._head = encode_channel(channel) if channel else b""
+
+    def put_first(self, control: Control) -> None:
+        """Send the channel's first message."""
+        self.outbox.put_first(self.channel, self._text(control))
+
+    def put_data(self, data: Any) -> None:
+        """Send stream bytes, with the next push()."""
+        self.outbox.put_data_now(self.channel, self._head, data)
+
+    def put_ack(self, ack: Ack) -> None:
+        """Send an ack, with the next push()."""
+        self.outbox.put_ack(self.channel, self._text(ack))
+
+    def put_eof(self, count: int) -> None:
+        """Send an eof, behind the data."""
+        self.outbox.put_eof(self.channel, self._text(Eof(count)))
+
+    def put_reset(self, error: RelayError) -> None:
+        """Send a reset, behind the data where what came before it counts."""
+        frame = self._text(Reset(error.code, str(error)))
+        self.outbox.put_end(self.channel, frame, in_turn=takes_turn(error.code))
+
+    def push(self) -> None:
+        """Send data and acks that were put. Hold no lock."""
+        self.outbox.push()
+
+    def drop(self) -> None:
+        """Delete what waits to be sent."""
+        self.outbox.drop(self.channel)
+
+    def _text(self, control: Control) -> Frame:
+        return Frame(OP_TEXT, b"", encode_control(control._replace(channel=self.channel)))
+
+
 # --- http_network_relay/end/window.py -------------------------------------------------------------
 # How large the window of a stream is (docs/protocol.md, "The receiver's window").
 #
@@ -1523,14 +1797,6 @@ _LEAST_MESSAGE_BYTES = 4 * 1024
 # Kept pieces are merged up to here. Single bytes would else cost a hundred each; merging
 # large ones would copy them for nothing.
 _MERGED_BYTES = 4 * 1024
-
-
-class Ack(NamedTuple):
-    """What an `ack` says: bytes handed on, the sender's new limit, eof handed on."""
-
-    delivered: int
-    limit: int
-    eof: bool
 
 
 class Position(NamedTuple):
@@ -1766,54 +2032,6 @@ class Stream:
     def is_finished(self) -> bool:
         """Whether both eofs were handed on and both acks have passed, on one channel."""
         return self.out.eof_acked and self.into.eof_acked
-
-
-# --- http_network_relay/end/channel.py ------------------------------------------------------------
-# A tunnel's handle on one leg.
-
-
-class Link:
-    """A channel of one leg, as the end of a tunnel uses it. Its identity is what counts.
-
-    `channel` 0 is a user leg's only tunnel. Any thread; it only puts into the outbox.
-    """
-
-    def __init__(self, outbox: SendQueue, channel: int = 0) -> None:
-        self.outbox = outbox
-        self.channel = channel
-        self._head = encode_channel(channel) if channel else b""
-
-    def put_first(self, kind: str, **fields: Any) -> None:
-        """Send the channel's first message."""
-        self.outbox.put_first(self.channel, self._text(kind, **fields))
-
-    def put_data(self, data: Any) -> None:
-        """Send stream bytes, with the next push()."""
-        self.outbox.put_data_now(self.channel, self._head, data)
-
-    def put_ack(self, ack: Ack) -> None:
-        """Send an ack, with the next push()."""
-        self.outbox.put_ack(self.channel, self._text("ack", **ack._asdict()))
-
-    def put_eof(self, count: int) -> None:
-        """Send an eof, behind the data."""
-        self.outbox.put_eof(self.channel, self._text("eof", count=count))
-
-    def put_reset(self, error: RelayError) -> None:
-        """Send a reset, behind the data where what came before it counts."""
-        frame = self._text("reset", code=error.code, message=str(error))
-        self.outbox.put_end(self.channel, frame, in_turn=error.code in ENDS_IN_TURN)
-
-    def push(self) -> None:
-        """Send data and acks that were put. Hold no lock."""
-        self.outbox.push()
-
-    def drop(self) -> None:
-        """Delete what waits to be sent."""
-        self.outbox.drop(self.channel)
-
-    def _text(self, kind: str, **fields: Any) -> Frame:
-        return Frame(OP_TEXT, b"", encode_control(kind, self.channel, **fields))
 
 
 # --- http_network_relay/end/tunnel_end.py ---------------------------------------------------------
@@ -2134,7 +2352,7 @@ class TunnelEnd:
             self._stream.out.check_resume(peer)
             self._attempt = attempt
             old, self._link = self._link, None
-            link.put_first("resumed", **self._stream.into.resume()._asdict())
+            link.put_first(Resumed(*self._stream.into.resume()))
             self._attach_locked(link, peer)
         link.push()
         if old is not None:
@@ -3092,7 +3310,7 @@ def _refusal(
         code, message = str(told["code"]), printable(str(told["message"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         code, message = "", f"it answered {status}"
-    if code not in ERRORS or code == "internal_error":  # Of the server, not of the tunnel.
+    if find_code(code) in (None, Code.INTERNAL_ERROR):  # Of the server, not of the tunnel.
         by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
         code = by_status.get(status, "busy" if status in (429, 503) else "server_failed")
     retry_after_s = _number(headers.get("retry-after", ""))
@@ -3349,38 +3567,12 @@ class Backoff:
 # --- http_network_relay/proxy_command/messages.py -------------------------------------------------
 # What the proxy command says on stderr: one line, with a hint.
 
-# What to try, for errors whose sentence does not say it already.
-HINTS = {
-    "unauthorized": "check the token (--secret-key-file) with the relay's operator",
-    "client_unknown": "check the name with the relay's operator",
-    "client_offline": "is the device switched on and its client running?",
-    "denied": "ask the relay's operator for a rule that allows it",
-    "denied_by_client": "ask the device's owner: its client was started with --allow",
-    "revoked": "ask the relay's operator",
-    "target_refused": "does the service run there, on that port?",
-    "target_unreachable": "is the address right, as seen from the device?",
-    "target_timeout": "is the address right, as seen from the device, and no firewall between?",
-    "target_unknown": "is the name right, as seen from the device?",
-    "open_timeout": "try again; the log of the client on the device says more",
-    "server_unreachable": "check the network and --server-url",
-    "busy": "try again in a moment",
-    "server_restart": "try again in a moment",
-    "proxy_failed": "check the proxy settings (https_proxy, no_proxy)",
-    "not_found": "check --server-url",
-    "leg_lost": "connect again",
-    "client_lost": "connect again",
-    "client_replaced": "connect again",
-    "client_stopped": "connect again when the client runs again",
-    "target_reset": "the target's own log may say why",
-    "target_lost": "connect again when the target is back",
-    "protocol_error": "upgrade the older one of the relay's programs",
-}
-
 
 def complain(error: RelayError) -> int:
     """Say in one line on stderr what failed and what to try; return the exit code."""
-    hint = HINTS.get(error.code)
-    warn(f"{error}; {hint}" if hint else str(error))
+    row = find_code(error.code)
+    hint = f"; {row.hint}" if row is not None and row.hint else ""
+    warn(f"{error}{hint}")
     return error.exit_code
 
 
@@ -3847,7 +4039,7 @@ class Session:
         # One tunnel: the end, its link on the present leg, and what `resume` repeats.
         self._link = Link(SendQueue())
         self._end = TunnelEnd(self._link, settings.max_window_bytes)
-        self._opening: dict[str, Any] = {}
+        self._opening: Open | None = None
         self._attempt = 0
         self._next_leg: NextLeg | None = None
         self._server_restarts = False
@@ -3894,26 +4086,27 @@ class Session:
         settings = self._settings
         self._link = Link(transport.outbox)
         self._end = TunnelEnd(self._link, settings.max_window_bytes, self._on_change)
-        self._opening = {
-            "client": settings.client,
-            "host": settings.host,
-            "port": settings.port,
-            "protocol": "tcp",
-            "tunnel_id": os.urandom(16).hex(),
-            "resume_token": os.urandom(32).hex(),
-            "limit": self._end.first_limit,
-            "grace_s": settings.grace_s,
-        }
-        control = self._ask(transport, "open", self._opening, ANSWER_TIMEOUT_S)
-        if not self._end.on_open(control["limit"], min(settings.grace_s, control["grace_s"])):
+        self._opening = Open(
+            client=settings.client,
+            host=settings.host,
+            port=settings.port,
+            protocol="tcp",
+            tunnel_id=os.urandom(16).hex(),
+            resume_token=os.urandom(32).hex(),
+            limit=self._end.first_limit,
+            grace_s=settings.grace_s,
+        )
+        answer = self._ask(transport, self._opening, ANSWER_TIMEOUT_S)
+        assert isinstance(answer, Opened)  # _ask() returns nothing else for an Open.
+        if not self._end.on_open(answer.limit, min(settings.grace_s, answer.grace_s)):
             raise self._end.ended or RelayError("leg_lost", "the tunnel was lost")
 
     def _connect(self) -> Connection:
         """Dial one leg; also in the thread of NextLeg."""
         settings = self._settings
         headers = [f"Authorization: Bearer {settings.token}"]
-        if self._end.is_open:
-            headers.append(f"{TUNNEL_HEADER}: {self._opening['tunnel_id']}")
+        if self._end.is_open and self._opening is not None:
+            headers.append(f"{TUNNEL_HEADER}: {self._opening.tunnel_id}")
         return connect(
             settings.endpoint,
             headers,
@@ -3927,18 +4120,18 @@ class Session:
         """Whether a leg that is being dialled is of no use any more."""
         return self._end.is_over or (self._end.is_detached and not self._end.resume_left_s())
 
-    def _ask(
-        self, transport: Connection, kind: str, fields: dict[str, Any], timeout_s: float
-    ) -> dict[str, Any]:
-        """Send a new leg's first message; return the answer. Raises RelayError."""
-        answer = {"open": "opened", "resume": "resumed"}[kind]
+    def _ask(self, transport: Connection, asked: Opening, timeout_s: float) -> Opened | Resumed:
+        """Send a new leg's first message; return its answer. Raises RelayError."""
+        is_open = isinstance(asked, Open)
+        wanted = Opened if is_open else Resumed
+        answer = "opened" if is_open else "resumed"
         self._server_restarts = False
         self._transport = transport
         transport.start("user")
         link = Link(transport.outbox)
-        link.put_first(kind, **fields)
+        link.put_first(asked)
         link.push()
-        who = f"{self._settings.target}: " if kind == "open" else ""
+        who = f"{self._settings.target}: " if is_open else ""
         self._no_answer = RelayError("open_timeout", f"{who}no answer from the client in time")
         self._answer_by = time.monotonic() + timeout_s
         self._timer.wake()
@@ -3953,18 +4146,18 @@ class Session:
                 if opcode == OP_BINARY:
                     raise TunnelError(f"data came before {answer}")
                 control = parse_control(decode_text(payload), TO_USER, has_channel=False)
-                if control["type"] == answer:
+                if isinstance(control, wanted):
                     return control
-                if control["type"] == "refused":
+                if isinstance(control, OpenRefused):
                     # A resume that is refused is reported with the whole target.
-                    who = f"{self._settings.client}: " if kind == "open" else ""
-                    raise RelayError(control["code"], who + control["message"])
-                if control["type"] == "reset":
-                    raise RelayError(control["code"], control["message"])
-                if control["type"] == "detached":
-                    raise RelayError(control["code"], _detached(control["code"]))
-                if control["type"] != "going_away":
-                    raise TunnelError(f"{control['type']} came before {answer}")
+                    who = f"{self._settings.client}: " if is_open else ""
+                    raise RelayError(control.code, who + control.message)
+                if isinstance(control, Reset):
+                    raise RelayError(control.code, control.message)
+                if isinstance(control, Detached):
+                    raise RelayError(control.code, _detached(control.code))
+                if not isinstance(control, GoingAway):
+                    raise TunnelError(f"{type_of(control)} came before {answer}")
                 self._server_restarts = True
         except (LegError, TunnelError) as exc:
             raise RelayError("protocol_error", f"the server broke the protocol: {exc}") from exc
@@ -4029,20 +4222,20 @@ class Session:
     def _on_control(self, payload: bytes | bytearray) -> bool:
         """Hand one control to the tunnel; whether the leg has no more to say."""
         control = parse_control(decode_text(payload), TO_USER, has_channel=False)
-        kind, end, link = control["type"], self._end, self._link
-        if kind == "ack":
-            end.on_ack(link, Ack(control["delivered"], control["limit"], control["eof"]))
-        elif kind == "eof":
-            end.on_eof(link, control["count"])
-        elif kind == "reset":
-            end.on_reset(link, RelayError(control["code"], control["message"]))
-        elif kind == "detached":
-            end.detach(link, RelayError(control["code"], _detached(control["code"])))
+        end, link = self._end, self._link
+        if isinstance(control, Ack):
+            end.on_ack(link, control)
+        elif isinstance(control, Eof):
+            end.on_eof(link, control.count)
+        elif isinstance(control, Reset):
+            end.on_reset(link, RelayError(control.code, control.message))
+        elif isinstance(control, Detached):
+            end.detach(link, RelayError(control.code, _detached(control.code)))
             return not end.is_over
-        elif kind == "going_away":
-            self._on_going_away(control["spread_ms"] / 1000)
+        elif isinstance(control, GoingAway):
+            self._on_going_away(control.spread_ms / 1000)
         else:
-            raise TunnelError(f"{kind} after the tunnel was open")
+            raise TunnelError(f"{type_of(control)} after the tunnel was open")
         return False
 
     def _on_going_away(self, spread_s: float) -> None:
@@ -4083,11 +4276,19 @@ class Session:
     def _resume(self, transport: Connection) -> None:
         self._attempt += 1
         position = self._end.begin_resume()
-        fields = {**self._opening, "attempt": self._attempt, **position._asdict()}
+        assert self._opening is not None  # Only an open tunnel is resumed.
+        received, delivered, limit = position
+        asked = Resume(
+            **self._opening._replace(limit=limit)._asdict(),
+            attempt=self._attempt,
+            received=received,
+            delivered=delivered,
+        )
         timeout_s = min(ANSWER_TIMEOUT_S, self._end.resume_left_s())
-        control = self._ask(transport, "resume", fields, timeout_s)
+        answer = self._ask(transport, asked, timeout_s)
+        assert isinstance(answer, Resumed)  # _ask() returns nothing else for a Resume.
         self._link = Link(transport.outbox)
-        peer = Position(control["received"], control["delivered"], control["limit"])
+        peer = Position(answer.received, answer.delivered, answer.limit)
         try:
             self._end.on_resumed(self._link, peer)
         except TunnelError as exc:

@@ -28,7 +28,7 @@ from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.leg.frame_reader import FrameReader
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.send_queue import Frame, SendQueue
-from http_network_relay.wire.codes import CLOSE_RESTART, CLOSE_TOO_BIG, ERRORS
+from http_network_relay.wire.codes import CLOSE_RESTART, CLOSE_TOO_BIG, Code, find_code
 from http_network_relay.wire.constants import (
     FLUSH_S,
     MASK_HEADER,
@@ -253,7 +253,7 @@ def _refusal(
         code, message = str(told["code"]), printable(str(told["message"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         code, message = "", f"it answered {status}"
-    if code not in ERRORS or code == "internal_error":  # Of the server, not of the tunnel.
+    if find_code(code) in (None, Code.INTERNAL_ERROR):  # Of the server, not of the tunnel.
         by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
         code = by_status.get(status, "busy" if status in (429, 503) else "server_failed")
     retry_after_s = _number(headers.get("retry-after", ""))

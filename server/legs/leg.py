@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from http_network_relay.leg.send_queue import Frame, SendQueue
 from http_network_relay.wire.codes import CLOSE_INTERNAL_ERROR
 from http_network_relay.wire.constants import FLUSH_S, OP_PING, OP_TEXT, SILENCE_INTERVALS
-from http_network_relay.wire.controls import encode_control
+from http_network_relay.wire.controls import GoingAway, encode_control
 from http_network_relay.wire.errors import LegError
 from server.access.credentials import Login
 from server.legs.websocket import Connection, Message, ReadEnd, close_frame
@@ -155,7 +155,7 @@ class Leg:
 
     def going_away(self, spread_ms: int) -> None:
         """The server stops soon: say so."""
-        text = encode_control("going_away", spread_ms=spread_ms)
+        text = encode_control(GoingAway(spread_ms))
         self.outbox.put_leg("going_away", Frame(OP_TEXT, b"", text))
         self.outbox.push()
 

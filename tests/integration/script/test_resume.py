@@ -18,8 +18,8 @@ import pytest
 
 import ssh_proxy_command as script
 from http_network_relay.wire.constants import MIN_WINDOW_BYTES
-from http_network_relay.wire.controls import encode_control
 from tests.support.client.by_hand import PlayedLeg, PlayedServer
+from tests.support.controls import encode
 from tests.support.processes import ROOT, child_environment
 from tests.support.secrecy import check_no_secret, note_secrets, secret_of
 from tests.support.targets import pseudo_random_bytes
@@ -678,7 +678,7 @@ class Answering:
     def receive(self, _on_pause: object = None) -> tuple[int, Any]:
         assert self._hook is not None, "waited for an answer that nobody needs"
         self._hook()
-        text = encode_control("resumed", received=0, delivered=0, limit=WINDOW)
+        text = encode("resumed", received=0, delivered=0, limit=WINDOW)
         return script.OP_TEXT, text
 
 

@@ -396,7 +396,7 @@ def test_nothing_is_opened_when_the_leg_ends_as_its_first_message_is_read(
     end, answers = ENDERS[case]
     user, client = bench.user(), bench.client()
 
-    def parse_late(*args: Any, **options: Any) -> dict[str, Any]:
+    def parse_late(*args: Any, **options: Any) -> Any:
         end(user)
         return parse_control(*args, **options)
 
