@@ -52,7 +52,6 @@ from urllib.parse import unquote, urlsplit
 
 # --- http_network_relay/wire/codes.py -------------------------------------------------------------
 # Every code that a peer, a person or an operator may read, and what follows from the code.
-#
 # One table for all three programs. docs/protocol.md, "Codes", says when each code is sent.
 
 CLOSE_NORMAL = 1000
@@ -133,91 +132,58 @@ class Code(str, Enum):
     __str__ = str.__str__
     __format__ = str.__format__  # type: ignore[assignment]
 
+    # fmt: off
     # HTTP answers before the upgrade.
     BAD_REQUEST = _Row("bad_request", EXIT_SERVER, _S, http_status=400)
-    UNAUTHORIZED = _Row(
-        "unauthorized",
-        EXIT_UNAUTHORIZED,
-        _S,
-        "check the token (--secret-key-file) with the relay's operator",
-        http_status=401,
-    )
+    UNAUTHORIZED = _Row("unauthorized", EXIT_UNAUTHORIZED, _S,
+        "check the token (--secret-key-file) with the relay's operator", http_status=401)
     FORBIDDEN = _Row("forbidden", EXIT_UNAUTHORIZED, _S, http_status=403)
     NOT_FOUND = _Row("not_found", EXIT_SERVER, _S, "check --server-url", http_status=404)
     VERSION_UNSUPPORTED = _Row("version_unsupported", EXIT_SERVER, _S, http_status=426)
     HEAD_TIMEOUT = _Row("head_timeout", EXIT_SERVER, _S, is_retryable=True, http_status=408)
     # A client whose secret is wrong waits as long anyway.
-    TOO_MANY = _Row(
-        "too_many", EXIT_SERVER, _S, is_retryable=True, http_status=429, retry_after_s=30
-    )
+    TOO_MANY = _Row("too_many", EXIT_SERVER, _S, is_retryable=True, http_status=429,
+        retry_after_s=30)
     HEAD_TOO_LARGE = _Row("head_too_large", EXIT_SERVER, _S, http_status=431)
     WRONG_WORKER = _Row("wrong_worker", EXIT_SERVER, _S, http_status=500)
     # Legs last for hours, but a failing peer gives its slot back within seconds.
-    BUSY = _Row(
-        "busy", EXIT_SERVER, _SC, _AGAIN, is_retryable=True, http_status=503, retry_after_s=5
-    )
+    BUSY = _Row("busy", EXIT_SERVER, _SC, _AGAIN, is_retryable=True, http_status=503,
+        retry_after_s=5)
     # A rolling restart has the next worker listening already.
-    SERVER_RESTART = _Row(
-        "server_restart",
-        EXIT_SERVER,
-        _S,
-        _AGAIN,
-        is_retryable=True,
-        http_status=503,
-        retry_after_s=1,
-    )
+    SERVER_RESTART = _Row("server_restart", EXIT_SERVER, _S, _AGAIN, is_retryable=True,
+        http_status=503, retry_after_s=1)
     # `refused`
-    CLIENT_UNKNOWN = _Row(
-        "client_unknown", EXIT_CLIENT_OFFLINE, _S, "check the name with the relay's operator"
-    )
-    CLIENT_OFFLINE = _Row(
-        "client_offline",
-        EXIT_CLIENT_OFFLINE,
-        _S,
-        "is the device switched on and its client running?",
-        is_retryable=True,
-    )
+    CLIENT_UNKNOWN = _Row("client_unknown", EXIT_CLIENT_OFFLINE, _S,
+        "check the name with the relay's operator")
+    CLIENT_OFFLINE = _Row("client_offline", EXIT_CLIENT_OFFLINE, _S,
+        "is the device switched on and its client running?", is_retryable=True)
     USER_FULL = _Row("user_full", EXIT_SERVER, _S, is_retryable=True)
     CLIENT_FULL = _Row("client_full", EXIT_SERVER, _S, is_retryable=True)
     TOO_MANY_OPENS = _Row("too_many_opens", EXIT_SERVER, _S, is_retryable=True)
     NO_OPEN = _Row("no_open", EXIT_SERVER, _S, is_retryable=True)
     UNKNOWN_TUNNEL = _Row("unknown_tunnel", EXIT_TUNNEL_LOST, _C)
     DENIED = _Row("denied", EXIT_DENIED, _S, "ask the relay's operator for a rule that allows it")
-    DENIED_BY_CLIENT = _Row(
-        "denied_by_client",
-        EXIT_DENIED,
-        _C,
-        "ask the device's owner: its client was started with --allow",
-    )
+    DENIED_BY_CLIENT = _Row("denied_by_client", EXIT_DENIED, _C,
+        "ask the device's owner: its client was started with --allow")
     PROTOCOL_UNSUPPORTED = _Row("protocol_unsupported", EXIT_USAGE, _C)
     TARGET_INVALID = _Row("target_invalid", EXIT_USAGE, _SC)
-    TARGET_REFUSED = _Row(
-        "target_refused", EXIT_TARGET, _C, "does the service run there, on that port?"
-    )
-    TARGET_UNREACHABLE = _Row(
-        "target_unreachable", EXIT_TARGET, _C, "is the address right, as seen from the device?"
-    )
-    TARGET_TIMEOUT = _Row(
-        "target_timeout",
-        EXIT_TARGET,
-        _C,
-        "is the address right, as seen from the device, and no firewall between?",
-    )
-    TARGET_UNKNOWN = _Row(
-        "target_unknown", EXIT_TARGET, _C, "is the name right, as seen from the device?"
-    )
+    TARGET_REFUSED = _Row("target_refused", EXIT_TARGET, _C,
+        "does the service run there, on that port?")
+    TARGET_UNREACHABLE = _Row("target_unreachable", EXIT_TARGET, _C,
+        "is the address right, as seen from the device?")
+    TARGET_TIMEOUT = _Row("target_timeout", EXIT_TARGET, _C,
+        "is the address right, as seen from the device, and no firewall between?")
+    TARGET_UNKNOWN = _Row("target_unknown", EXIT_TARGET, _C,
+        "is the name right, as seen from the device?")
     # `reset` and `detached`
-    PROTOCOL_ERROR = _Row(
-        "protocol_error", EXIT_TUNNEL_LOST, _ALL, "upgrade the older one of the relay's programs"
-    )
+    PROTOCOL_ERROR = _Row("protocol_error", EXIT_TUNNEL_LOST, _ALL,
+        "upgrade the older one of the relay's programs")
     USER_GONE = _Row("user_gone", EXIT_TUNNEL_LOST, _SP, takes_turn=True)
-    TARGET_RESET = _Row(
-        "target_reset", EXIT_TUNNEL_LOST, _C, "the target's own log may say why", takes_turn=True
-    )
+    TARGET_RESET = _Row("target_reset", EXIT_TUNNEL_LOST, _C, "the target's own log may say why",
+        takes_turn=True)
     TARGET_LOST = _Row("target_lost", EXIT_TUNNEL_LOST, _C, "connect again when the target is back")
-    CLIENT_STOPPED = _Row(
-        "client_stopped", EXIT_TUNNEL_LOST, _C, "connect again when the client runs again"
-    )
+    CLIENT_STOPPED = _Row("client_stopped", EXIT_TUNNEL_LOST, _C,
+        "connect again when the client runs again")
     SUPERSEDED = _Row("superseded", EXIT_TUNNEL_LOST, _C)
     REVOKED = _Row("revoked", EXIT_UNAUTHORIZED, _S, "ask the relay's operator")
     IDLE_TIMEOUT = _Row("idle_timeout", EXIT_TUNNEL_LOST, _S)
@@ -229,28 +195,17 @@ class Code(str, Enum):
     INTERNAL_ERROR = _Row("internal_error", EXIT_TUNNEL_LOST, _CP, http_status=500)
     # Local codes, never on the wire.
     USAGE = _Row("usage", EXIT_USAGE)
-    SERVER_UNREACHABLE = _Row(
-        "server_unreachable",
-        EXIT_SERVER,
-        hint="check the network and --server-url",
-        is_retryable=True,
-    )
+    SERVER_UNREACHABLE = _Row("server_unreachable", EXIT_SERVER,
+        hint="check the network and --server-url", is_retryable=True)
     TLS_FAILED = _Row("tls_failed", EXIT_SERVER, is_retryable=True)
-    PROXY_FAILED = _Row(
-        "proxy_failed",
-        EXIT_SERVER,
-        hint="check the proxy settings (https_proxy, no_proxy)",
-        is_retryable=True,
-    )
+    PROXY_FAILED = _Row("proxy_failed", EXIT_SERVER,
+        hint="check the proxy settings (https_proxy, no_proxy)", is_retryable=True)
     NOT_A_RELAY = _Row("not_a_relay", EXIT_SERVER, is_retryable=True)
     SERVER_FAILED = _Row("server_failed", EXIT_SERVER, is_retryable=True)
     LEG_LOST = _Row("leg_lost", EXIT_TUNNEL_LOST, hint=_CONNECT, is_retryable=True)
-    OPEN_TIMEOUT = _Row(
-        "open_timeout",
-        EXIT_TARGET,
-        hint="try again; the log of the client on the device says more",
-        is_retryable=True,
-    )
+    OPEN_TIMEOUT = _Row("open_timeout", EXIT_TARGET,
+        hint="try again; the log of the client on the device says more", is_retryable=True)
+    # fmt: on
 
 
 def takes_turn(text: str) -> bool:
@@ -267,7 +222,6 @@ def find_code(text: str) -> Code | None:
 
 # --- http_network_relay/wire/errors.py ------------------------------------------------------------
 # The errors of all three programs: one root, few classes.
-#
 # str() of each is a sentence for a person. The code is for programs, logs and peers; a code
 # of a newer peer need not be in the table of codes.py.
 
@@ -419,7 +373,6 @@ def frame_header(opcode: int, size: int, key: bytes | None = None) -> bytes:
 
 # --- http_network_relay/wire/controls.py ----------------------------------------------------------
 # The controls of the wire (docs/protocol.md, "Controls"): parsed, checked and encoded.
-#
 # Knows no socket, clock, thread or log. Every control that comes in is checked field by
 # field against one table and copied; nothing unknown passes.
 
@@ -703,7 +656,6 @@ def is_secret(text: str) -> bool:
 
 # --- http_network_relay/leg/duplex_socket.py ------------------------------------------------------
 # One socket, TLS or plain, for one reading and one sending thread at once.
-#
 # Who sends is the Outlet's matter. What is guarded here is TLS alone: `_tls_lock` is held for
 # one non-blocking read or write and never across a wait (rule 4 of the design). OpenSSL's
 # connection object must not be entered by two threads (CPython does not guard it), and nothing
@@ -843,7 +795,6 @@ class DuplexSocket:
 
 # --- http_network_relay/leg/frame_reader.py -------------------------------------------------------
 # WebSocket frames (RFC 6455, 5.2) that are made and read without the library.
-#
 # Whole messages go out with a header written by hand, and whole messages, pings and pongs are
 # taken off the leg here. All other frames are left to the library, as they came: closes,
 # fragments, and whatever breaks the rules.
@@ -971,7 +922,6 @@ class FrameReader:
 
 # --- http_network_relay/leg/send_queue.py ---------------------------------------------------------
 # What waits to be written on one leg, in the order of docs/protocol.md, "Order".
-#
 # Any thread puts, and never waits for the network; who takes and sends is the Outlet's matter.
 # The fast lane is bounded by its slots, the data by the windows of the tunnels.
 
@@ -1245,7 +1195,6 @@ class SendQueue:
 
 # --- http_network_relay/leg/frame_sender.py -------------------------------------------------------
 # Who sends what an outbox holds: whoever has put something, or the leg's writer thread.
-#
 # To hand each message to another thread costs more than to send it. So push() sends at once
 # what the socket takes without waiting; only what it does not take is the writer's.
 
@@ -1466,7 +1415,6 @@ def resume_timeout(flag: str | None, environ: Mapping[str, str]) -> int:
 
 # --- http_network_relay/timer.py ------------------------------------------------------------------
 # The one timer thread of a process: pings, deadlines, and the signals.
-#
 # It sleeps in poll on a socket pair, into which the interpreter writes a signal's number
 # the moment it comes (signal.set_wakeup_fd). A Python handler would not do: it runs when
 # the main thread next runs, and a signal that comes just before main enters recv() is
@@ -1604,7 +1552,6 @@ class Link:
 
 # --- http_network_relay/end/window.py -------------------------------------------------------------
 # How large the window of a stream is (docs/protocol.md, "The receiver's window").
-#
 # No I/O, no clock, no thread: the caller says what time it is.
 
 # Trips may be so much longer than the shortest: a link that is kept busy needs a queue.
@@ -1783,7 +1730,6 @@ class Window:
 
 # --- http_network_relay/end/stream.py -------------------------------------------------------------
 # The stream state of one end of a tunnel (docs/protocol.md, "Streams and credit", "Resume").
-#
 # No I/O, no clock, no thread. Both ends use it unchanged, so it does not know which
 # end it is. Offsets are counts of bytes from 0 in each direction.
 
@@ -2036,7 +1982,6 @@ class Stream:
 
 # --- http_network_relay/end/tunnel_end.py ---------------------------------------------------------
 # One end of a tunnel, between its leg and its two threads.
-#
 # The leg's reader calls the on_... methods, which never wait. A consumer thread takes
 # chunks and hands them on; a producer thread waits for credit and sends. The end outlives
 # its legs: detached, it waits to be resumed on another (docs/protocol.md, "Resume").
@@ -2564,7 +2509,6 @@ class TunnelEnd:
 
 # --- http_network_relay/end/read_coalescer.py -----------------------------------------------------
 # When to let a source's bytes come together before they are read.
-#
 # A source that writes small pieces in quick succession costs three programs a wake-up for each,
 # which is most of what such a stream costs. No thread and no I/O: it only says how long to wait.
 
@@ -2911,7 +2855,6 @@ def connect_through(
 
 # --- http_network_relay/dial/connect.py -----------------------------------------------------------
 # Dials: names, staggered addresses, HTTP CONNECT proxies and TLS, under one deadline.
-#
 # websocket-client's own connect is not used: its timeout is for one read, a dead first address
 # fails the dial, a redirect gets the secrets, and NO_PROXY is matched loosely.
 
@@ -3095,7 +3038,6 @@ def _start_tls(
 
 # --- http_network_relay/dial/connection.py --------------------------------------------------------
 # One leg of a client or a proxy command: a WebSocket over websocket-client.
-#
 # The library makes the handshake and reads frames. Its recv() and send() are not used:
 # they answer pings under the send lock, follow redirects with secrets, and bound neither
 # time nor size. Threads: one reader calls receive(), the writer thread drains the outbox,
