@@ -211,7 +211,7 @@ class Session:
             self._read(transport)
             self._leave(transport)
             if not end.is_over:
-                backoff.held(time.monotonic() - begun, was_used=end.counts != counts)
+                backoff.lasted(time.monotonic() - begun, was_used=end.counts != counts)
                 self._come_back(backoff)
         pumps.wake()  # A tunnel that expires tells nobody.
         # What came before the end may still be handed on, for a second.

@@ -24,6 +24,7 @@ from simple_websocket import Server as LibraryServer
 import http_network_relay.dial.connect
 from http_network_relay.dial.connection import Connection as ClientTransport
 from http_network_relay.dial.connection import _HandshakeSocket, _upgrade, websocket_client
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.dial.endpoint import Endpoint
 from http_network_relay.leg.send_queue import SendQueue
 from http_network_relay.wire.constants import (
@@ -290,7 +291,7 @@ class _AnsweringSocket(PlayedSocket):
 def fuzz_answers(data: bytes) -> None:
     """What a server, or something in between, answers to the WebSocket handshake."""
     sock = _AnsweringSocket([data[at : at + 1000] for at in range(0, len(data), 1000)])
-    shim = _HandshakeSocket(sock, _FAR)  # type: ignore[arg-type]
+    shim = _HandshakeSocket(sock, Deadline(_FAR))  # type: ignore[arg-type]
     try:
         _upgrade(websocket_client(), _ENDPOINT, ["Authorization: Basic hush"], shim)
     except RelayError as exc:
@@ -310,9 +311,8 @@ def fuzz_proxies(data: bytes) -> None:
         peer.shutdown(socket.SHUT_WR)
         proxy = http_network_relay.dial.http_proxy.Proxy("proxy.example", 3128, "Basic hush")
         try:
-            http_network_relay.dial.http_proxy.connect_through(
-                ours, proxy, _ENDPOINT, _FAR, lambda: False
-            )
+            far = Deadline(_FAR)
+            http_network_relay.dial.http_proxy.connect_through(ours, proxy, _ENDPOINT, far)
         except RelayError as exc:
             check_sentence(exc)
             assert exc.code == "proxy_failed"
