@@ -46,13 +46,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from enum import Enum
+from typing import Any, Literal, NamedTuple, NoReturn, Union
 from urllib.parse import unquote, urlsplit
 
 # --- http_network_relay/wire/codes.py -------------------------------------------------------------
-# Every code that a peer, a person or an operator may see, and what follows from each.
-#
-# The codes are those of docs/protocol.md, "Codes"; the local ones stand last.
+# Every code that a peer, a person or an operator may read, and what follows from the code.
+# One table for all three programs. docs/protocol.md, "Codes", says when each code is sent.
 
 CLOSE_NORMAL = 1000
 CLOSE_PROTOCOL_ERROR = 1002
@@ -64,6 +64,7 @@ CLOSE_RESTART = 1012
 CLOSE_REPLACED_BY_SELF = 4408
 CLOSE_REPLACED_BY_OTHER = 4409
 
+# Exit codes of the proxy command.
 EXIT_CLEAN = 0
 EXIT_TUNNEL_LOST = 1
 EXIT_USAGE = 2
@@ -73,99 +74,162 @@ EXIT_TARGET = 5
 EXIT_SERVER = 6
 EXIT_DENIED = 7
 EXIT_SIGNAL_BASE = 128
-# What EPIPE on stdout counts as, on every system: 128 + SIGPIPE.
+# EPIPE on stdout counts as 128 + SIGPIPE on every system.
 EXIT_SIGPIPE = 141
 
-# code -> (exit code, a new try may help)
-ERRORS: dict[str, tuple[int, bool]] = {
+# Which programs may say a code on the wire: server, client, proxy command.
+_S, _C, _SC = ("server",), ("client",), ("server", "client")
+_SP, _CP = ("server", "proxy command"), ("client", "proxy command")
+_ALL = ("server", "client", "proxy command")
+_AGAIN = "try again in a moment"
+_CONNECT = "connect again"
+
+
+class _Row(NamedTuple):
+    """The properties of a code, as the class Code explains them."""
+
+    text: str
+    exit_code: int
+    said_by: tuple[str, ...] = ()
+    hint: str = ""
+    is_retryable: bool = False
+    http_status: int = 0
+    retry_after_s: int = 0
+    takes_turn: bool = False
+
+
+class Code(str, Enum):
+    """A code: a `str` on the wire and in logs, with its properties.
+
+    Attributes:
+        exit_code: How the proxy command exits.
+        said_by: The programs that may say the code on the wire; empty for a local code.
+        hint: What a proxy user can try; empty if the sentence says enough.
+        is_retryable: Whether a new try may help.
+        http_status: The HTTP status before the upgrade; 0 if there is none.
+        retry_after_s: The value of Retry-After; 0 if there is none.
+        takes_turn: Whether the end waits behind the channel's data (docs/protocol.md, "Order").
+    """
+
+    exit_code: int
+    said_by: tuple[str, ...]
+    hint: str
+    is_retryable: bool
+    http_status: int
+    retry_after_s: int
+    takes_turn: bool
+
+    def __new__(cls, *row: Any) -> Code:
+        """Make a member from its row, which Enum passes field by field."""
+        self = str.__new__(cls, row[0])
+        self._value_ = row[0]
+        for name, value in _Row(*row)._asdict().items():
+            if name != "text":
+                setattr(self, name, value)
+        return self
+
+    # Enum's own would show the member's name in log lines.
+    __str__ = str.__str__
+    __format__ = str.__format__  # type: ignore[assignment]
+
+    # fmt: off
     # HTTP answers before the upgrade.
-    "bad_request": (EXIT_SERVER, False),
-    "unauthorized": (EXIT_UNAUTHORIZED, False),
-    "forbidden": (EXIT_UNAUTHORIZED, False),
-    "not_found": (EXIT_SERVER, False),
-    "version_unsupported": (EXIT_SERVER, False),
-    "head_timeout": (EXIT_SERVER, True),
-    "too_many": (EXIT_SERVER, True),
-    "head_too_large": (EXIT_SERVER, False),
-    "wrong_worker": (EXIT_SERVER, False),
-    "busy": (EXIT_SERVER, True),
-    "server_restart": (EXIT_SERVER, True),
-    # `refused`
-    "client_unknown": (EXIT_CLIENT_OFFLINE, False),
-    "client_offline": (EXIT_CLIENT_OFFLINE, True),
-    "user_full": (EXIT_SERVER, True),
-    "client_full": (EXIT_SERVER, True),
-    "too_many_opens": (EXIT_SERVER, True),
-    "no_open": (EXIT_SERVER, True),
-    "unknown_tunnel": (EXIT_TUNNEL_LOST, False),
-    "denied": (EXIT_DENIED, False),
-    "denied_by_client": (EXIT_DENIED, False),
-    "protocol_unsupported": (EXIT_USAGE, False),
-    "target_invalid": (EXIT_USAGE, False),
-    "target_refused": (EXIT_TARGET, False),
-    "target_unreachable": (EXIT_TARGET, False),
-    "target_timeout": (EXIT_TARGET, False),
-    "target_unknown": (EXIT_TARGET, False),
-    # `reset` and `detached`
-    "protocol_error": (EXIT_TUNNEL_LOST, False),
-    "user_gone": (EXIT_TUNNEL_LOST, False),
-    "target_reset": (EXIT_TUNNEL_LOST, False),
-    "target_lost": (EXIT_TUNNEL_LOST, False),
-    "client_stopped": (EXIT_TUNNEL_LOST, False),
-    "superseded": (EXIT_TUNNEL_LOST, False),
-    "revoked": (EXIT_UNAUTHORIZED, False),
-    "idle_timeout": (EXIT_TUNNEL_LOST, False),
-    "max_age": (EXIT_TUNNEL_LOST, False),
-    "user_lost": (EXIT_TUNNEL_LOST, False),
-    "client_lost": (EXIT_TUNNEL_LOST, True),
-    "client_replaced": (EXIT_TUNNEL_LOST, True),
-    # Local: seen by this end alone.
-    "usage": (EXIT_USAGE, False),
-    "server_unreachable": (EXIT_SERVER, True),
-    "tls_failed": (EXIT_SERVER, True),
-    "proxy_failed": (EXIT_SERVER, True),
-    "not_a_relay": (EXIT_SERVER, True),
-    "server_failed": (EXIT_SERVER, True),
-    "leg_lost": (EXIT_TUNNEL_LOST, True),
-    "open_timeout": (EXIT_TARGET, True),
-    "internal_error": (EXIT_TUNNEL_LOST, False),
-}
-
-
-class HttpAnswer(NamedTuple):
-    status: int
-    retry_after_s: int | None = None
-
-
-# code -> how it is answered before the upgrade.
-HTTP_ANSWERS: dict[str, HttpAnswer] = {
-    "bad_request": HttpAnswer(400),
-    "unauthorized": HttpAnswer(401),
-    "forbidden": HttpAnswer(403),
-    "not_found": HttpAnswer(404),
-    "version_unsupported": HttpAnswer(426),
-    "head_timeout": HttpAnswer(408),
-    # As long as a client waits anyway whose secret is wrong.
-    "too_many": HttpAnswer(429, 30),
-    "head_too_large": HttpAnswer(431),
-    "internal_error": HttpAnswer(500),
-    "wrong_worker": HttpAnswer(500),
+    BAD_REQUEST = _Row("bad_request", EXIT_SERVER, _S, http_status=400)
+    UNAUTHORIZED = _Row("unauthorized", EXIT_UNAUTHORIZED, _S,
+        "check the token (--secret-key-file) with the relay's operator", http_status=401)
+    FORBIDDEN = _Row("forbidden", EXIT_UNAUTHORIZED, _S, http_status=403)
+    NOT_FOUND = _Row("not_found", EXIT_SERVER, _S, "check --server-url", http_status=404)
+    VERSION_UNSUPPORTED = _Row("version_unsupported", EXIT_SERVER, _S, http_status=426)
+    HEAD_TIMEOUT = _Row("head_timeout", EXIT_SERVER, _S, is_retryable=True, http_status=408)
+    # A client whose secret is wrong waits as long anyway.
+    TOO_MANY = _Row("too_many", EXIT_SERVER, _S, is_retryable=True, http_status=429,
+        retry_after_s=30)
+    HEAD_TOO_LARGE = _Row("head_too_large", EXIT_SERVER, _S, http_status=431)
+    WRONG_WORKER = _Row("wrong_worker", EXIT_SERVER, _S, http_status=500)
     # Legs last for hours, but a failing peer gives its slot back within seconds.
-    "busy": HttpAnswer(503, 5),
+    BUSY = _Row("busy", EXIT_SERVER, _SC, _AGAIN, is_retryable=True, http_status=503,
+        retry_after_s=5)
     # A rolling restart has the next worker listening already.
-    "server_restart": HttpAnswer(503, 1),
-}
+    SERVER_RESTART = _Row("server_restart", EXIT_SERVER, _S, _AGAIN, is_retryable=True,
+        http_status=503, retry_after_s=1)
+    # `refused`
+    CLIENT_UNKNOWN = _Row("client_unknown", EXIT_CLIENT_OFFLINE, _S,
+        "check the name with the relay's operator")
+    CLIENT_OFFLINE = _Row("client_offline", EXIT_CLIENT_OFFLINE, _S,
+        "is the device switched on and its client running?", is_retryable=True)
+    USER_FULL = _Row("user_full", EXIT_SERVER, _S, is_retryable=True)
+    CLIENT_FULL = _Row("client_full", EXIT_SERVER, _S, is_retryable=True)
+    TOO_MANY_OPENS = _Row("too_many_opens", EXIT_SERVER, _S, is_retryable=True)
+    NO_OPEN = _Row("no_open", EXIT_SERVER, _S, is_retryable=True)
+    UNKNOWN_TUNNEL = _Row("unknown_tunnel", EXIT_TUNNEL_LOST, _C)
+    DENIED = _Row("denied", EXIT_DENIED, _S, "ask the relay's operator for a rule that allows it")
+    DENIED_BY_CLIENT = _Row("denied_by_client", EXIT_DENIED, _C,
+        "ask the device's owner: its client was started with --allow")
+    PROTOCOL_UNSUPPORTED = _Row("protocol_unsupported", EXIT_USAGE, _C)
+    TARGET_INVALID = _Row("target_invalid", EXIT_USAGE, _SC)
+    TARGET_REFUSED = _Row("target_refused", EXIT_TARGET, _C,
+        "does the service run there, on that port?")
+    TARGET_UNREACHABLE = _Row("target_unreachable", EXIT_TARGET, _C,
+        "is the address right, as seen from the device?")
+    TARGET_TIMEOUT = _Row("target_timeout", EXIT_TARGET, _C,
+        "is the address right, as seen from the device, and no firewall between?")
+    TARGET_UNKNOWN = _Row("target_unknown", EXIT_TARGET, _C,
+        "is the name right, as seen from the device?")
+    # `reset` and `detached`
+    PROTOCOL_ERROR = _Row("protocol_error", EXIT_TUNNEL_LOST, _ALL,
+        "upgrade the older one of the relay's programs")
+    USER_GONE = _Row("user_gone", EXIT_TUNNEL_LOST, _SP, takes_turn=True)
+    TARGET_RESET = _Row("target_reset", EXIT_TUNNEL_LOST, _C, "the target's own log may say why",
+        takes_turn=True)
+    TARGET_LOST = _Row("target_lost", EXIT_TUNNEL_LOST, _C, "connect again when the target is back")
+    CLIENT_STOPPED = _Row("client_stopped", EXIT_TUNNEL_LOST, _C,
+        "connect again when the client runs again")
+    SUPERSEDED = _Row("superseded", EXIT_TUNNEL_LOST, _C)
+    REVOKED = _Row("revoked", EXIT_UNAUTHORIZED, _S, "ask the relay's operator")
+    IDLE_TIMEOUT = _Row("idle_timeout", EXIT_TUNNEL_LOST, _S)
+    MAX_AGE = _Row("max_age", EXIT_TUNNEL_LOST, _S)
+    USER_LOST = _Row("user_lost", EXIT_TUNNEL_LOST, _S)
+    CLIENT_LOST = _Row("client_lost", EXIT_TUNNEL_LOST, _S, _CONNECT, is_retryable=True)
+    CLIENT_REPLACED = _Row("client_replaced", EXIT_TUNNEL_LOST, _S, _CONNECT, is_retryable=True)
+    # A bug of the program that says so; in an HTTP answer, of the server.
+    INTERNAL_ERROR = _Row("internal_error", EXIT_TUNNEL_LOST, _CP, http_status=500)
+    # Local codes, never on the wire.
+    USAGE = _Row("usage", EXIT_USAGE)
+    SERVER_UNREACHABLE = _Row("server_unreachable", EXIT_SERVER,
+        hint="check the network and --server-url", is_retryable=True)
+    TLS_FAILED = _Row("tls_failed", EXIT_SERVER, is_retryable=True)
+    PROXY_FAILED = _Row("proxy_failed", EXIT_SERVER,
+        hint="check the proxy settings (https_proxy, no_proxy)", is_retryable=True)
+    NOT_A_RELAY = _Row("not_a_relay", EXIT_SERVER, is_retryable=True)
+    SERVER_FAILED = _Row("server_failed", EXIT_SERVER, is_retryable=True)
+    LEG_LOST = _Row("leg_lost", EXIT_TUNNEL_LOST, hint=_CONNECT, is_retryable=True)
+    OPEN_TIMEOUT = _Row("open_timeout", EXIT_TARGET,
+        hint="try again; the log of the client on the device says more", is_retryable=True)
+    # fmt: on
 
-# These ends take their turn behind the channel's data (docs/protocol.md, "Order").
-ENDS_IN_TURN = frozenset({"user_gone", "target_reset"})
+
+def takes_turn(text: str) -> bool:
+    """Whether an end of this code waits behind the channel's data."""
+    row = find_code(text)
+    return row is not None and row.takes_turn
+
+
+def find_code(text: str) -> Code | None:
+    """Return the row of a code; None for a code of a newer peer."""
+    # Not Code(text): an error costs more than a look-up.
+    return Code._value2member_map_.get(text)  # type: ignore[return-value]
 
 
 # --- http_network_relay/wire/errors.py ------------------------------------------------------------
 # The errors of all three programs: one root, few classes.
+# str() of each is a sentence for a person. The code is for programs, logs and peers; a code
+# of a newer peer need not be in the table of codes.py.
+
+DialFailure = Literal["refused", "unreachable", "timeout", "unknown", "denied", "cancelled"]
 
 
 class RelayError(Exception):
-    """Something failed that has a code; `str()` is a sentence for a person."""
+    """An error that has a code."""
 
     def __init__(self, code: str, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -175,57 +239,50 @@ class RelayError(Exception):
 
     @property
     def exit_code(self) -> int:
-        """The proxy command's exit code; an unknown code of a newer peer counts as a loss."""
-        return ERRORS.get(self.code, (EXIT_TUNNEL_LOST, False))[0]
+        """The proxy command's exit code; an unknown code counts as a lost tunnel."""
+        row = find_code(self.code)
+        return EXIT_TUNNEL_LOST if row is None else row.exit_code
 
     @property
     def is_retryable(self) -> bool:
         """Whether a new try may help."""
-        return ERRORS.get(self.code, (EXIT_TUNNEL_LOST, False))[1]
+        row = find_code(self.code)
+        return row is not None and row.is_retryable
 
 
-class DialError(Exception):
-    """A TCP dial failed: `kind` is refused, unreachable, timeout, unknown, denied or cancelled."""
+class DialError(RelayError):
+    """A dial failed. The code is that of the way to the server; the client maps `kind`."""
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, kind: DialFailure, message: str) -> None:
+        super().__init__(Code.SERVER_UNREACHABLE, message)
         self.kind = kind
 
 
-class LegError(Exception):
+class LegError(RelayError):
     """The peer broke the leg's rules; the leg ends with `close_code`."""
 
     def __init__(self, message: str, close_code: int = CLOSE_PROTOCOL_ERROR) -> None:
-        super().__init__(message)
+        super().__init__(Code.PROTOCOL_ERROR, message)
         self.close_code = close_code
 
 
-class TunnelError(Exception):
+class TunnelError(RelayError):
     """The peer broke one tunnel's rules; that tunnel is reset, the leg goes on."""
 
-    def __init__(self, message: str, channel: int = 0, code: str = "protocol_error") -> None:
-        super().__init__(message)
+    def __init__(self, message: str, channel: int = 0, code: str = Code.PROTOCOL_ERROR) -> None:
+        super().__init__(code, message)
         self.channel = channel
-        self.code = code
 
 
 class ConfigError(RelayError):
-    """A setting or a file is wrong; the message names it and the mend."""
+    """A setting or a file is wrong; the message names the setting and the fix."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("config", message)
+        super().__init__(Code.USAGE, message)
 
 
-class TunnelRefused(RelayError):
-    """An `open` or `resume` that does not become a tunnel: answered with `refused`."""
-
-
-class HttpRefusal(RelayError):
-    """A request that is answered with an HTTP error; `code` is in HTTP_ANSWERS."""
-
-    @property
-    def answer(self) -> HttpAnswer:
-        return HTTP_ANSWERS[self.code]
+class Refused(RelayError):
+    """The server admits no leg or opens no tunnel: an HTTP answer, or `refused`."""
 
 
 # --- http_network_relay/wire/constants.py ---------------------------------------------------------
@@ -319,7 +376,6 @@ def frame_header(opcode: int, size: int, key: bytes | None = None) -> bytes:
 
 # --- http_network_relay/wire/controls.py ----------------------------------------------------------
 # The controls of the wire (docs/protocol.md, "Controls"): parsed, checked and encoded.
-#
 # Knows no socket, clock, thread or log. Every control that comes in is checked field by
 # field against one table and copied; nothing unknown passes.
 
@@ -356,11 +412,108 @@ def _prose(value: Any) -> str | None:
     return "".join(c if c.isprintable() else "?" for c in value[:MAX_MESSAGE_CHARS])
 
 
-_code = _matching(r"[a-z][a-z_]{0,63}")
-_seconds = _whole(0, 10**6)
+class Open(NamedTuple):
+    """The proxy user asks for a tunnel; the server adds `user` on the way to the client."""
+
+    client: str
+    host: str
+    port: int
+    protocol: str
+    tunnel_id: str
+    resume_token: str
+    limit: int
+    grace_s: int
+    user: str = ""
+    channel: int = 0
+
+
+class Resume(NamedTuple):
+    """The proxy user asks to go on with a tunnel: the fields of its Open, and the counts."""
+
+    client: str
+    host: str
+    port: int
+    protocol: str
+    tunnel_id: str
+    resume_token: str
+    limit: int
+    grace_s: int
+    attempt: int
+    received: int
+    delivered: int
+    user: str = ""
+    channel: int = 0
+
+
+class Opened(NamedTuple):
+    """The client has opened the tunnel."""
+
+    limit: int
+    grace_s: int
+    channel: int = 0
+
+
+class Resumed(NamedTuple):
+    """The client goes on with the tunnel."""
+
+    received: int
+    delivered: int
+    limit: int
+    channel: int = 0
+
+
+class OpenRefused(NamedTuple):
+    """An `open` or `resume` makes no tunnel; on the wire the type is `refused`."""
+
+    code: str
+    message: str
+    channel: int = 0
+
+
+class Ack(NamedTuple):
+    """The receiver has delivered bytes, and its eof perhaps; the sender's new limit."""
+
+    delivered: int
+    limit: int
+    eof: bool
+    channel: int = 0
+
+
+class Eof(NamedTuple):
+    """The sender's stream has ended after `count` bytes."""
+
+    count: int  # type: ignore[assignment]  # The wire's name hides tuple.count().
+    channel: int = 0
+
+
+class Reset(NamedTuple):
+    """One end has ended the tunnel with an error."""
+
+    code: str
+    message: str
+    channel: int = 0
+
+
+class Detached(NamedTuple):
+    """The other end's leg is lost; the tunnel may be resumed."""
+
+    code: str
+    channel: int = 0
+
+
+class GoingAway(NamedTuple):
+    """The server stops soon: peers return within `spread_ms`. Concerns the leg, no channel."""
+
+    spread_ms: int
+    channel: int = 0
+
+
+Opening = Union[Open, Resume]
+Control = Union[Open, Resume, Opened, Resumed, OpenRefused, Ack, Eof, Reset, Detached, GoingAway]
 
 _Check = Callable[[Any], Any]
-_OPEN: dict[str, _Check] = {
+# A field has the same check in each type. A check returns the value, or None for a bad one.
+_CHECKS: dict[str, _Check] = {
     "client": _matching(NAME_PATTERN),
     "host": _matching(HOST_PATTERN),
     "port": _whole(1, 65535),
@@ -368,24 +521,36 @@ _OPEN: dict[str, _Check] = {
     "tunnel_id": _matching(r"[0-9a-f]{32}"),
     "resume_token": _matching(r"[0-9a-f]{64}"),
     "limit": _count,
-    "grace_s": _seconds,
+    "grace_s": _whole(0, 10**6),
+    "attempt": _count,
+    "received": _count,
+    "delivered": _count,
+    "eof": _flag,
+    "count": _count,
+    "code": _matching(r"[a-z][a-z_]{0,63}"),
+    "message": _prose,
+    "spread_ms": _whole(0, 10**6),
 }
-_REASON: dict[str, _Check] = {"code": _code, "message": _prose}
-# One row a type: field -> check that returns the value, or None for a bad one.
+# The server adds this field on the way to a client.
+_user = _matching(r"[!-~]{1,128}")
+TYPES: dict[str, type[Any]] = {
+    "open": Open,
+    "opened": Opened,
+    "refused": OpenRefused,
+    "ack": Ack,
+    "eof": Eof,
+    "reset": Reset,
+    "detached": Detached,
+    "going_away": GoingAway,
+    "resume": Resume,
+    "resumed": Resumed,
+}
+# One row a type: its fields on every leg, in the order of its class, with their checks.
 FIELDS: dict[str, dict[str, _Check]] = {
-    "open": _OPEN,
-    "opened": {"limit": _count, "grace_s": _seconds},
-    "refused": _REASON,
-    "ack": {"delivered": _count, "limit": _count, "eof": _flag},
-    "eof": {"count": _count},
-    "reset": _REASON,
-    "detached": {"code": _code},
-    "going_away": {"spread_ms": _whole(0, 10**6)},
-    "resume": {**_OPEN, "attempt": _count, "received": _count, "delivered": _count},
-    "resumed": {"received": _count, "delivered": _count, "limit": _count},
+    kind: {name: _CHECKS[name] for name in made._fields if name in _CHECKS}
+    for kind, made in TYPES.items()
 }
-# Fields that the server adds on the way to a client.
-_ADDED_BY_SERVER: dict[str, _Check] = {"user": _matching(r"[!-~]{1,128}")}
+_NAMES: dict[type[Any], str] = {made: kind for kind, made in TYPES.items()}
 
 FROM_USER: frozenset[str] = frozenset({"open", "resume", "ack", "eof", "reset"})
 FROM_CLIENT: frozenset[str] = frozenset({"opened", "resumed", "refused", "ack", "eof", "reset"})
@@ -396,11 +561,22 @@ LEG_TYPES: frozenset[str] = frozenset({"going_away"})
 _channel = _whole(1, MAX_CHANNEL)
 
 
-def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> dict[str, Any]:
-    """Return a new dict with `type`, `channel` (on a client leg) and the known fields.
+def type_of(control: Control) -> str:
+    """Return the control's type, as the wire names it."""
+    return _NAMES[type(control)]
 
-    `legal` is what may come from this side. Unknown fields are ignored. Raises
-    LegError or TunnelError as docs/protocol.md, "Errors", tells them apart.
+
+def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> Control:
+    """Return the control that a text message is.
+
+    Args:
+        text: The message; fields that are not known are ignored.
+        legal: The types that may come from this side.
+        has_channel: Whether the message came on a client leg.
+
+    Raises:
+        LegError: The leg ends (docs/protocol.md, "Errors").
+        TunnelError: The tunnel of `channel` ends.
     """
     if len(text) > MAX_CONTROL_BYTES or len(text.encode("utf-8", "replace")) > MAX_CONTROL_BYTES:
         raise LegError(f"a control is longer than {MAX_CONTROL_BYTES} bytes", CLOSE_TOO_BIG)
@@ -411,23 +587,24 @@ def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> dic
     kind = raw.get("type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in FIELDS:
         raise LegError("a control has no known type")
-    control: dict[str, Any] = {"type": kind}
+    channel = 0
     if has_channel and kind not in LEG_TYPES:
-        channel = _channel(raw.get("channel"))
-        if channel is None:
+        found = _channel(raw.get("channel"))
+        if found is None:
             raise LegError(f"{kind} has no valid channel")
-        control["channel"] = channel
-    channel = control.get("channel", 0)
+        channel = found
     if kind not in legal:
         raise TunnelError(f"{kind} does not come from this side", channel)
     checks = FIELDS[kind]
-    if has_channel and kind in ("open", "resume"):
-        checks = {**checks, **_ADDED_BY_SERVER}
+    if has_channel and "client" in checks:
+        checks = {**checks, "user": _user}
+    values: list[Any] = []
     for name, check in checks.items():
         value = check(raw.get(name))
         if value is None:
             raise TunnelError(f"{kind} has a missing or bad field {name}", channel)
-        control[name] = value
+        values.append(value)
+    control: Control = TYPES[kind](*values, channel=channel)
     return control
 
 
@@ -439,16 +616,20 @@ def decode_text(payload: bytes | bytearray) -> str:
         raise LegError("a text message is not UTF-8", CLOSE_NOT_UTF8) from exc
 
 
-def encode_control(kind: str, channel: int = 0, **fields: Any) -> bytes:
-    """Return the JSON of a control; `channel` 0 leaves that field out (a user leg)."""
-    control: dict[str, Any] = {"type": kind}
-    if channel:
-        control["channel"] = channel
+def encode_control(control: Control) -> bytes:
+    """Return a control's JSON. Channel 0 (a user leg) and an empty user are left out."""
+    fields: dict[str, Any] = {"type": type_of(control)}
+    if control.channel:
+        fields["channel"] = control.channel
+    fields.update(control._asdict())
+    if not control.channel:
+        del fields["channel"]
+    if not fields.get("user", True):
+        del fields["user"]
     if "message" in fields:
         fields["message"] = _prose(fields["message"])
-    control.update(fields)
     # Not as \uXXXX: a message of 500 characters must fit into MAX_CONTROL_BYTES.
-    return json.dumps(control, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
 def encode_channel(channel: int) -> bytes:
@@ -478,7 +659,6 @@ def is_secret(text: str) -> bool:
 
 # --- http_network_relay/leg/duplex_socket.py ------------------------------------------------------
 # One socket, TLS or plain, for one reading and one sending thread at once.
-#
 # Who sends is the Outlet's matter. What is guarded here is TLS alone: `_tls_lock` is held for
 # one non-blocking read or write and never across a wait (rule 4 of the design). OpenSSL's
 # connection object must not be entered by two threads (CPython does not guard it), and nothing
@@ -618,7 +798,6 @@ class DuplexSocket:
 
 # --- http_network_relay/leg/frame_reader.py -------------------------------------------------------
 # WebSocket frames (RFC 6455, 5.2) that are made and read without the library.
-#
 # Whole messages go out with a header written by hand, and whole messages, pings and pongs are
 # taken off the leg here. All other frames are left to the library, as they came: closes,
 # fragments, and whatever breaks the rules.
@@ -748,7 +927,6 @@ class FrameReader:
 
 # --- http_network_relay/leg/send_queue.py ---------------------------------------------------------
 # The frames that wait on one leg: FrameSender's private part. No I/O, calls nobody.
-#
 # The fast lane is bounded by its slots, the data by the windows of the tunnels.
 
 
@@ -972,7 +1150,6 @@ class SendQueue:
 
 # --- http_network_relay/leg/frame_sender.py -------------------------------------------------------
 # Sends the frames of one leg, in the order of docs/protocol.md, "Order".
-#
 # To give each message to another thread costs more than to send it. So push() sends at once what
 # the socket takes without waiting; what the socket does not take is left to the leg's writer.
 
@@ -1210,8 +1387,8 @@ class FrameSender:
 # The messages that come in on one leg; pings and closes are answered on the way.
 
 # RFC 6455, 7.4.1: codes that stand in no close frame.
-CLOSE_NO_CODE = 1005
-CLOSE_LOST = 1006
+NO_STATUS = 1005
+ABNORMAL_CLOSURE = 1006
 
 
 class MessageReader:
@@ -1240,7 +1417,7 @@ class MessageReader:
     def receive(self, on_pause: Callable[[], None] | None = None) -> tuple[int, Any]:
         """Wait for the next message: (OP_TEXT or OP_BINARY, payload), or (OP_CLOSE, code).
 
-        A lost connection is a close with CLOSE_LOST. Calls `on_pause`, if given, when nothing
+        A lost connection is a close with ABNORMAL_CLOSURE. Calls `on_pause`, if given, when nothing
         comes for PAUSE_S. Raises LegError.
         """
         while True:
@@ -1248,7 +1425,7 @@ class MessageReader:
                 taken = self._frames.read_message(on_pause)
                 opcode, payload, is_last = (*taken, True) if taken else self._read_odd()
             except (OSError, EOFError):
-                return OP_CLOSE, CLOSE_LOST
+                return OP_CLOSE, ABNORMAL_CLOSURE
             if opcode == OP_PING:
                 if len(payload) > MAX_PING_BYTES:
                     raise LegError("a ping is too long")
@@ -1257,7 +1434,7 @@ class MessageReader:
             elif opcode == OP_CLOSE:
                 code = payload[:2]
                 self._sender.close(Frame(OP_CLOSE, b"", code), flush=False)
-                return OP_CLOSE, int.from_bytes(code, "big") if code else CLOSE_NO_CODE
+                return OP_CLOSE, int.from_bytes(code, "big") if code else NO_STATUS
             elif opcode != OP_PONG:
                 message = self._assemble(opcode, payload, is_last=is_last)
                 if message is not None:
@@ -1364,7 +1541,6 @@ def resume_timeout(flag: str | None, environ: Mapping[str, str]) -> int:
 
 # --- http_network_relay/timer.py ------------------------------------------------------------------
 # The one timer thread of a process: pings, deadlines, and the signals.
-#
 # It sleeps in poll on a socket pair, into which the interpreter writes a signal's number
 # the moment it comes (signal.set_wakeup_fd). A Python handler would not do: it runs when
 # the main thread next runs, and a signal that comes just before main enters recv() is
@@ -1452,9 +1628,56 @@ class Timer:
             slept = time.time() - planned > _SLEPT_S
 
 
+# --- http_network_relay/end/channel.py ------------------------------------------------------------
+# A tunnel's handle on one leg.
+
+
+class Link:
+    """A channel of one leg, as the end of a tunnel uses it. Its identity is what counts.
+
+    `channel` 0 is a user leg's only tunnel. Any thread; it only puts into the outbox.
+    """
+
+    def __init__(self, outbox: FrameSender, channel: int = 0) -> None:
+        self.outbox = outbox
+        self.channel = channel
+        self._head = encode_channel(channel) if channel else b""
+
+    def put_first(self, control: Control) -> None:
+        """Send the channel's first message."""
+        self.outbox.put_first(self.channel, self._text(control))
+
+    def put_data(self, data: Any) -> None:
+        """Send stream bytes, with the next push()."""
+        self.outbox.put_data_now(self.channel, self._head, data)
+
+    def put_ack(self, ack: Ack) -> None:
+        """Send an ack, with the next push()."""
+        self.outbox.put_ack(self.channel, self._text(ack))
+
+    def put_eof(self, count: int) -> None:
+        """Send an eof, behind the data."""
+        self.outbox.put_eof(self.channel, self._text(Eof(count)))
+
+    def put_reset(self, error: RelayError) -> None:
+        """Send a reset, behind the data where what came before it counts."""
+        frame = self._text(Reset(error.code, str(error)))
+        self.outbox.put_end(self.channel, frame, in_turn=takes_turn(error.code))
+
+    def push(self) -> None:
+        """Send data and acks that were put. Hold no lock."""
+        self.outbox.push()
+
+    def drop(self) -> None:
+        """Delete what waits to be sent."""
+        self.outbox.drop(self.channel)
+
+    def _text(self, control: Control) -> Frame:
+        return Frame(OP_TEXT, b"", encode_control(control._replace(channel=self.channel)))
+
+
 # --- http_network_relay/end/window.py -------------------------------------------------------------
 # How large the window of a stream is (docs/protocol.md, "The receiver's window").
-#
 # No I/O, no clock, no thread: the caller says what time it is.
 
 # Trips may be so much longer than the shortest: a link that is kept busy needs a queue.
@@ -1633,7 +1856,6 @@ class Window:
 
 # --- http_network_relay/end/stream.py -------------------------------------------------------------
 # The stream state of one end of a tunnel (docs/protocol.md, "Streams and credit", "Resume").
-#
 # No I/O, no clock, no thread. Both ends use it unchanged, so it does not know which
 # end it is. Offsets are counts of bytes from 0 in each direction.
 
@@ -1647,14 +1869,6 @@ _LEAST_MESSAGE_BYTES = 4 * 1024
 # Kept pieces are merged up to here. Single bytes would else cost a hundred each; merging
 # large ones would copy them for nothing.
 _MERGED_BYTES = 4 * 1024
-
-
-class Ack(NamedTuple):
-    """What an `ack` says: bytes handed on, the sender's new limit, eof handed on."""
-
-    delivered: int
-    limit: int
-    eof: bool
 
 
 class Position(NamedTuple):
@@ -1892,57 +2106,8 @@ class Stream:
         return self.out.eof_acked and self.into.eof_acked
 
 
-# --- http_network_relay/end/channel.py ------------------------------------------------------------
-# A tunnel's handle on one leg.
-
-
-class Link:
-    """A channel of one leg, as the end of a tunnel uses it. Its identity is what counts.
-
-    `channel` 0 is a user leg's only tunnel. Any thread; it only puts into the outbox.
-    """
-
-    def __init__(self, outbox: FrameSender, channel: int = 0) -> None:
-        self.outbox = outbox
-        self.channel = channel
-        self._head = encode_channel(channel) if channel else b""
-
-    def put_first(self, kind: str, **fields: Any) -> None:
-        """Send the channel's first message."""
-        self.outbox.put_first(self.channel, self._text(kind, **fields))
-
-    def put_data(self, data: Any) -> None:
-        """Send stream bytes, with the next push()."""
-        self.outbox.put_data_now(self.channel, self._head, data)
-
-    def put_ack(self, ack: Ack) -> None:
-        """Send an ack, with the next push()."""
-        self.outbox.put_ack(self.channel, self._text("ack", **ack._asdict()))
-
-    def put_eof(self, count: int) -> None:
-        """Send an eof, behind the data."""
-        self.outbox.put_eof(self.channel, self._text("eof", count=count))
-
-    def put_reset(self, error: RelayError) -> None:
-        """Send a reset, behind the data where what came before it counts."""
-        frame = self._text("reset", code=error.code, message=str(error))
-        self.outbox.put_end(self.channel, frame, in_turn=error.code in ENDS_IN_TURN)
-
-    def push(self) -> None:
-        """Send data and acks that were put. Hold no lock."""
-        self.outbox.push()
-
-    def drop(self) -> None:
-        """Delete what waits to be sent."""
-        self.outbox.drop(self.channel)
-
-    def _text(self, kind: str, **fields: Any) -> Frame:
-        return Frame(OP_TEXT, b"", encode_control(kind, self.channel, **fields))
-
-
 # --- http_network_relay/end/tunnel_end.py ---------------------------------------------------------
 # One end of a tunnel, between its leg and its two threads.
-#
 # The leg's reader calls the on_... methods, which never wait. A consumer thread takes
 # chunks and hands them on; a producer thread waits for credit and sends. The end outlives
 # its legs: detached, it waits to be resumed on another (docs/protocol.md, "Resume").
@@ -2258,7 +2423,7 @@ class TunnelEnd:
             self._stream.out.check_resume(peer)
             self._attempt = attempt
             old, self._link = self._link, None
-            link.put_first("resumed", **self._stream.into.resume()._asdict())
+            link.put_first(Resumed(*self._stream.into.resume()))
             self._attach_locked(link, peer)
         link.push()
         if old is not None:
@@ -2470,7 +2635,6 @@ class TunnelEnd:
 
 # --- http_network_relay/end/read_coalescer.py -----------------------------------------------------
 # When to let a source's bytes come together before they are read.
-#
 # A source that writes small pieces in quick succession costs three programs a wake-up for each,
 # which is most of what such a stream costs. No thread and no I/O: it only says how long to wait.
 
@@ -2533,56 +2697,51 @@ class ReadCoalescer:
 
 
 # --- http_network_relay/dial/deadline.py ----------------------------------------------------------
-# How long a wait in a dial may last: until its deadline, or until the dial is cancelled.
+# The deadline of a dial: one object for all its waits, made once and passed down.
 
 # RFC 8305, "Connection Attempt Delay": a dead first address costs this much.
 STAGGER_S = 0.250
 
 
-def slice_s(deadline: float) -> float:
-    """Return how long to wait before the next look at the deadline and a cancellation."""
-    return max(0.0, min(STAGGER_S, deadline - time.monotonic()))
+class Deadline:
+    """Ends a dial after `timeout_s`, or soon after `is_cancelled` returns true."""
 
+    def __init__(self, timeout_s: float, is_cancelled: Callable[[], bool] = lambda: False) -> None:
+        self._at = time.monotonic() + timeout_s
+        self._is_cancelled = is_cancelled
 
-def check_going_on(failure: str, deadline: float, is_cancelled: Callable[[], bool]) -> None:
-    if is_cancelled():
-        raise DialError("cancelled", f"{failure} before the dial was cancelled")
-    if time.monotonic() >= deadline:
-        raise DialError("timeout", f"{failure} in time")
+    def slice_s(self) -> float:
+        """Return how long to wait, in seconds, before the next check()."""
+        return max(0.0, min(STAGGER_S, self._at - time.monotonic()))
 
+    def check(self, failure: str) -> None:
+        """Raise DialError with the sentence `failure` if the dial must end."""
+        if self._is_cancelled():
+            raise DialError("cancelled", f"{failure} before the dial was cancelled")
+        if time.monotonic() >= self._at:
+            raise DialError("timeout", f"{failure} in time")
 
-def wait_until(
-    sock: socket.socket,
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
-    *,
-    write: bool,
-    what: str,
-) -> None:
-    """Wait for the socket until the deadline; raises RelayError when it has passed."""
-    while not wait_ready(sock, write=write, timeout_s=slice_s(deadline)):
-        if is_cancelled():
-            raise RelayError("server_unreachable", f"the dial of {what} was cancelled")
-        if time.monotonic() >= deadline:
-            raise RelayError("server_unreachable", f"{what} did not answer in time")
+    def wait_ready(self, sock: socket.socket, *, write: bool, what: str) -> None:
+        """Wait for the peer `what` behind the socket. Raises DialError."""
+        while not wait_ready(sock, write=write, timeout_s=self.slice_s()):
+            self.check(f"{what} did not answer")
 
 
 # --- http_network_relay/dial/names.py -------------------------------------------------------------
-# Name lookups: bounded daemon threads inside a deadline.
+# Name lookups within a deadline, in a bounded number of daemon threads.
 
-# Name lookups cannot be interrupted, so they run in daemon threads; this many at most.
+# The most lookups at a time. A lookup that hangs keeps its thread and its slot.
 _lookup_slots = threading.BoundedSemaphore(32)
 
 
-def resolve(
-    host: str, port: int, deadline: float, is_cancelled: Callable[[], bool] = lambda: False
-) -> list[Any]:
-    """Return getaddrinfo's answers by turns of family. Raises DialError."""
+def resolve(host: str, port: int, deadline: Deadline) -> list[Any]:
+    """Return getaddrinfo's answers, the address families in turns. Raises DialError."""
     if parse_address(host.strip("[]")) is not None:
-        # No lookup: an address must not wait behind names that hang.
+        # No lookup: an address must not wait for a slot behind names that hang.
         return _by_turns(_look_up(host, port))
-    while not _lookup_slots.acquire(timeout=slice_s(deadline)):
-        check_going_on(f"the name {host} could not be looked up", deadline, is_cancelled)
+    failure = f"the name {host} could not be looked up"
+    while not _lookup_slots.acquire(timeout=deadline.slice_s()):
+        deadline.check(failure)
     answers: list[Any] = []
     is_done = threading.Event()
 
@@ -2595,15 +2754,15 @@ def resolve(
             _lookup_slots.release()
             is_done.set()
 
-    # Daemon: getaddrinfo has no timeout and nothing can wake it.
+    # A daemon: getaddrinfo has no timeout, and nothing can wake the thread.
     thread = threading.Thread(target=look_up, name=f"lookup:{host}", daemon=True)
     try:
         thread.start()
     except RuntimeError:
         _lookup_slots.release()
         raise
-    while not is_done.wait(slice_s(deadline)):
-        check_going_on(f"the name {host} could not be looked up", deadline, is_cancelled)
+    while not is_done.wait(deadline.slice_s()):
+        deadline.check(failure)
     (answer,) = answers
     if isinstance(answer, Exception):
         reason = getattr(answer, "strerror", None) or answer
@@ -2612,13 +2771,13 @@ def resolve(
 
 
 def _look_up(host: str, port: int) -> list[Any]:
-    # An IPv6 literal may come in brackets, as it stands in a URL.
+    # The brackets of an IPv6 literal are the URL's.
     name = encode_name(host.strip("[]"))
     return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
 
 
 def _by_turns(infos: list[Any]) -> list[Any]:
-    """Alternate the families, first family first (RFC 8305, 4)."""
+    """Alternate the families, beginning with the first answer's (RFC 8305, 4)."""
     families: dict[int, list[Any]] = {}
     for info in infos:
         families.setdefault(info[0], []).append(info)
@@ -2636,9 +2795,9 @@ def parse_address(text: str) -> Any:
 
 
 def encode_name(name: str) -> bytes:
-    """As Python's sockets do; to import the IDNA codec for every name takes a start 1 ms.
+    """Encode as Python's sockets do. Raises UnicodeError for a text that is no name.
 
-    Raises UnicodeError for what is no name.
+    The IDNA codec is for other names than plain ones: its import costs a start 1 ms.
     """
     labels = name.removesuffix(".").split(".")
     is_plain = name.isascii() and all(0 < len(label) < 64 for label in labels)
@@ -2646,11 +2805,11 @@ def encode_name(name: str) -> bytes:
 
 
 # --- http_network_relay/dial/endpoint.py ----------------------------------------------------------
-# Where the server is: the parsed --server-url.
+# The server's address: the parsed --server-url.
 
 
 class Endpoint(NamedTuple):
-    """Where a server is: what --server-url says."""
+    """A server's address, and the path and query of its WebSocket."""
 
     is_tls: bool
     host: str
@@ -2674,14 +2833,17 @@ class Endpoint(NamedTuple):
 
 
 def parse_server_url(url: str, default_path: str) -> Endpoint:
-    """Read ws, wss, http and https URLs; one without a path gets `default_path`."""
+    """Read a ws, wss, http or https URL; a URL without a path gets `default_path`.
+
+    Raises RelayError.
+    """
     try:
         parts = urlsplit(url)
         port = parts.port
-        # What getaddrinfo and TLS will do to it; `.example` and `a..b` fail there.
+        # getaddrinfo and TLS encode the name too; `.example` and `a..b` would fail there.
         encode_name(parts.hostname or "")
     except ValueError as exc:
-        # Not the URL itself: somebody may have put a password into it.
+        # The message omits the URL, which may hold a password.
         raise RelayError("usage", "--server-url is not a URL: look at its host and port") from exc
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     if scheme not in ("ws", "wss") or not parts.hostname:
@@ -2702,9 +2864,9 @@ def parse_server_url(url: str, default_path: str) -> Endpoint:
 
 
 # --- http_network_relay/dial/http_proxy.py --------------------------------------------------------
-# HTTP CONNECT proxies: which one the environment names, and the way through it.
+# HTTP CONNECT proxies: which proxy the environment names, and the way through it.
 
-# A proxy's answer to CONNECT.
+# The head of a proxy's answer to CONNECT.
 _MAX_HEAD_BYTES = 16 * 1024
 
 
@@ -2717,11 +2879,10 @@ class Proxy(NamedTuple):
 
 
 def proxy_for(endpoint: Endpoint, environ: Mapping[str, str]) -> Proxy | None:
-    """Return the HTTP proxy that the environment names for this server, if any."""
+    """Return the proxy for this server. Raises RelayError for one that cannot be used."""
     names = ("https_proxy", "HTTPS_PROXY") if endpoint.is_tls else ("http_proxy", "HTTP_PROXY")
     for name in (*names, "all_proxy", "ALL_PROXY"):
-        value = environ.get(name, "").strip()
-        if value:
+        if value := environ.get(name, "").strip():
             break
     else:
         return None
@@ -2740,19 +2901,18 @@ def proxy_for(endpoint: Endpoint, environ: Mapping[str, str]) -> Proxy | None:
     authorization = None
     if parts.username is not None:
         pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        # As it stands in the environment, UTF-8 or not.
-        authorization = (
-            "Basic " + base64.b64encode(pair.encode("utf-8", "surrogateescape")).decode()
-        )
+        # The environment's own bytes, which need not be UTF-8.
+        encoded = base64.b64encode(pair.encode("utf-8", "surrogateescape"))
+        authorization = f"Basic {encoded.decode()}"
     return Proxy(host, port or 80, authorization)
 
 
 def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
-    """Whether NO_PROXY names this host, read exactly.
+    """Whether NO_PROXY names this host.
 
-    `example.com` and `.example.com` stand for the name and what is below it, never for
-    notexample.com; an address for itself; a network in CIDR form for its addresses;
-    `host:port` for that port; `*` for all.
+    `example.com` and `.example.com` mean the name and its subdomains, never notexample.com.
+    An address means itself, a network in CIDR form its addresses, `host:port` one port,
+    `*` every host.
     """
     host = host.lower().rstrip(".")
     address = parse_address(host)
@@ -2775,32 +2935,25 @@ def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
 
 def _split_port(entry: str) -> tuple[str, int | None]:
     """Split `host:port` and `[v6]:port`; an IPv6 literal alone has no port."""
-    if entry.startswith("["):
-        name, _, rest = entry[1:].partition("]")
-    elif entry.count(":") == 1:
-        name, _, rest = entry.partition(":")
-        rest = f":{rest}"
-    else:
+    found = re.fullmatch(r"\[([^]]*)]?(.*)|([^:]*)(:[^:]*)", entry)
+    if found is None:
         return entry, None
-    if rest in ("", ":"):
+    name, port = found[1] or found[3] or "", found[2] or found[4] or ":"
+    if port == ":":
         return name, None
-    # What is no port is the port of nobody.
-    return name, int(rest[1:]) if re.fullmatch(r":[0-9]{1,5}", rest) else -1
+    # -1 is no server's port: a malformed entry matches nothing.
+    return name, int(port[1:]) if re.fullmatch(r":[0-9]{1,5}", port) else -1
 
 
 def printable(text: str) -> str:
-    """Nothing from the network may move a terminal's cursor or fill it."""
+    """Return at most 300 characters of a peer's text, none of which moves a cursor."""
     return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
 def connect_through(
-    sock: socket.socket,
-    proxy: Proxy,
-    endpoint: Endpoint,
-    deadline: float,
-    is_cancelled: Callable[[], bool],
+    sock: socket.socket, proxy: Proxy, endpoint: Endpoint, deadline: Deadline
 ) -> None:
-    """Ask the proxy for a way to the server (RFC 9110, 9.3.6)."""
+    """Ask the proxy for a way to the server (RFC 9110, 9.3.6). Raises RelayError."""
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
     lines = [f"CONNECT {host}:{endpoint.port} HTTP/1.1", f"Host: {host}:{endpoint.port}"]
     if proxy.authorization:
@@ -2809,12 +2962,12 @@ def connect_through(
     request = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii", "replace")
     head = b""
     try:
-        wait_until(sock, deadline, is_cancelled, write=True, what=what)
-        sock.send(request)  # Fits into an empty send buffer whole.
-        while b"\r\n\r\n" not in head:
-            wait_until(sock, deadline, is_cancelled, write=False, what=what)
-            # One byte at a time past the end would eat the server's first bytes.
-            piece = sock.recv(_head_step(head))
+        deadline.wait_ready(sock, write=True, what=what)
+        sock.send(request)  # An empty send buffer takes the whole request.
+        while not head.endswith(b"\r\n\r\n"):
+            deadline.wait_ready(sock, write=False, what=what)
+            # One byte at a time: the server's own bytes follow the head.
+            piece = sock.recv(1)
             if not piece or len(head) > _MAX_HEAD_BYTES:
                 raise RelayError("proxy_failed", f"{what} ended the connection")
             head += piece
@@ -2826,35 +2979,24 @@ def connect_through(
         raise RelayError("proxy_failed", f"{what} answered {said} to CONNECT {host}")
 
 
-def _head_step(head: bytes) -> int:
-    """Return how many bytes can be read without passing the blank line at the end."""
-    for have in (3, 2, 1):
-        if head.endswith(b"\r\n\r\n"[:have]):
-            return 4 - have
-    return 4
-
-
 # --- http_network_relay/dial/connect.py -----------------------------------------------------------
 # Dials: names, staggered addresses, HTTP CONNECT proxies and TLS, under one deadline.
-#
-# websocket-client's own connect is not used: it has a timeout for each read, tries one
-# address, sends secrets to where a redirect points, and reads proxy settings loosely.
-# A deadline is a time of time.monotonic(), made once and passed down.
+# websocket-client's own connect is not used: its timeout is for one read, a dead first address
+# fails the dial, a redirect gets the secrets, and NO_PROXY is matched loosely.
 
 
 def dial_tcp(
     host: str,
     port: int,
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
+    deadline: Deadline,
     allows: Callable[[str], bool] = lambda _: True,
 ) -> socket.socket:
-    """Connect to the first address that answers; the socket comes back blocking.
+    """Return a blocking socket, connected to the first address that answers.
 
-    A new address is tried every 250 ms, or at once when one fails. `is_cancelled` is
-    asked as often. `allows` says of each address whether it may be dialled. Raises DialError.
+    Another address is tried every 250 ms, or at once when one fails. `allows` says whether an
+    address may be dialled. Raises DialError.
     """
-    found = resolve(host, port, deadline, is_cancelled)
+    found = resolve(host, port, deadline)
     infos = [info for info in found if allows(info[4][0])]
     if found and not infos:
         raise DialError("denied", f"the client does not dial {host}:{port}")
@@ -2863,7 +3005,7 @@ def dial_tcp(
     with selectors.DefaultSelector() as selector:
         try:
             while True:
-                check_going_on(f"{host}:{port} did not answer", deadline, is_cancelled)
+                deadline.check(f"{host}:{port} did not answer")
                 now = time.monotonic()
                 pending = len(selector.get_map())
                 if not infos and not pending:
@@ -2872,7 +3014,7 @@ def dial_tcp(
                     error = _begin(infos.pop(0), selector)
                     last, next_at = error or last, 0.0 if error else now + STAGGER_S
                     continue
-                for key, _ in selector.select(slice_s(deadline)):
+                for key, _ in selector.select(deadline.slice_s()):
                     sock: socket.socket = key.fileobj  # type: ignore[assignment]
                     selector.unregister(sock)
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -2887,7 +3029,7 @@ def dial_tcp(
 
 
 def _begin(info: Any, selector: selectors.BaseSelector) -> OSError | None:
-    """Start a connect; return why it could not even start."""
+    """Begin to connect, and register the socket; return the error of a failed beginning."""
     family, kind, protocol, _, address = info
     try:
         sock = socket.socket(family, kind, protocol)
@@ -2907,10 +3049,10 @@ def _begin(info: Any, selector: selectors.BaseSelector) -> OSError | None:
 
 def _set_options(sock: socket.socket) -> None:
     sock.setblocking(True)
-    # macOS refuses options on a socket that the peer has reset already; its first use tells.
+    # macOS refuses options on a socket that the peer has reset; the first read fails then.
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A host that vanished without a word ends its connection after about two minutes.
+        # A connection to a host that has vanished ends after about two minutes.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
             if hasattr(socket, name):
@@ -2931,25 +3073,26 @@ def dial_server(
     endpoint: Endpoint,
     context: ssl.SSLContext | None,
     environ: Mapping[str, str],
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
+    deadline: Deadline,
 ) -> socket.socket:
-    """Return a connected, non-blocking socket, TLS done if the URL says so."""
+    """Return a connected, non-blocking socket, after the TLS handshake if the URL asks for TLS.
+
+    Raises RelayError.
+    """
     proxy = proxy_for(endpoint, environ)
     host, port = (proxy.host, proxy.port) if proxy else (endpoint.host, endpoint.port)
     what = "the HTTP proxy" if proxy else "the server"
     try:
-        sock = dial_tcp(host, port, deadline, is_cancelled)
+        sock = dial_tcp(host, port, deadline)
     except DialError as exc:
         code = "proxy_failed" if proxy else "server_unreachable"
         raise RelayError(code, f"cannot reach {what}: {exc}") from exc
     try:
         sock.setblocking(False)
         if proxy:
-            connect_through(sock, proxy, endpoint, deadline, is_cancelled)
+            connect_through(sock, proxy, endpoint, deadline)
         if endpoint.is_tls:
-            context = context or make_context(None)
-            sock = _start_tls(sock, endpoint, context, deadline, is_cancelled)
+            sock = _start_tls(sock, endpoint, context or make_context(None), deadline)
     except BaseException:
         sock.close()
         raise
@@ -2957,7 +3100,7 @@ def dial_server(
 
 
 def make_context(ca_file: str | None) -> ssl.SSLContext:
-    """Return a context that verifies, always; `ca_file` adds a private CA."""
+    """Return a context that always verifies; `ca_file` adds a private CA. Raises RelayError."""
     context = ssl.create_default_context()
     if ca_file is not None:
         try:
@@ -2969,10 +3112,9 @@ def make_context(ca_file: str | None) -> ssl.SSLContext:
 
 
 def source_address(peer: Any) -> str | None:
-    """Return the address from which this machine reaches `peer` now; None: not at all.
+    """Return the local address of the route to `peer`, a getpeername(); None without a route.
 
-    `peer` is as of getpeername(). No packet is sent and nothing waits: the kernel looks
-    into its routes.
+    No packet is sent, and nothing waits: the kernel looks into its routes.
     """
     family = socket.AF_INET if len(peer) == 2 else socket.AF_INET6
     try:
@@ -2984,16 +3126,13 @@ def source_address(peer: Any) -> str | None:
 
 
 def _start_tls(
-    sock: socket.socket,
-    endpoint: Endpoint,
-    context: ssl.SSLContext,
-    deadline: float,
-    is_cancelled: Callable[[], bool],
+    sock: socket.socket, endpoint: Endpoint, context: ssl.SSLContext, deadline: Deadline
 ) -> ssl.SSLSocket:
     what = f"TLS with {endpoint.host}:{endpoint.port}"
     tls: socket.socket = sock
     try:
-        sock.getpeername()  # Wrapping fails too if the peer has reset it, but leaves its mess.
+        # After a reset, wrap_socket() fails too, but leaves a socket open.
+        sock.getpeername()
         tls = context.wrap_socket(
             sock, server_hostname=endpoint.host, do_handshake_on_connect=False
         )
@@ -3001,9 +3140,9 @@ def _start_tls(
             try:
                 tls.do_handshake()
             except ssl.SSLWantReadError:
-                wait_until(tls, deadline, is_cancelled, write=False, what=what)
+                deadline.wait_ready(tls, write=False, what=what)
             except ssl.SSLWantWriteError:
-                wait_until(tls, deadline, is_cancelled, write=True, what=what)
+                deadline.wait_ready(tls, write=True, what=what)
             else:
                 return tls
     except ssl.SSLCertVerificationError as exc:
@@ -3013,7 +3152,8 @@ def _start_tls(
             f"the certificate of {endpoint.host} is not trusted ({exc.verify_message});"
             " a private CA is added with --ca-file",
         ) from exc
-    except (OSError, ValueError) as exc:  # ValueError: a name that cannot be in a certificate.
+    # ValueError: a name that no certificate can have.
+    except (OSError, ValueError) as exc:
         tls.close()
         reason = getattr(exc, "strerror", None) or exc
         raise RelayError("tls_failed", f"{what} failed: {reason}; check --server-url") from exc
@@ -3024,7 +3164,6 @@ def _start_tls(
 
 # --- http_network_relay/dial/connection.py --------------------------------------------------------
 # One leg of a client or a proxy command: a WebSocket over websocket-client.
-#
 # The library makes the handshake and reads frames. Its recv() and send() are not used:
 # they answer pings under the send lock, follow redirects with secrets, and bound neither
 # time nor size. Threads: one reader calls receive(), the writer thread drains the outbox,
@@ -3073,15 +3212,9 @@ class _HandshakeSocket:
     of a refusal can be read with every version of the library.
     """
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        deadline: float,
-        is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
         self._sock = sock
         self._deadline = deadline
-        self._is_cancelled = is_cancelled
         self._taken = 0
         self.buffer = b""
 
@@ -3100,7 +3233,7 @@ class _HandshakeSocket:
                 # Small: the library takes it byte by byte, and each takes the rest along.
                 self.buffer = self._sock.recv(4096)
             except (BlockingIOError, ssl.SSLWantReadError):
-                self._wait(write=False)
+                self._deadline.wait_ready(self._sock, write=False, what="the server")
             else:
                 if not self.buffer:
                     return b""
@@ -3115,11 +3248,7 @@ class _HandshakeSocket:
             try:
                 return self._sock.send(data)
             except (BlockingIOError, ssl.SSLWantWriteError):
-                self._wait(write=True)
-
-    def _wait(self, *, write: bool) -> None:
-        what = "the server"
-        wait_until(self._sock, self._deadline, self._is_cancelled, write=write, what=what)
+                self._deadline.wait_ready(self._sock, write=True, what="the server")
 
 
 def connect(
@@ -3133,9 +3262,9 @@ def connect(
 ) -> Connection:
     """Dial, upgrade and return the leg; raises RelayError, within 20 s."""
     library = websocket_client()
-    deadline = time.monotonic() + DIAL_SERVER_S
-    sock = dial_server(endpoint, context, environ, deadline, is_cancelled)
-    shim = _HandshakeSocket(sock, deadline, is_cancelled)
+    deadline = Deadline(DIAL_SERVER_S, is_cancelled)
+    sock = dial_server(endpoint, context, environ, deadline)
+    shim = _HandshakeSocket(sock, deadline)
     # Nobody on the way can read what is masked; so it need not be, if the server agrees.
     is_here = endpoint.is_loopback and _far_peer(sock) is None  # And by no proxy elsewhere.
     asks_for_zero = endpoint.is_tls or is_here
@@ -3246,7 +3375,7 @@ def _refusal(
         code, message = str(told["code"]), printable(str(told["message"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         code, message = "", f"it answered {status}"
-    if code not in ERRORS or code == "internal_error":  # Of the server, not of the tunnel.
+    if find_code(code) in (None, Code.INTERNAL_ERROR):  # Of the server, not of the tunnel.
         by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
         code = by_status.get(status, "busy" if status in (429, 503) else "server_failed")
     retry_after_s = _number(headers.get("retry-after", ""))
@@ -3415,32 +3544,32 @@ class Connection:
 
 
 # --- http_network_relay/dial/backoff.py -----------------------------------------------------------
-# How long to wait before the next try: exponential backoff with full jitter.
+# The wait before the next try: exponential backoff with full jitter.
 
 _FIRST_S = 0.2
-# A leg that held less, and carried nothing, was no leg.
-_SHORTEST_HELD_S = 1.0
+# A leg that lasted less, and carried nothing, counts as a failed try.
+_SHORTEST_LEG_S = 1.0
 
 
 def uniform(low: float, high: float) -> float:
-    """Draw from low..high, as random.uniform(): to import that takes a start a millisecond."""
+    """Draw from low..high. Not random.uniform(), whose import costs a start 1 ms."""
     return low + (high - low) * int.from_bytes(os.urandom(7), "big") / 2**56
 
 
 class Backoff:
-    """The first retry is immediate; then uniform in 0..b, b doubling from 0.2 s to `cap_s`."""
+    """The first wait is 0 s, each later one uniform in 0..b; b doubles from 0.2 s to `cap_s`."""
 
     def __init__(self, cap_s: float, draw: Callable[[float, float], float] = uniform) -> None:
         self._cap_s = cap_s
         self._draw = draw
         self._tries = 0
 
-    def held(self, seconds: float, *, was_used: bool = False) -> None:
-        """Note how long a leg held, and whether it carried anything for a tunnel.
+    def lasted(self, seconds: float, *, was_used: bool = False) -> None:
+        """Note for how long a leg lasted, and whether the leg carried anything for a tunnel.
 
-        The waits start anew after one that was of use, or held for twice the last b.
+        The waits begin anew after a leg that was used, or that lasted for twice the last b.
         """
-        if was_used or seconds >= max(_SHORTEST_HELD_S, 2 * self._bound_s()):
+        if was_used or seconds >= max(_SHORTEST_LEG_S, 2 * self._bound_s()):
             self._tries = 0
 
     def next_s(self) -> float:
@@ -3451,45 +3580,19 @@ class Backoff:
     def _bound_s(self) -> float:
         if self._tries <= 1:
             return 0.0
-        # min() before the power: after a year of tries it would be a huge number.
+        # min() before the power, which a year of tries would make a huge number.
         return min(self._cap_s, _FIRST_S * 2.0 ** min(self._tries - 2, 16))
 
 
 # --- http_network_relay/proxy_command/messages.py -------------------------------------------------
 # What the proxy command says on stderr: one line, with a hint.
 
-# What to try, for errors whose sentence does not say it already.
-HINTS = {
-    "unauthorized": "check the token (--secret-key-file) with the relay's operator",
-    "client_unknown": "check the name with the relay's operator",
-    "client_offline": "is the device switched on and its client running?",
-    "denied": "ask the relay's operator for a rule that allows it",
-    "denied_by_client": "ask the device's owner: its client was started with --allow",
-    "revoked": "ask the relay's operator",
-    "target_refused": "does the service run there, on that port?",
-    "target_unreachable": "is the address right, as seen from the device?",
-    "target_timeout": "is the address right, as seen from the device, and no firewall between?",
-    "target_unknown": "is the name right, as seen from the device?",
-    "open_timeout": "try again; the log of the client on the device says more",
-    "server_unreachable": "check the network and --server-url",
-    "busy": "try again in a moment",
-    "server_restart": "try again in a moment",
-    "proxy_failed": "check the proxy settings (https_proxy, no_proxy)",
-    "not_found": "check --server-url",
-    "leg_lost": "connect again",
-    "client_lost": "connect again",
-    "client_replaced": "connect again",
-    "client_stopped": "connect again when the client runs again",
-    "target_reset": "the target's own log may say why",
-    "target_lost": "connect again when the target is back",
-    "protocol_error": "upgrade the older one of the relay's programs",
-}
-
 
 def complain(error: RelayError) -> int:
     """Say in one line on stderr what failed and what to try; return the exit code."""
-    hint = HINTS.get(error.code)
-    warn(f"{error}; {hint}" if hint else str(error))
+    row = find_code(error.code)
+    hint = f"; {row.hint}" if row is not None and row.hint else ""
+    warn(f"{error}{hint}")
     return error.exit_code
 
 
@@ -3956,7 +4059,7 @@ class Session:
         # One tunnel: the end, its link on the present leg, and what `resume` repeats.
         self._link = Link(FrameSender())
         self._end = TunnelEnd(self._link, settings.max_window_bytes)
-        self._opening: dict[str, Any] = {}
+        self._opening: Open | None = None
         self._attempt = 0
         self._next_leg: NextLeg | None = None
         self._server_restarts = False
@@ -4003,26 +4106,27 @@ class Session:
         settings = self._settings
         self._link = Link(transport.outbox)
         self._end = TunnelEnd(self._link, settings.max_window_bytes, self._on_change)
-        self._opening = {
-            "client": settings.client,
-            "host": settings.host,
-            "port": settings.port,
-            "protocol": "tcp",
-            "tunnel_id": os.urandom(16).hex(),
-            "resume_token": os.urandom(32).hex(),
-            "limit": self._end.first_limit,
-            "grace_s": settings.grace_s,
-        }
-        control = self._ask(transport, "open", self._opening, ANSWER_TIMEOUT_S)
-        if not self._end.on_open(control["limit"], min(settings.grace_s, control["grace_s"])):
+        self._opening = Open(
+            client=settings.client,
+            host=settings.host,
+            port=settings.port,
+            protocol="tcp",
+            tunnel_id=os.urandom(16).hex(),
+            resume_token=os.urandom(32).hex(),
+            limit=self._end.first_limit,
+            grace_s=settings.grace_s,
+        )
+        answer = self._ask(transport, self._opening, ANSWER_TIMEOUT_S)
+        assert isinstance(answer, Opened)  # _ask() returns nothing else for an Open.
+        if not self._end.on_open(answer.limit, min(settings.grace_s, answer.grace_s)):
             raise self._end.ended or RelayError("leg_lost", "the tunnel was lost")
 
     def _connect(self) -> Connection:
         """Dial one leg; also in the thread of NextLeg."""
         settings = self._settings
         headers = [f"Authorization: Bearer {settings.token}"]
-        if self._end.is_open:
-            headers.append(f"{TUNNEL_HEADER}: {self._opening['tunnel_id']}")
+        if self._end.is_open and self._opening is not None:
+            headers.append(f"{TUNNEL_HEADER}: {self._opening.tunnel_id}")
         return connect(
             settings.endpoint,
             headers,
@@ -4036,18 +4140,18 @@ class Session:
         """Whether a leg that is being dialled is of no use any more."""
         return self._end.is_over or (self._end.is_detached and not self._end.resume_left_s())
 
-    def _ask(
-        self, transport: Connection, kind: str, fields: dict[str, Any], timeout_s: float
-    ) -> dict[str, Any]:
-        """Send a new leg's first message; return the answer. Raises RelayError."""
-        answer = {"open": "opened", "resume": "resumed"}[kind]
+    def _ask(self, transport: Connection, asked: Opening, timeout_s: float) -> Opened | Resumed:
+        """Send a new leg's first message; return its answer. Raises RelayError."""
+        is_open = isinstance(asked, Open)
+        wanted = Opened if is_open else Resumed
+        answer = "opened" if is_open else "resumed"
         self._server_restarts = False
         self._transport = transport
         transport.start("user")
         link = Link(transport.outbox)
-        link.put_first(kind, **fields)
+        link.put_first(asked)
         link.push()
-        who = f"{self._settings.target}: " if kind == "open" else ""
+        who = f"{self._settings.target}: " if is_open else ""
         self._no_answer = RelayError("open_timeout", f"{who}no answer from the client in time")
         self._answer_by = time.monotonic() + timeout_s
         self._timer.wake()
@@ -4062,18 +4166,18 @@ class Session:
                 if opcode == OP_BINARY:
                     raise TunnelError(f"data came before {answer}")
                 control = parse_control(decode_text(payload), TO_USER, has_channel=False)
-                if control["type"] == answer:
+                if isinstance(control, wanted):
                     return control
-                if control["type"] == "refused":
+                if isinstance(control, OpenRefused):
                     # A resume that is refused is reported with the whole target.
-                    who = f"{self._settings.client}: " if kind == "open" else ""
-                    raise RelayError(control["code"], who + control["message"])
-                if control["type"] == "reset":
-                    raise RelayError(control["code"], control["message"])
-                if control["type"] == "detached":
-                    raise RelayError(control["code"], _detached(control["code"]))
-                if control["type"] != "going_away":
-                    raise TunnelError(f"{control['type']} came before {answer}")
+                    who = f"{self._settings.client}: " if is_open else ""
+                    raise RelayError(control.code, who + control.message)
+                if isinstance(control, Reset):
+                    raise RelayError(control.code, control.message)
+                if isinstance(control, Detached):
+                    raise RelayError(control.code, _detached(control.code))
+                if not isinstance(control, GoingAway):
+                    raise TunnelError(f"{type_of(control)} came before {answer}")
                 self._server_restarts = True
         except (LegError, TunnelError) as exc:
             raise RelayError("protocol_error", f"the server broke the protocol: {exc}") from exc
@@ -4094,7 +4198,7 @@ class Session:
             self._read(transport)
             self._leave(transport)
             if not end.is_over:
-                backoff.held(time.monotonic() - begun, was_used=end.counts != counts)
+                backoff.lasted(time.monotonic() - begun, was_used=end.counts != counts)
                 self._come_back(backoff)
         pumps.wake()  # A tunnel that expires tells nobody.
         # What came before the end may still be handed on, for a second.
@@ -4138,20 +4242,20 @@ class Session:
     def _on_control(self, payload: bytes | bytearray) -> bool:
         """Hand one control to the tunnel; whether the leg has no more to say."""
         control = parse_control(decode_text(payload), TO_USER, has_channel=False)
-        kind, end, link = control["type"], self._end, self._link
-        if kind == "ack":
-            end.on_ack(link, Ack(control["delivered"], control["limit"], control["eof"]))
-        elif kind == "eof":
-            end.on_eof(link, control["count"])
-        elif kind == "reset":
-            end.on_reset(link, RelayError(control["code"], control["message"]))
-        elif kind == "detached":
-            end.detach(link, RelayError(control["code"], _detached(control["code"])))
+        end, link = self._end, self._link
+        if isinstance(control, Ack):
+            end.on_ack(link, control)
+        elif isinstance(control, Eof):
+            end.on_eof(link, control.count)
+        elif isinstance(control, Reset):
+            end.on_reset(link, RelayError(control.code, control.message))
+        elif isinstance(control, Detached):
+            end.detach(link, RelayError(control.code, _detached(control.code)))
             return not end.is_over
-        elif kind == "going_away":
-            self._on_going_away(control["spread_ms"] / 1000)
+        elif isinstance(control, GoingAway):
+            self._on_going_away(control.spread_ms / 1000)
         else:
-            raise TunnelError(f"{kind} after the tunnel was open")
+            raise TunnelError(f"{type_of(control)} after the tunnel was open")
         return False
 
     def _on_going_away(self, spread_s: float) -> None:
@@ -4192,11 +4296,19 @@ class Session:
     def _resume(self, transport: Connection) -> None:
         self._attempt += 1
         position = self._end.begin_resume()
-        fields = {**self._opening, "attempt": self._attempt, **position._asdict()}
+        assert self._opening is not None  # Only an open tunnel is resumed.
+        received, delivered, limit = position
+        asked = Resume(
+            **self._opening._replace(limit=limit)._asdict(),
+            attempt=self._attempt,
+            received=received,
+            delivered=delivered,
+        )
         timeout_s = min(ANSWER_TIMEOUT_S, self._end.resume_left_s())
-        control = self._ask(transport, "resume", fields, timeout_s)
+        answer = self._ask(transport, asked, timeout_s)
+        assert isinstance(answer, Resumed)  # _ask() returns nothing else for a Resume.
         self._link = Link(transport.outbox)
-        peer = Position(control["received"], control["delivered"], control["limit"])
+        peer = Position(answer.received, answer.delivered, answer.limit)
         try:
             self._end.on_resumed(self._link, peer)
         except TunnelError as exc:

@@ -19,12 +19,14 @@ from collections.abc import Callable
 from typing import Any
 
 from http_network_relay.dial.connect import dial_tcp
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.end.channel import Link
 from http_network_relay.end.read_coalescer import ReadCoalescer
 from http_network_relay.end.tunnel_end import TunnelEnd
 from http_network_relay.leg.duplex_socket import DONT_WAIT, wait_ready
 from http_network_relay.rules.target import Host, RuleError, TargetRule, canonical_host
 from http_network_relay.wire.constants import MESSAGE_BYTES
+from http_network_relay.wire.controls import Open, Opened, OpenRefused, Resume
 from http_network_relay.wire.errors import DialError, RelayError
 
 # The dial of a target in all, name lookup included. Shorter than the proxy command's
@@ -53,14 +55,14 @@ class Forwarder:
 
     def __init__(
         self,
-        opening: dict[str, Any],
+        opening: Open,
         link: Link,
         max_window_bytes: int,
         grace_s: int,
         allow: tuple[TargetRule, ...],
         on_closed: Callable[[Forwarder], None],
     ) -> None:
-        self.key = (opening["user"], opening["tunnel_id"])
+        self.key = (opening.user, opening.tunnel_id)
         self.end = TunnelEnd(link, max_window_bytes)
         self._opening = opening
         # Where `opened` goes; nothing else, since the tunnel may change its link.
@@ -72,17 +74,17 @@ class Forwarder:
         self._sock: socket.socket | None = None
         self._target_is_read = threading.Event()
         self._begun = time.monotonic()
-        short_id = opening["tunnel_id"][:8]
-        self.about = f"tunnel={short_id} user={opening['user']}"
+        short_id = opening.tunnel_id[:8]
+        self.about = f"tunnel={short_id} user={opening.user}"
         self.thread = threading.Thread(target=self._run, name=f"tunnel-reader:{short_id}")
         self._writer = threading.Thread(target=self._write, name=f"tunnel-writer:{short_id}")
 
-    def is_opened_by(self, control: dict[str, Any]) -> bool:
+    def is_opened_by(self, control: Resume) -> bool:
         """Whether a `resume` has the token and the target of our `open`. In constant time."""
         opening = self._opening
-        names = ("host", "port", "protocol")
-        has_target = [control[name] for name in names] == [opening[name] for name in names]
-        has_token = hmac.compare_digest(control["resume_token"], opening["resume_token"])
+        asked = (control.host, control.port, control.protocol)
+        has_target = asked == (opening.host, opening.port, opening.protocol)
+        has_token = hmac.compare_digest(control.resume_token, opening.resume_token)
         return has_token and has_target
 
     def _run(self) -> None:
@@ -104,8 +106,8 @@ class Forwarder:
             self._on_closed(self)
 
     def _dial(self) -> socket.socket | None:
-        host, port = self._opening["host"], self._opening["port"]
-        deadline = time.monotonic() + DIAL_TARGET_S
+        host, port = self._opening.host, self._opening.port
+        deadline = Deadline(DIAL_TARGET_S, lambda: self.end.is_over)
         try:
             # What the resolver would take for an address, and the rules for a name.
             asked = canonical_host(host)
@@ -114,7 +116,7 @@ class Forwarder:
             self._refuse(RelayError("target_invalid", str(exc)))
             return None
         try:
-            sock = dial_tcp(host, port, deadline, lambda: self.end.is_over, self._filter(asked))
+            sock = dial_tcp(host, port, deadline, self._filter(asked))
         except DialError as exc:
             if exc.kind in _REFUSED_CODES:
                 log.info("tunnel refused %s reason=%s: %s", self.about, exc.kind, exc)
@@ -122,21 +124,19 @@ class Forwarder:
             return None
         if DONT_WAIT:
             self.end.hand_on_by(functools.partial(_send_now, sock))
-        if not self.end.on_open(
-            self._opening["limit"], min(self._grace_s, self._opening["grace_s"])
-        ):
+        if not self.end.on_open(self._opening.limit, min(self._grace_s, self._opening.grace_s)):
             self.end.hand_on_by(None)
             sock.close()  # The user went away during the dial.
             return None
         # First: once it is told, another thread may log its end.
         log.info("tunnel opened %s target=%s:%d", self.about, host, port)
-        self._first_link.put_first("opened", limit=self.end.first_limit, grace_s=self._grace_s)
+        self._first_link.put_first(Opened(self.end.first_limit, self._grace_s))
         self._first_link.push()
         return sock
 
     def _filter(self, asked: Host) -> Callable[[str], bool]:
         """Return what says of an address of `asked` whether it may be dialled."""
-        rules, port = self._allow, self._opening["port"]
+        rules, port = self._allow, self._opening.port
         if not rules or any(rule.allows_asked(asked, port) for rule in rules):
             return lambda _: True
         return lambda address: any(rule.allows_address(address, port) for rule in rules)
@@ -251,7 +251,7 @@ def _send_now(sock: socket.socket, data: Any) -> int:
 
 def refuse(link: Link, error: RelayError) -> None:
     """Answer an `open` or `resume` with `refused`."""
-    link.put_first("refused", code=error.code, message=str(error))
+    link.put_first(OpenRefused(error.code, str(error)))
 
 
 def _target_error(exc: OSError) -> RelayError:

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
 
 from client.forwarder import Forwarder, refuse
 from client.tunnel_table import TunnelTable
 from http_network_relay.dial.connection import Connection
 from http_network_relay.end.channel import Link
-from http_network_relay.end.stream import Ack
 from http_network_relay.wire.codes import CLOSE_INTERNAL_ERROR
 from http_network_relay.wire.constants import CHANNEL_BYTES, OP_BINARY, OP_CLOSE
-from http_network_relay.wire.controls import TO_CLIENT, decode_text, parse_control, split_channel
+from http_network_relay.wire.controls import (
+    TO_CLIENT,
+    Ack,
+    Control,
+    Detached,
+    Eof,
+    GoingAway,
+    Open,
+    Opening,
+    Reset,
+    Resume,
+    decode_text,
+    parse_control,
+    split_channel,
+)
 from http_network_relay.wire.errors import LegError, RelayError, TunnelError
 
 log = logging.getLogger("http_network_relay.client")
@@ -84,37 +96,36 @@ class Leg:
 
     def _on_control(self, payload: bytes | bytearray) -> None:
         control = parse_control(decode_text(payload), TO_CLIENT, has_channel=True)
-        kind = control["type"]
-        if kind == "going_away":
-            self.spread_s = control["spread_ms"] / 1000
-            log.info("server going away spread_ms=%d", control["spread_ms"])
+        if isinstance(control, GoingAway):
+            self.spread_s = control.spread_ms / 1000
+            log.info("server going away spread_ms=%d", control.spread_ms)
             self.is_leaving.set()
-        elif kind in ("open", "resume"):
+        elif isinstance(control, (Open, Resume)):
             self._on_first(control)
         else:
-            found = self._find(control["channel"])
+            found = self._find(control.channel)
             if found is not None:
-                self._hand(*found, kind, control)
+                self._hand(*found, control)
 
-    def _hand(self, tunnel: Forwarder, link: Link, kind: str, control: dict[str, Any]) -> None:
+    def _hand(self, tunnel: Forwarder, link: Link, control: Control) -> None:
         end = tunnel.end
         try:
-            if kind == "ack":
-                end.on_ack(link, Ack(control["delivered"], control["limit"], control["eof"]))
-            elif kind == "eof":
-                end.on_eof(link, control["count"])
-            elif kind == "reset":
-                end.on_reset(link, RelayError(control["code"], control["message"]))
-            else:
-                error = RelayError(control["code"], "the proxy user's connection was lost")
+            if isinstance(control, Ack):
+                end.on_ack(link, control)
+            elif isinstance(control, Eof):
+                end.on_eof(link, control.count)
+            elif isinstance(control, Reset):
+                end.on_reset(link, RelayError(control.code, control.message))
+            elif isinstance(control, Detached):
+                error = RelayError(control.code, "the proxy user's connection was lost")
                 self._tunnels.detach([(tunnel, link)], error)
         except TunnelError as exc:
             # The stream state does not know its channel.
             raise TunnelError(str(exc), link.channel, exc.code) from exc
 
-    def _on_first(self, control: dict[str, Any]) -> None:
+    def _on_first(self, control: Opening) -> None:
         """Take a new channel, with its `open` or `resume`."""
-        channel = control["channel"]
+        channel = control.channel
         if channel <= self._highest_channel:
             raise LegError(f"channel {channel} was used before")
         self._highest_channel = channel
@@ -124,9 +135,12 @@ class Leg:
             if tunnel.end.is_at(link)
         }
         link = Link(self._transport.outbox, channel)
-        begin = self._tunnels.open if control["type"] == "open" else self._tunnels.resume
         try:
-            self._channels[channel] = (begin(control, link), link)
+            if isinstance(control, Open):
+                tunnel = self._tunnels.open(control, link)
+            else:
+                tunnel = self._tunnels.resume(control, link)
+            self._channels[channel] = (tunnel, link)
             self.was_used = True
         except RelayError as exc:
             refuse(link, exc)

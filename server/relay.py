@@ -14,7 +14,8 @@ import time
 from typing import Any
 
 from http_network_relay.wire.codes import CLOSE_REPLACED_BY_OTHER, CLOSE_RESTART
-from http_network_relay.wire.errors import HttpRefusal, TunnelRefused
+from http_network_relay.wire.controls import Opening, type_of
+from http_network_relay.wire.errors import Refused
 from server.access.access import Access
 from server.access.credentials import Credentials, Login
 from server.access.file_watch import FileWatch
@@ -86,7 +87,7 @@ class Relay:
         return self._access.credentials
 
     def check_started(self) -> None:
-        """Raise HttpRefusal where no worker of ours has started the relay."""
+        """Raise Refused where no worker of ours has started the relay."""
         if self._is_started:
             return
         if not self._has_complained:
@@ -95,7 +96,7 @@ class Relay:
                 "websockets are refused code=wrong_worker mend='run gunicorn in the project's "
                 "root, where it reads gunicorn.conf.py, without -k and -c; or python -m server'"
             )
-        raise HttpRefusal("wrong_worker", "the relay runs under the wrong gunicorn worker class")
+        raise Refused("wrong_worker", "the relay runs under the wrong gunicorn worker class")
 
     @property
     def config(self) -> Config:
@@ -110,7 +111,7 @@ class Relay:
     # A leg's life: admit, attach (before the upgrade's answer), serve, release.
 
     def admit_client(self, login: Login, instance: str, address: str) -> Slot[Leg]:
-        """Return a slot; an older leg of that client ends here. Raises HttpRefusal."""
+        """Return a slot; an older leg of that client ends here. Raises Refused."""
         slot, old = self._registry.admit_client(login, instance, address)
         if old is not None:
             if old.close_code == CLOSE_REPLACED_BY_OTHER:
@@ -124,7 +125,7 @@ class Relay:
         return slot
 
     def admit_user(self, login: Login, address: str, tunnel_id: str) -> Slot[Leg]:
-        """Return a slot; an older leg of that user's tunnel ends here. Raises HttpRefusal."""
+        """Return a slot; an older leg of that user's tunnel ends here. Raises Refused."""
         slot, olds = self._registry.admit_user(login, address, tunnel_id)
         for old in olds:
             if isinstance(old.leg, UserLeg):
@@ -140,16 +141,16 @@ class Relay:
         interval_s = self._config.ping_interval_s
         is_spent = False
 
-        def open_tunnel(leg: UserLeg, control: dict[str, Any]) -> Tunnel:
+        def open_tunnel(leg: UserLeg, control: Opening) -> Tunnel:
             nonlocal is_spent
-            self._registry.bind(slot, control["tunnel_id"])
+            self._registry.bind(slot, control.tunnel_id)
             # Once: a `resume` that waits for its client comes here again.
             if not is_spent:
                 is_spent = True
-                self.guard.limits.spend(slot.name, control["type"])
+                self.guard.limits.spend(slot.name, type_of(control))
             return self._open_tunnel(leg, control, slot.name, slot.address)
 
-        def refused(control: dict[str, Any], reason: str) -> None:
+        def refused(control: Opening, reason: str) -> None:
             self.guard.refused(control, slot.name, slot.address, reason)
 
         leg: Leg
@@ -165,7 +166,7 @@ class Relay:
             leg.on_refused = refused
         leg.login = slot.login
         if not self._registry.attach(slot, leg):
-            raise HttpRefusal("server_restart", "a newer connection came; try again")
+            raise Refused("server_restart", "a newer connection came; try again")
 
     def serve(self, slot: Slot[Leg], websocket: Any) -> None:
         """Run the slot's leg to its end, in the handler's thread."""
@@ -215,20 +216,18 @@ class Relay:
         if drop is not None:
             self._timer.drop(drop)
 
-    def _open_tunnel(
-        self, leg: UserLeg, control: dict[str, Any], user: str, address: str
-    ) -> Tunnel:
+    def _open_tunnel(self, leg: UserLeg, control: Opening, user: str, address: str) -> Tunnel:
         """Pair a user's leg with a channel of the client that it names.
 
-        For `open` and `resume` alike. Raises TunnelRefused, TunnelError.
+        For `open` and `resume` alike. Raises Refused, TunnelError.
         """
-        name = control["client"]
+        name = control.client
         if self._registry.is_draining:
-            raise TunnelRefused("server_restart", "the relay restarts; try again")
+            raise Refused("server_restart", "the relay restarts; try again")
         rule = self._access.check_open(user, control)
         client_leg = self._registry.client_leg(name)
         if not isinstance(client_leg, ClientLeg):
-            raise TunnelRefused("client_offline", f"the client {name} is not connected")
+            raise Refused("client_offline", f"the client {name} is not connected")
         record = PolicyObserver(self.guard, control, user, address, rule)
         tunnel = Tunnel(client_leg, leg, control, user, rule, record=record)
         self.guard.limits.admit(user, tunnel)
@@ -260,7 +259,7 @@ class Relay:
         elif isinstance(leg, UserLeg) and (tunnel := leg.opened_tunnel()) is not None:
             try:
                 self._access.check_open(leg.login.name, tunnel.asked)
-            except TunnelRefused as exc:
+            except Refused as exc:
                 leg.revoke(exc.code, exc.message)
 
     # The end.

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from http_network_relay.dial.connect import dial_server, source_address
-from http_network_relay.dial.deadline import wait_until
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.dial.endpoint import Endpoint
 from http_network_relay.dial.http_proxy import printable
 from http_network_relay.leg.duplex_socket import DuplexSocket
@@ -29,7 +29,7 @@ from http_network_relay.leg.frame_reader import FrameReader
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.message_reader import MessageReader
 from http_network_relay.leg.send_queue import Frame
-from http_network_relay.wire.codes import CLOSE_RESTART, CLOSE_TOO_BIG, ERRORS
+from http_network_relay.wire.codes import CLOSE_RESTART, CLOSE_TOO_BIG, Code, find_code
 from http_network_relay.wire.constants import (
     FLUSH_S,
     MASK_HEADER,
@@ -87,15 +87,9 @@ class _HandshakeSocket:
     of a refusal can be read with every version of the library.
     """
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        deadline: float,
-        is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
         self._sock = sock
         self._deadline = deadline
-        self._is_cancelled = is_cancelled
         self._taken = 0
         self.buffer = b""
 
@@ -114,7 +108,7 @@ class _HandshakeSocket:
                 # Small: the library takes it byte by byte, and each takes the rest along.
                 self.buffer = self._sock.recv(4096)
             except (BlockingIOError, ssl.SSLWantReadError):
-                self._wait(write=False)
+                self._deadline.wait_ready(self._sock, write=False, what="the server")
             else:
                 if not self.buffer:
                     return b""
@@ -129,11 +123,7 @@ class _HandshakeSocket:
             try:
                 return self._sock.send(data)
             except (BlockingIOError, ssl.SSLWantWriteError):
-                self._wait(write=True)
-
-    def _wait(self, *, write: bool) -> None:
-        what = "the server"
-        wait_until(self._sock, self._deadline, self._is_cancelled, write=write, what=what)
+                self._deadline.wait_ready(self._sock, write=True, what="the server")
 
 
 def connect(
@@ -147,9 +137,9 @@ def connect(
 ) -> Connection:
     """Dial, upgrade and return the leg; raises RelayError, within 20 s."""
     library = websocket_client()
-    deadline = time.monotonic() + DIAL_SERVER_S
-    sock = dial_server(endpoint, context, environ, deadline, is_cancelled)
-    shim = _HandshakeSocket(sock, deadline, is_cancelled)
+    deadline = Deadline(DIAL_SERVER_S, is_cancelled)
+    sock = dial_server(endpoint, context, environ, deadline)
+    shim = _HandshakeSocket(sock, deadline)
     # Nobody on the way can read what is masked; so it need not be, if the server agrees.
     is_here = endpoint.is_loopback and _far_peer(sock) is None  # And by no proxy elsewhere.
     asks_for_zero = endpoint.is_tls or is_here
@@ -260,7 +250,7 @@ def _refusal(
         code, message = str(told["code"]), printable(str(told["message"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         code, message = "", f"it answered {status}"
-    if code not in ERRORS or code == "internal_error":  # Of the server, not of the tunnel.
+    if find_code(code) in (None, Code.INTERNAL_ERROR):  # Of the server, not of the tunnel.
         by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
         code = by_status.get(status, "busy" if status in (429, 503) else "server_failed")
     retry_after_s = _number(headers.get("retry-after", ""))

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from http_network_relay.end.stream import Ack
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.send_queue import Frame
-from http_network_relay.wire.codes import ENDS_IN_TURN
+from http_network_relay.wire.codes import takes_turn
 from http_network_relay.wire.constants import OP_TEXT
-from http_network_relay.wire.controls import encode_channel, encode_control
+from http_network_relay.wire.controls import (
+    Ack,
+    Control,
+    Eof,
+    Reset,
+    encode_channel,
+    encode_control,
+)
 from http_network_relay.wire.errors import RelayError
 
 
@@ -24,9 +30,9 @@ class Link:
         self.channel = channel
         self._head = encode_channel(channel) if channel else b""
 
-    def put_first(self, kind: str, **fields: Any) -> None:
+    def put_first(self, control: Control) -> None:
         """Send the channel's first message."""
-        self.outbox.put_first(self.channel, self._text(kind, **fields))
+        self.outbox.put_first(self.channel, self._text(control))
 
     def put_data(self, data: Any) -> None:
         """Send stream bytes, with the next push()."""
@@ -34,16 +40,16 @@ class Link:
 
     def put_ack(self, ack: Ack) -> None:
         """Send an ack, with the next push()."""
-        self.outbox.put_ack(self.channel, self._text("ack", **ack._asdict()))
+        self.outbox.put_ack(self.channel, self._text(ack))
 
     def put_eof(self, count: int) -> None:
         """Send an eof, behind the data."""
-        self.outbox.put_eof(self.channel, self._text("eof", count=count))
+        self.outbox.put_eof(self.channel, self._text(Eof(count)))
 
     def put_reset(self, error: RelayError) -> None:
         """Send a reset, behind the data where what came before it counts."""
-        frame = self._text("reset", code=error.code, message=str(error))
-        self.outbox.put_end(self.channel, frame, in_turn=error.code in ENDS_IN_TURN)
+        frame = self._text(Reset(error.code, str(error)))
+        self.outbox.put_end(self.channel, frame, in_turn=takes_turn(error.code))
 
     def push(self) -> None:
         """Send data and acks that were put. Hold no lock."""
@@ -53,5 +59,5 @@ class Link:
         """Delete what waits to be sent."""
         self.outbox.drop(self.channel)
 
-    def _text(self, kind: str, **fields: Any) -> Frame:
-        return Frame(OP_TEXT, b"", encode_control(kind, self.channel, **fields))
+    def _text(self, control: Control) -> Frame:
+        return Frame(OP_TEXT, b"", encode_control(control._replace(channel=self.channel)))

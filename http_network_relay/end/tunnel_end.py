@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 from http_network_relay.end.channel import Link
-from http_network_relay.end.stream import Ack, Position, Stream
+from http_network_relay.end.stream import Position, Stream
 from http_network_relay.leg.send_queue import append_merged
 from http_network_relay.wire.constants import FLUSH_S
+from http_network_relay.wire.controls import Ack, Resumed
 from http_network_relay.wire.errors import RelayError, TunnelError
 
 
@@ -330,7 +331,7 @@ class TunnelEnd:
             self._stream.out.check_resume(peer)
             self._attempt = attempt
             old, self._link = self._link, None
-            link.put_first("resumed", **self._stream.into.resume()._asdict())
+            link.put_first(Resumed(*self._stream.into.resume()))
             self._attach_locked(link, peer)
         link.push()
         if old is not None:

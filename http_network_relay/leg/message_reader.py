@@ -20,8 +20,8 @@ from http_network_relay.wire.constants import (
 from http_network_relay.wire.errors import LegError
 
 # RFC 6455, 7.4.1: codes that stand in no close frame.
-CLOSE_NO_CODE = 1005
-CLOSE_LOST = 1006
+NO_STATUS = 1005
+ABNORMAL_CLOSURE = 1006
 
 
 class MessageReader:
@@ -50,7 +50,7 @@ class MessageReader:
     def receive(self, on_pause: Callable[[], None] | None = None) -> tuple[int, Any]:
         """Wait for the next message: (OP_TEXT or OP_BINARY, payload), or (OP_CLOSE, code).
 
-        A lost connection is a close with CLOSE_LOST. Calls `on_pause`, if given, when nothing
+        A lost connection is a close with ABNORMAL_CLOSURE. Calls `on_pause`, if given, when nothing
         comes for PAUSE_S. Raises LegError.
         """
         while True:
@@ -58,7 +58,7 @@ class MessageReader:
                 taken = self._frames.read_message(on_pause)
                 opcode, payload, is_last = (*taken, True) if taken else self._read_odd()
             except (OSError, EOFError):
-                return OP_CLOSE, CLOSE_LOST
+                return OP_CLOSE, ABNORMAL_CLOSURE
             if opcode == OP_PING:
                 if len(payload) > MAX_PING_BYTES:
                     raise LegError("a ping is too long")
@@ -67,7 +67,7 @@ class MessageReader:
             elif opcode == OP_CLOSE:
                 code = payload[:2]
                 self._sender.close(Frame(OP_CLOSE, b"", code), flush=False)
-                return OP_CLOSE, int.from_bytes(code, "big") if code else CLOSE_NO_CODE
+                return OP_CLOSE, int.from_bytes(code, "big") if code else NO_STATUS
             elif opcode != OP_PONG:
                 message = self._assemble(opcode, payload, is_last=is_last)
                 if message is not None:

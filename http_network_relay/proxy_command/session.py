@@ -7,12 +7,11 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
 
 from http_network_relay.dial.backoff import Backoff, uniform
 from http_network_relay.dial.connection import Connection, connect
 from http_network_relay.end.channel import Link
-from http_network_relay.end.stream import Ack, Position
+from http_network_relay.end.stream import Position
 from http_network_relay.end.tunnel_end import TunnelEnd
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.proxy_command.messages import complain
@@ -28,7 +27,23 @@ from http_network_relay.wire.codes import (
     EXIT_TUNNEL_LOST,
 )
 from http_network_relay.wire.constants import FLUSH_S, OP_BINARY, OP_CLOSE, TUNNEL_HEADER
-from http_network_relay.wire.controls import TO_USER, decode_text, parse_control
+from http_network_relay.wire.controls import (
+    TO_USER,
+    Ack,
+    Detached,
+    Eof,
+    GoingAway,
+    Open,
+    Opened,
+    Opening,
+    OpenRefused,
+    Reset,
+    Resume,
+    Resumed,
+    decode_text,
+    parse_control,
+    type_of,
+)
 from http_network_relay.wire.errors import LegError, RelayError, TunnelError
 
 # Longer than the client's own dial (10 s), so that the user reads the client's reason; and
@@ -57,7 +72,7 @@ class Session:
         # One tunnel: the end, its link on the present leg, and what `resume` repeats.
         self._link = Link(FrameSender())
         self._end = TunnelEnd(self._link, settings.max_window_bytes)
-        self._opening: dict[str, Any] = {}
+        self._opening: Open | None = None
         self._attempt = 0
         self._next_leg: NextLeg | None = None
         self._server_restarts = False
@@ -104,26 +119,27 @@ class Session:
         settings = self._settings
         self._link = Link(transport.outbox)
         self._end = TunnelEnd(self._link, settings.max_window_bytes, self._on_change)
-        self._opening = {
-            "client": settings.client,
-            "host": settings.host,
-            "port": settings.port,
-            "protocol": "tcp",
-            "tunnel_id": os.urandom(16).hex(),
-            "resume_token": os.urandom(32).hex(),
-            "limit": self._end.first_limit,
-            "grace_s": settings.grace_s,
-        }
-        control = self._ask(transport, "open", self._opening, ANSWER_TIMEOUT_S)
-        if not self._end.on_open(control["limit"], min(settings.grace_s, control["grace_s"])):
+        self._opening = Open(
+            client=settings.client,
+            host=settings.host,
+            port=settings.port,
+            protocol="tcp",
+            tunnel_id=os.urandom(16).hex(),
+            resume_token=os.urandom(32).hex(),
+            limit=self._end.first_limit,
+            grace_s=settings.grace_s,
+        )
+        answer = self._ask(transport, self._opening, ANSWER_TIMEOUT_S)
+        assert isinstance(answer, Opened)  # _ask() returns nothing else for an Open.
+        if not self._end.on_open(answer.limit, min(settings.grace_s, answer.grace_s)):
             raise self._end.ended or RelayError("leg_lost", "the tunnel was lost")
 
     def _connect(self) -> Connection:
         """Dial one leg; also in the thread of NextLeg."""
         settings = self._settings
         headers = [f"Authorization: Bearer {settings.token}"]
-        if self._end.is_open:
-            headers.append(f"{TUNNEL_HEADER}: {self._opening['tunnel_id']}")
+        if self._end.is_open and self._opening is not None:
+            headers.append(f"{TUNNEL_HEADER}: {self._opening.tunnel_id}")
         return connect(
             settings.endpoint,
             headers,
@@ -137,18 +153,18 @@ class Session:
         """Whether a leg that is being dialled is of no use any more."""
         return self._end.is_over or (self._end.is_detached and not self._end.resume_left_s())
 
-    def _ask(
-        self, transport: Connection, kind: str, fields: dict[str, Any], timeout_s: float
-    ) -> dict[str, Any]:
-        """Send a new leg's first message; return the answer. Raises RelayError."""
-        answer = {"open": "opened", "resume": "resumed"}[kind]
+    def _ask(self, transport: Connection, asked: Opening, timeout_s: float) -> Opened | Resumed:
+        """Send a new leg's first message; return its answer. Raises RelayError."""
+        is_open = isinstance(asked, Open)
+        wanted = Opened if is_open else Resumed
+        answer = "opened" if is_open else "resumed"
         self._server_restarts = False
         self._transport = transport
         transport.start("user")
         link = Link(transport.outbox)
-        link.put_first(kind, **fields)
+        link.put_first(asked)
         link.push()
-        who = f"{self._settings.target}: " if kind == "open" else ""
+        who = f"{self._settings.target}: " if is_open else ""
         self._no_answer = RelayError("open_timeout", f"{who}no answer from the client in time")
         self._answer_by = time.monotonic() + timeout_s
         self._timer.wake()
@@ -163,18 +179,18 @@ class Session:
                 if opcode == OP_BINARY:
                     raise TunnelError(f"data came before {answer}")
                 control = parse_control(decode_text(payload), TO_USER, has_channel=False)
-                if control["type"] == answer:
+                if isinstance(control, wanted):
                     return control
-                if control["type"] == "refused":
+                if isinstance(control, OpenRefused):
                     # A resume that is refused is reported with the whole target.
-                    who = f"{self._settings.client}: " if kind == "open" else ""
-                    raise RelayError(control["code"], who + control["message"])
-                if control["type"] == "reset":
-                    raise RelayError(control["code"], control["message"])
-                if control["type"] == "detached":
-                    raise RelayError(control["code"], _detached(control["code"]))
-                if control["type"] != "going_away":
-                    raise TunnelError(f"{control['type']} came before {answer}")
+                    who = f"{self._settings.client}: " if is_open else ""
+                    raise RelayError(control.code, who + control.message)
+                if isinstance(control, Reset):
+                    raise RelayError(control.code, control.message)
+                if isinstance(control, Detached):
+                    raise RelayError(control.code, _detached(control.code))
+                if not isinstance(control, GoingAway):
+                    raise TunnelError(f"{type_of(control)} came before {answer}")
                 self._server_restarts = True
         except (LegError, TunnelError) as exc:
             raise RelayError("protocol_error", f"the server broke the protocol: {exc}") from exc
@@ -195,7 +211,7 @@ class Session:
             self._read(transport)
             self._leave(transport)
             if not end.is_over:
-                backoff.held(time.monotonic() - begun, was_used=end.counts != counts)
+                backoff.lasted(time.monotonic() - begun, was_used=end.counts != counts)
                 self._come_back(backoff)
         pumps.wake()  # A tunnel that expires tells nobody.
         # What came before the end may still be handed on, for a second.
@@ -239,20 +255,20 @@ class Session:
     def _on_control(self, payload: bytes | bytearray) -> bool:
         """Hand one control to the tunnel; whether the leg has no more to say."""
         control = parse_control(decode_text(payload), TO_USER, has_channel=False)
-        kind, end, link = control["type"], self._end, self._link
-        if kind == "ack":
-            end.on_ack(link, Ack(control["delivered"], control["limit"], control["eof"]))
-        elif kind == "eof":
-            end.on_eof(link, control["count"])
-        elif kind == "reset":
-            end.on_reset(link, RelayError(control["code"], control["message"]))
-        elif kind == "detached":
-            end.detach(link, RelayError(control["code"], _detached(control["code"])))
+        end, link = self._end, self._link
+        if isinstance(control, Ack):
+            end.on_ack(link, control)
+        elif isinstance(control, Eof):
+            end.on_eof(link, control.count)
+        elif isinstance(control, Reset):
+            end.on_reset(link, RelayError(control.code, control.message))
+        elif isinstance(control, Detached):
+            end.detach(link, RelayError(control.code, _detached(control.code)))
             return not end.is_over
-        elif kind == "going_away":
-            self._on_going_away(control["spread_ms"] / 1000)
+        elif isinstance(control, GoingAway):
+            self._on_going_away(control.spread_ms / 1000)
         else:
-            raise TunnelError(f"{kind} after the tunnel was open")
+            raise TunnelError(f"{type_of(control)} after the tunnel was open")
         return False
 
     def _on_going_away(self, spread_s: float) -> None:
@@ -293,11 +309,19 @@ class Session:
     def _resume(self, transport: Connection) -> None:
         self._attempt += 1
         position = self._end.begin_resume()
-        fields = {**self._opening, "attempt": self._attempt, **position._asdict()}
+        assert self._opening is not None  # Only an open tunnel is resumed.
+        received, delivered, limit = position
+        asked = Resume(
+            **self._opening._replace(limit=limit)._asdict(),
+            attempt=self._attempt,
+            received=received,
+            delivered=delivered,
+        )
         timeout_s = min(ANSWER_TIMEOUT_S, self._end.resume_left_s())
-        control = self._ask(transport, "resume", fields, timeout_s)
+        answer = self._ask(transport, asked, timeout_s)
+        assert isinstance(answer, Resumed)  # _ask() returns nothing else for a Resume.
         self._link = Link(transport.outbox)
-        peer = Position(control["received"], control["delivered"], control["limit"])
+        peer = Position(answer.received, answer.delivered, answer.limit)
         try:
             self._end.on_resumed(self._link, peer)
         except TunnelError as exc:

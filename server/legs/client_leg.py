@@ -67,7 +67,7 @@ class ClientLeg(Leg):
         channel = 0
         try:
             control = parse_control(text, FROM_CLIENT, has_channel=True)
-            channel = control["channel"]
+            channel = control.channel
             tunnel = self._tunnel(channel)
             if tunnel is not None:
                 tunnel.on_client_control(control)

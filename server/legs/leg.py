@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from http_network_relay.leg.frame_sender import FrameSender
-from http_network_relay.leg.message_reader import CLOSE_LOST
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import CLOSE_INTERNAL_ERROR
 from http_network_relay.wire.constants import (
@@ -26,7 +26,7 @@ from http_network_relay.wire.constants import (
     OP_TEXT,
     SILENCE_INTERVALS,
 )
-from http_network_relay.wire.controls import decode_text, encode_control
+from http_network_relay.wire.controls import GoingAway, decode_text, encode_control
 from http_network_relay.wire.errors import LegError
 from server.access.credentials import Login
 from server.legs.websocket import Connection, close_frame
@@ -171,7 +171,7 @@ class Leg:
 
     def going_away(self, spread_ms: int) -> None:
         """The server stops soon: say so."""
-        text = encode_control("going_away", spread_ms=spread_ms)
+        text = encode_control(GoingAway(spread_ms))
         self.outbox.put_leg("going_away", Frame(OP_TEXT, b"", text))
         self.outbox.push()
 
@@ -198,7 +198,7 @@ class Leg:
             self._note("internal_error")
             self.outbox.close(close_frame(CLOSE_INTERNAL_ERROR), flush=False)
             return ReadEnd.BROKEN
-        ended = ReadEnd.LOST if message[1] == CLOSE_LOST else ReadEnd.CLOSED
+        ended = ReadEnd.LOST if message[1] == ABNORMAL_CLOSURE else ReadEnd.CLOSED
         self._note(ended.value)
         return ended
 

@@ -10,13 +10,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from http_network_relay.leg.send_queue import Frame
-from http_network_relay.wire.codes import CLOSE_NORMAL
+from http_network_relay.wire.codes import CLOSE_NORMAL, Code
 from http_network_relay.wire.constants import FLUSH_S, OP_TEXT
-from http_network_relay.wire.controls import FROM_USER, encode_control, parse_control
-from http_network_relay.wire.errors import TunnelError, TunnelRefused
+from http_network_relay.wire.controls import (
+    FROM_USER,
+    Control,
+    Open,
+    Opening,
+    OpenRefused,
+    Reset,
+    Resume,
+    encode_control,
+    parse_control,
+    type_of,
+)
+from http_network_relay.wire.errors import Refused, TunnelError
 from server.legs.leg import RETRY_S, Helpers, Leg, Message
 from server.legs.pending_resumes import PendingResumes
 from server.legs.websocket import Connection, close_frame
@@ -25,7 +35,7 @@ from server.tunnels.tunnel import USER_CHANNEL, Tunnel
 # A user's end whose tunnel is over closes by itself, at once; this catches one that does not.
 _LATE_CLOSE_S = 10.0
 
-OpenTunnel = Callable[["UserLeg", dict[str, Any]], Tunnel]
+OpenTunnel = Callable[["UserLeg", Opening], Tunnel]
 
 
 class UserLeg(Leg):
@@ -49,7 +59,7 @@ class UserLeg(Leg):
         self._first_by = time.monotonic() + first_message_s
         self._no_open = f"neither open nor resume came within {first_message_s:g} s"
         # The reader's own: the first message, once it has come.
-        self._first: dict[str, Any] | None = None
+        self._first: Opening | None = None
         # Nothing that comes is heard any more. Set by the reader and the timer.
         self._is_refused = False
         # Guards the next two and the setting of tunnel. Held while the tunnel is opened, so that
@@ -60,13 +70,13 @@ class UserLeg(Leg):
         # another thread ends the leg.
         self._is_expecting = True
         # The first message while there is no tunnel for it yet.
-        self._wanted: dict[str, Any] | None = None
+        self._wanted: Opening | None = None
         self.tunnel: Tunnel | None = None
         # Until when a `resume` waits: a float, set by the reader, read by the timer.
         self._held_until = float("inf")
         # Told once, when the leg ends, of a first message that made no tunnel here. It may do
         # what the timer may not.
-        self.on_refused: Callable[[dict[str, Any], str], None] | None = None
+        self.on_refused: Callable[[Opening, str], None] | None = None
         # What the timer has still to put: used by its thread alone.
         self._last_words: list[tuple[str, Frame]] = []
 
@@ -131,21 +141,20 @@ class UserLeg(Leg):
                 tunnel.on_user_control(control)
             elif self._first is None:
                 self._on_first(control)
-            elif control["type"] == "reset":
+            elif isinstance(control, Reset):
                 self._is_refused = True
-                self.end(CLOSE_NORMAL, control["code"])
+                self.end(CLOSE_NORMAL, control.code)
             else:
-                raise TunnelError(f"{control['type']} before resumed")
+                raise TunnelError(f"{type_of(control)} before resumed")
         except TunnelError as exc:
             if tunnel is None:
                 self.refuse(exc.code, str(exc))
             else:
                 tunnel.fail(exc)
 
-    def _on_first(self, control: dict[str, Any]) -> None:
-        kind = control["type"]
-        if kind not in ("open", "resume"):
-            raise TunnelError(f"{kind} before open")
+    def _on_first(self, control: Control) -> None:
+        if not isinstance(control, (Open, Resume)):
+            raise TunnelError(f"{type_of(control)} before open")
         self._first = control
         self._first_by = float("inf")
         with self._opening:
@@ -153,9 +162,9 @@ class UserLeg(Leg):
                 return  # Who ended the leg has answered.
             self._is_expecting = False
             self._wanted = control
-        if kind == "resume":
+        if isinstance(control, Resume):
             # Before the client is looked for, see HeldResumes.park.
-            self._held_until = self._held.park(control["client"], self)
+            self._held_until = self._held.park(control.client, self)
             self._helpers.look_again(self)
         self.open_wanted()
 
@@ -166,15 +175,15 @@ class UserLeg(Leg):
 
         Nothing if it wants none any more; a `resume` goes on waiting for an absent client.
         """
-        refusal: TunnelRefused | TunnelError | None = None
+        refusal: Refused | TunnelError | None = None
         with self._opening:
             control = self._wanted
             if control is None:
                 return
             try:
                 self.tunnel = self._open_tunnel(self, control)
-            except (TunnelRefused, TunnelError) as exc:
-                if control["type"] == "resume" and exc.code == "client_offline":
+            except (Refused, TunnelError) as exc:
+                if isinstance(control, Resume) and exc.code == Code.CLIENT_OFFLINE:
                     return
                 refusal = exc
             self._wanted = None
@@ -194,8 +203,8 @@ class UserLeg(Leg):
         return tunnel
 
     def _forget_held(self) -> None:
-        if self._first is not None and self._first["type"] == "resume":
-            self._held.forget(self._first["client"], self)
+        if isinstance(self._first, Resume):
+            self._held.forget(self._first.client, self)
 
     def tick(self, now: float) -> float:
         """For the timer, as in Leg; refuses who says nothing, or waits for a client in vain."""
@@ -247,4 +256,4 @@ class UserLeg(Leg):
 
 
 def _refused(code: str, message: str) -> Frame:
-    return Frame(OP_TEXT, b"", encode_control("refused", code=code, message=message))
+    return Frame(OP_TEXT, b"", encode_control(OpenRefused(code, message)))

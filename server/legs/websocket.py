@@ -20,7 +20,7 @@ from wsproto.events import BytesMessage, CloseConnection, Ping, TextMessage
 from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.leg.frame_reader import FrameReader
 from http_network_relay.leg.frame_sender import FrameSender
-from http_network_relay.leg.message_reader import CLOSE_NO_CODE, MessageReader
+from http_network_relay.leg.message_reader import NO_STATUS, MessageReader
 from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.constants import (
     MASK_HEADER,
@@ -167,7 +167,7 @@ class Connection:
         if isinstance(event, CloseConnection):
             if library.state is not ConnectionState.REMOTE_CLOSING:
                 raise LegError(event.reason or "bad frame", event.code)
-            code = b"" if event.code == CLOSE_NO_CODE else event.code.to_bytes(2, "big")
+            code = b"" if event.code == NO_STATUS else event.code.to_bytes(2, "big")
             return OP_CLOSE, code, True
         if isinstance(event, TextMessage | BytesMessage):
             opcode = OP_TEXT if isinstance(event, TextMessage) else OP_BINARY

@@ -11,8 +11,8 @@ import time
 from typing import Any
 
 from http_network_relay.wire.constants import NAME_PATTERN
-from http_network_relay.wire.controls import matches
-from http_network_relay.wire.errors import HttpRefusal
+from http_network_relay.wire.controls import Opening, Resume, matches
+from http_network_relay.wire.errors import Refused
 from server.addresses import parse_networks, source_address
 from server.audit import AuditLog
 from server.config import Config
@@ -56,7 +56,7 @@ class Policy:
         """Return the address that a request comes from; see addresses.py."""
         return source_address(peer, forwarded, self._trusted)
 
-    def failed_login(self, kind: str, name: str, address: str, message: str) -> HttpRefusal:
+    def failed_login(self, kind: str, name: str, address: str, message: str) -> Refused:
         """Count and log a wrong name or secret; return how to answer it.
 
         Ask only after the secret was looked at, which is done always: the time that takes
@@ -71,8 +71,8 @@ class Policy:
         )
         self.audit.put("login_failed", kind=kind, name=name or None, address=address, reason=code)
         if is_over:
-            return HttpRefusal("too_many", "too many logins failed; wait, then mend the secret")
-        return HttpRefusal("unauthorized", message)
+            return Refused("too_many", "too many logins failed; wait, then mend the secret")
+        return Refused("unauthorized", message)
 
     def leg_up(self, kind: str, name: str, address: str) -> None:
         """Note that a client is connected; users are known by their tunnels."""
@@ -85,7 +85,7 @@ class Policy:
             fields = {"client": name, "address": address, "secs": round(secs, 3)}
             self.audit.put("client_down", **fields, reason=reason)
 
-    def refused(self, control: dict[str, Any], user: str, address: str, reason: str) -> None:
+    def refused(self, control: Opening, user: str, address: str, reason: str) -> None:
         """Note an `open` or `resume` that has reached no client."""
         self.audit.put("tunnel_refused", **_asked(control, user, address, None), reason=reason)
 
@@ -96,7 +96,7 @@ class PolicyObserver(TunnelObserver[Tunnel]):
     def __init__(
         self,
         guard: Policy,
-        control: dict[str, Any],
+        control: Opening,
         user: str,
         address: str,
         rule: str | None = None,
@@ -104,7 +104,7 @@ class PolicyObserver(TunnelObserver[Tunnel]):
         self.is_paced = guard.pacer.is_pacing
         self._guard = guard
         self._user = user
-        self._kind = control["type"]
+        self._is_resume = isinstance(control, Resume)
         self._fields = _asked(control, user, address, rule)
         self._started_at = time.monotonic()
 
@@ -118,7 +118,7 @@ class PolicyObserver(TunnelObserver[Tunnel]):
 
     def accepted(self, tunnel: Tunnel) -> None:
         """As in Record."""
-        event = "tunnel_resumed" if self._kind == "resume" else "tunnel_opened"
+        event = "tunnel_resumed" if self._is_resume else "tunnel_opened"
         self._guard.audit.put(event, **self._fields)
         self._guard.pacer.opened(tunnel)
 
@@ -139,14 +139,14 @@ class PolicyObserver(TunnelObserver[Tunnel]):
         guard.audit.put("tunnel_closed", **self._fields, up=up, down=down, secs=secs, reason=reason)
 
 
-def _asked(control: dict[str, Any], user: str, address: str, rule: str | None) -> dict[str, Any]:
+def _asked(control: Opening, user: str, address: str, rule: str | None) -> dict[str, Any]:
     """Return who wants what, without anything secret."""
-    host, port = control["host"], control["port"]
+    host, port = control.host, control.port
     return {
-        "tunnel": control["tunnel_id"],
+        "tunnel": control.tunnel_id,
         "user": user,
         "address": address,
-        "client": control["client"],
+        "client": control.client,
         "target": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
         "rule": rule,
     }

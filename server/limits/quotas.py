@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from http_network_relay.wire.errors import TunnelRefused
+from http_network_relay.wire.errors import Refused
 from server.config import Config
 
 # What may come at once: these seconds' worth, and one at least. A tool that fans out comes in
@@ -51,7 +51,7 @@ class Limits:
         self._buckets: dict[tuple[str, str], tuple[float, float]] = {}
 
     def spend(self, user: str, kind: str) -> None:
-        """Take note of an `open` or `resume`. Raises TunnelRefused.
+        """Take note of an `open` or `resume`. Raises Refused.
 
         Each kind has a bucket of its own, so that new tunnels never take from those that come
         back. All of a user's tunnels come back at once after a restart; those that find the
@@ -68,14 +68,14 @@ class Limits:
                 self._forget_full_locked(size, now)
             self._buckets[key] = (tokens if tokens < 1 else tokens - 1, now)
         if tokens < 1:
-            raise TunnelRefused(
+            raise Refused(
                 "too_many_opens",
                 f"more than {self._rate:g} tunnels a second were opened or resumed with this "
                 "token; try again",
             )
 
     def admit(self, user: str, tunnel: Counted) -> None:
-        """Count a tunnel until it is over. Raises TunnelRefused.
+        """Count a tunnel until it is over. Raises Refused.
 
         A `resume` counts as any other, but not beside the tunnel's own older leg. An `open`
         always counts: its id is the user's choice, and may be in use, here or at another client.
@@ -90,7 +90,7 @@ class Limits:
                 tunnels.append(tunnel)
             self._tunnels[user] = tunnels
         if others >= self._most:
-            raise TunnelRefused(
+            raise Refused(
                 "user_full",
                 f"as many tunnels are open with this token as may be ({self._most}); end one",
             )

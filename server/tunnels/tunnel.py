@@ -11,14 +11,28 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import Any, Protocol
+from typing import Protocol
 
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.send_queue import Frame
-from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART, ENDS_IN_TURN
+from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART, takes_turn
 from http_network_relay.wire.constants import FLUSH_S, MIN_WINDOW_BYTES, OP_TEXT
-from http_network_relay.wire.controls import encode_channel, encode_control
-from http_network_relay.wire.errors import TunnelError, TunnelRefused
+from http_network_relay.wire.controls import (
+    Ack,
+    Control,
+    Detached,
+    Eof,
+    Opened,
+    Opening,
+    OpenRefused,
+    Reset,
+    Resume,
+    Resumed,
+    encode_channel,
+    encode_control,
+    type_of,
+)
+from http_network_relay.wire.errors import Refused, TunnelError
 from server.logs import ROOT_NAME, FieldsAdapter
 from server.tunnels.channels import Channels
 from server.tunnels.flow_counters import FlowCounters
@@ -29,9 +43,6 @@ _log = logging.getLogger(f"{ROOT_NAME}.tunnel")
 # The only channel of a user leg, in its outbox; on the wire it has no number.
 USER_CHANNEL = 0
 
-
-# The first message to the client -> the answer that accepts it.
-_ANSWERS = {"open": "opened", "resume": "resumed"}
 
 # The user's end is on a newer leg, and the link of this one most likely dead: its slot and
 # thread are wanted.
@@ -58,13 +69,15 @@ class ChannelLeg(Protocol):
     label: str
 
 
-def _text(kind: str, channel: int = 0, **fields: Any) -> Frame:
-    return Frame(OP_TEXT, b"", encode_control(kind, channel, **fields))
+def _text(control: Control) -> Frame:
+    return Frame(OP_TEXT, b"", encode_control(control))
 
 
-def _counts(control: dict[str, Any]) -> tuple[int, int]:
+def _counts(control: Opening | Opened | Resumed) -> tuple[int, int]:
     """Return where the end that says it stands: received, delivered. New streams begin at 0."""
-    return control.get("received", 0), control.get("delivered", 0)
+    if isinstance(control, (Resume, Resumed)):
+        return control.received, control.delivered
+    return 0, 0
 
 
 class Tunnel:
@@ -74,7 +87,7 @@ class Tunnel:
         self,
         client_leg: ChannelLeg,
         user_leg: TunnelLeg,
-        control: dict[str, Any],
+        control: Opening,
         user: str,
         rule: str,
         *,
@@ -85,14 +98,13 @@ class Tunnel:
         self._user_leg = user_leg
         self._channels = client_leg.channels
         self._control = control
-        self._kind: str = control["type"]
         self._user = user
         # By which it was allowed, as the credentials file has it.
         self._rule = rule
         self._started_at = time.monotonic()
         self._log = FieldsAdapter(
             _log,
-            {"client": client_leg.label, "tunnel": control["tunnel_id"][:8], "user": user},
+            {"client": client_leg.label, "tunnel": control.tunnel_id[:8], "user": user},
         )
         # Held from an ack's counting until it is queued, so that limits leave in order though
         # two threads raise them; taken before the channels' lock, never under it.
@@ -103,7 +115,7 @@ class Tunnel:
         # Whether the client has answered `opened` or `resumed`.
         self._is_opened = False
         # A `resume` whose token the client has not checked: it must not end the tunnel.
-        self._is_unproven = self._kind == "resume"
+        self._is_unproven = self.is_resume
         self._is_over = False
 
     @property
@@ -112,7 +124,7 @@ class Tunnel:
         return self._is_over
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def asked(self) -> Opening:
         """The `open` or `resume`: client, host, port and the rest."""
         return self._control
 
@@ -124,29 +136,34 @@ class Tunnel:
     @property
     def tunnel_id(self) -> str:
         """Its id, 32 hex digits."""
-        return str(self._control["tunnel_id"])
+        return self._control.tunnel_id
 
     @property
     def place(self) -> tuple[str, str]:
         """Its client and id, which a `resume` has in common with the tunnel's older leg."""
-        return str(self._control["client"]), self.tunnel_id
+        return self._control.client, self.tunnel_id
 
     @property
     def is_resume(self) -> bool:
         """Whether it came by `resume`."""
-        return self._kind == "resume"
+        return isinstance(self._control, Resume)
+
+    @property
+    def _answer(self) -> str:
+        """The type of the answer that accepts it."""
+        return "resumed" if self.is_resume else "opened"
 
     def assign_locked(self, max_window_bytes: int) -> Frame:
         """Take a channel and window; return the `open` or `resume` for the client.
 
-        Raises TunnelRefused, and TunnelError for counts that cannot be true; then nothing was
+        Raises Refused, and TunnelError for counts that cannot be true; then nothing was
         taken. The caller holds the lock, and queues what it gets in number order.
         """
         channels = self._channels
         if channels.is_closed:
-            raise TunnelRefused("client_offline", "the client's link was lost")
+            raise Refused("client_offline", "the client's link was lost")
         if min(channels.up_budget.free, channels.down_budget.free) < MIN_WINDOW_BYTES:
-            raise TunnelRefused("busy", "the client has too many tunnels; try again later")
+            raise Refused("busy", "the client has too many tunnels; try again later")
         self._check_room_locked()
         # An `open` has no counts; of `up` the client's answer has them.
         counts, is_paced = _counts(self._control), self._record.is_paced
@@ -156,10 +173,10 @@ class Tunnel:
         self.channel = channels.highest
         self._prefix = encode_channel(self.channel)
         channels.tunnels[self.channel] = self
-        fields = {name: value for name, value in self._control.items() if name != "type"}
-        fields["limit"] = self._first_limit_locked(False, self._control["limit"])
+        limit = self._first_limit_locked(False, self._control.limit)
         self._record.started(self)
-        return _text(self._kind, self.channel, **fields, user=self._user)
+        passed_on = self._control._replace(limit=limit, user=self._user, channel=self.channel)
+        return _text(passed_on)
 
     def _first_limit_locked(self, is_up: bool, asked: int) -> int:
         flow = self.up if is_up else self.down
@@ -168,7 +185,7 @@ class Tunnel:
         return flow.begin(self._record.first_credit(is_up, flow.ask_first(asked)))
 
     def _check_room_locked(self) -> None:
-        """Raise TunnelRefused when the client has as many tunnels as it may have.
+        """Raise Refused when the client has as many tunnels as it may have.
 
         A `resume` does not count beside its own older channel; an `open` always does, whatever
         id its user has chosen.
@@ -180,17 +197,17 @@ class Tunnel:
         older = ((each._user, each.tunnel_id) for each in channels.tunnels.values())
         if self.is_resume and mine in older:
             return
-        raise TunnelRefused(
+        raise Refused(
             "client_full",
             f"as many tunnels of this client are open as may be ({channels.tunnels_at_most})",
         )
 
     def log_start(self) -> None:
         """Write the tunnel's first line."""
-        if self._kind == "resume":
-            self._log.info("tunnel resumed attempt=%d", self._control["attempt"])
+        if isinstance(self._control, Resume):
+            self._log.info("tunnel resumed attempt=%d", self._control.attempt)
             return
-        host, port = self._control["host"], self._control["port"]
+        host, port = self._control.host, self._control.port
         self._log.info("tunnel started host=%s port=%d rule=%s", host, port, self._rule)
 
     # From the user's leg.
@@ -206,16 +223,14 @@ class Tunnel:
         outbox.put_data_now(self.channel, self._prefix, data)
         outbox.push()
 
-    def on_user_control(self, control: dict[str, Any]) -> None:
+    def on_user_control(self, control: Control) -> None:
         """Act on a checked control of the user's end."""
-        kind = control["type"]
-        if kind == "reset":
-            self._on_user_reset(control["code"], control["message"])
-            return
-        if kind not in ("ack", "eof"):
-            raise TunnelError(f"a second {kind}")
-        outbox = self._client_leg.outbox
-        self._on_flow(control, self.up, self.down, outbox, self.channel)
+        if isinstance(control, Reset):
+            self._on_user_reset(control.code, control.message)
+        elif isinstance(control, (Ack, Eof)):
+            self._on_flow(control, self.up, self.down, self._client_leg.outbox, self.channel)
+        else:
+            raise TunnelError(f"a second {type_of(control)}")
 
     def user_lost(self) -> None:
         """The user's leg is gone."""
@@ -243,16 +258,15 @@ class Tunnel:
         outbox.put_data_now(USER_CHANNEL, b"", data)
         outbox.push()
 
-    def on_client_control(self, control: dict[str, Any]) -> None:
+    def on_client_control(self, control: Control) -> None:
         """Act on a checked control of the client's end."""
-        kind = control["type"]
-        if kind == "reset":
-            self._on_client_reset(control["code"], control["message"])
-        elif kind in _ANSWERS.values():
+        if isinstance(control, Reset):
+            self._on_client_reset(control.code, control.message)
+        elif isinstance(control, (Opened, Resumed)):
             self._on_accepted(control)
-        elif kind == "refused":
-            self._on_refused(control["code"], control["message"])
-        else:
+        elif isinstance(control, OpenRefused):
+            self._on_refused(control.code, control.message)
+        elif isinstance(control, (Ack, Eof)):
             self._on_flow(control, self.down, self.up, self._user_leg.outbox, USER_CHANNEL)
 
     def client_lost(self, code: str) -> None:
@@ -262,7 +276,7 @@ class Tunnel:
             if not self._end_locked(code):
                 return
         if was_opened:
-            self._user_leg.outbox.put_end(USER_CHANNEL, _text("detached", code=code))
+            self._user_leg.outbox.put_end(USER_CHANNEL, _text(Detached(code)))
             self._user_leg.end(CLOSE_RESTART, code)
         elif code == "server_restart":
             self._refuse_user(code, "the relay restarts; try again")
@@ -281,18 +295,16 @@ class Tunnel:
         message = str(error)
         self._reset_client(error.code, message)
         if was_opened:
-            self._user_leg.outbox.put_end(
-                USER_CHANNEL, _text("reset", code=error.code, message=message)
-            )
+            self._user_leg.outbox.put_end(USER_CHANNEL, _text(Reset(error.code, message)))
             self._user_leg.end(CLOSE_NORMAL, error.code)
         else:
             self._refuse_user(error.code, message)
         self._log_end(error.code)
 
-    def _on_accepted(self, control: dict[str, Any]) -> None:
-        kind = control["type"]
-        if kind != _ANSWERS[self._kind]:
-            raise TunnelError(f"{kind} after {self._kind}")
+    def _on_accepted(self, control: Opened | Resumed) -> None:
+        kind = type_of(control)
+        if kind != self._answer:
+            raise TunnelError(f"{kind} after {type_of(self._control)}")
         with self._ack_order:
             with self._channels.lock:
                 if self._is_over:
@@ -301,10 +313,9 @@ class Tunnel:
                     raise TunnelError(f"a second {kind}")
                 self.up.start_at(*_counts(control))
                 self._is_opened, self._is_unproven = True, False
-                limit = self._first_limit_locked(True, control["limit"])
+                limit = self._first_limit_locked(True, control.limit)
                 self._record.accepted(self)
-            fields = {name: control[name] for name in control if name not in ("type", "channel")}
-            frame = _text(kind, **{**fields, "limit": limit})
+            frame = _text(control._replace(limit=limit, channel=USER_CHANNEL))
             self._user_leg.outbox.put_first(USER_CHANNEL, frame)
         self._user_leg.outbox.push()
 
@@ -320,11 +331,11 @@ class Tunnel:
                 flow = self.up if is_up else self.down
                 rise = flow.raise_by(size)
                 hunger = flow.hunger
-                ack = {"delivered": flow.delivered, "limit": flow.limit, "eof": flow.eof_acked}
+                ack = Ack(flow.delivered, flow.limit, flow.eof_acked)
             if rise:
                 outbox = self._user_leg.outbox if is_up else self._client_leg.outbox
                 channel = USER_CHANNEL if is_up else self.channel
-                outbox.put_ack(channel, _text("ack", channel, **ack))
+                outbox.put_ack(channel, _text(ack._replace(channel=channel)))
         if rise:
             outbox.push()
         return rise, hunger
@@ -334,7 +345,7 @@ class Tunnel:
             if self._is_over:
                 return
             if self._is_opened:
-                raise TunnelError(f"refused after {_ANSWERS[self._kind]}")
+                raise TunnelError(f"refused after {self._answer}")
             self._end_locked(code)
         # Answered before it was sent: a broken rule, and without this a buffer without bound.
         self._client_leg.outbox.cancel_first(self.channel)
@@ -343,30 +354,30 @@ class Tunnel:
 
     def _on_flow(
         self,
-        control: dict[str, Any],
+        control: Ack | Eof,
         sent: FlowCounters,
         taken: FlowCounters,
         outbox: FrameSender,
         channel: int,
     ) -> None:
         """An eof of the direction that the peer sends, or an ack of the other."""
-        if control["type"] == "eof":
+        if isinstance(control, Eof):
             with self._channels.lock:
                 if self._is_over:
                     return
                 self._check_opened_locked()
-                sent.on_eof(control["count"])
-            outbox.put_eof(channel, _text("eof", channel, count=control["count"]))
+                sent.on_eof(control.count)
+            outbox.put_eof(channel, _text(Eof(control.count, channel)))
             return
         with self._ack_order:
             with self._channels.lock:
                 if self._is_over:
                     return
                 self._check_opened_locked()
-                limit = taken.on_ack(control["delivered"], control["limit"], control["eof"])
+                limit = taken.on_ack(control.delivered, control.limit, control.eof)
                 is_finished = sent.eof_acked and taken.eof_acked and self._end_locked("eof")
-                ack = {"delivered": taken.delivered, "limit": limit, "eof": taken.eof_acked}
-            outbox.put_ack(channel, _text("ack", channel, **ack))
+                ack = Ack(taken.delivered, limit, taken.eof_acked, channel)
+            outbox.put_ack(channel, _text(ack))
         outbox.push()
         if is_finished:
             self._user_leg.expect_close()
@@ -381,7 +392,7 @@ class Tunnel:
                 return
         # Behind a `resume` too: a client that refuses that drops this, and one that accepts it
         # has checked the token.
-        self._put_client_reset(code, message, in_turn=code in ENDS_IN_TURN)
+        self._put_client_reset(code, message, in_turn=takes_turn(code))
         self._user_leg.expect_close()
         self._log_end(code)
 
@@ -393,8 +404,8 @@ class Tunnel:
                 return
         self._client_leg.outbox.drop(self.channel)
         if was_opened:
-            in_turn = code in ENDS_IN_TURN
-            frame = _text("reset", code=code, message=message)
+            in_turn = takes_turn(code)
+            frame = _text(Reset(code, message))
             self._user_leg.outbox.put_end(USER_CHANNEL, frame, in_turn=in_turn)
             # A reset in its turn overtakes after FLUSH_S, and must still get out then.
             flush_s = FLUSH_S * 2 if in_turn else FLUSH_S
@@ -406,7 +417,7 @@ class Tunnel:
 
     def _check_opened_locked(self) -> None:
         if not self._is_opened:
-            raise TunnelError(f"data, eof or ack before {_ANSWERS[self._kind]}")
+            raise TunnelError(f"data, eof or ack before {self._answer}")
 
     def _end_locked(self, reason: str) -> bool:
         """End it; False if it has ended before."""
@@ -426,15 +437,15 @@ class Tunnel:
             self._put_client_reset(code, message)
 
     def _put_client_reset(self, code: str, message: str, *, in_turn: bool = False) -> None:
-        frame = _text("reset", self.channel, code=code, message=message)
+        frame = _text(Reset(code, message, self.channel))
         self._client_leg.outbox.put_end(self.channel, frame, in_turn=in_turn)
 
     def _detach_client(self) -> None:
-        frame = _text("detached", self.channel, code="user_lost")
+        frame = _text(Detached("user_lost", self.channel))
         self._client_leg.outbox.put_end(self.channel, frame)
 
     def _refuse_user(self, code: str, message: str) -> None:
-        frame = _text("refused", code=code, message=message)
+        frame = _text(OpenRefused(code, message))
         self._user_leg.outbox.put_first(USER_CHANNEL, frame)
         self._user_leg.end(CLOSE_NORMAL, code)
 

@@ -19,6 +19,7 @@ from server.access.json_lines import JsonError, parse_json
 from server.addresses import block_of, parse_networks, source_address
 from server.config import LIMITS, TRUSTED_PROXIES_VARIABLE, Config
 from tests.fuzz.source import Source, control
+from tests.support.controls import as_dict, encode, from_dict
 from tests.support.programs import load
 
 PACKAGE, script = load("package"), load("script")
@@ -66,7 +67,7 @@ def _parse(wire: Any, payload: bytes, side: tuple[str, bool]) -> Any:
     except wire.TunnelError as exc:
         check_sentence(exc)
         return "tunnel", str(exc), exc.channel, exc.code
-    return parsed
+    return as_dict(parsed, wire)
 
 
 def fuzz_controls(data: bytes) -> None:
@@ -86,7 +87,7 @@ def fuzz_controls(data: bytes) -> None:
     fields = {name: parsed[name] for name in parsed if name not in ("type", "channel")}
     assert all(type(value) in (int, str, bool) for value in fields.values())
     for wire in _WIRES:
-        encoded = wire.encode_control(parsed["type"], parsed.get("channel", 0), **fields)
+        encoded = wire.encode_control(from_dict(parsed, wire))
         assert len(encoded) <= wire.MAX_CONTROL_BYTES
         assert _parse(wire, encoded, side) == parsed, "it does not read as it was written"
 
@@ -252,11 +253,11 @@ def _usage(module: Any, errors: Any, url: str) -> tuple[Any, str]:
 # What each begins with when it is guided by coverage; all are valid or nearly so.
 SEEDS: dict[str, list[bytes]] = {
     "controls": [
-        b"\0\1" + PACKAGE.encode_control("ack", delivered=7, limit=9, eof=True),
-        b"\1\1" + PACKAGE.encode_control("opened", 1, limit=9, grace_s=120),
-        b"\2\1" + PACKAGE.encode_control("going_away", spread_ms=10),
+        b"\0\1" + encode("ack", delivered=7, limit=9, eof=True),
+        b"\1\1" + encode("opened", 1, limit=9, grace_s=120),
+        b"\2\1" + encode("going_away", spread_ms=10),
         b"\2\1"
-        + PACKAGE.encode_control(
+        + encode(
             "resume",
             3,
             client="lab-1",
@@ -272,7 +273,7 @@ SEEDS: dict[str, list[bytes]] = {
             received=0,
             delivered=0,
         ),
-        b"\3\1" + PACKAGE.encode_control("refused", code="busy", message="later \u00e9"),
+        b"\3\1" + encode("refused", code="busy", message="later \u00e9"),
         b"\0\0",
         # What once raised something else, or may again.
         b'\0\1{"type":"ack","delivered":1.0,"limit":2.5,"eof":true}',

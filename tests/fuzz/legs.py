@@ -30,7 +30,6 @@ from http_network_relay.leg.duplex_socket import wait_ready
 from http_network_relay.leg.send_queue import Frame
 from http_network_relay.rules.target import TargetRule
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
-from http_network_relay.wire.controls import encode_control
 from http_network_relay.wire.errors import RelayError
 from server.access.credentials import Credentials
 from server.config import Config
@@ -40,6 +39,7 @@ from server.relay import Relay
 from tests.fuzz.machines import Pest, opening
 from tests.fuzz.source import Source, bad_frame, frame
 from tests.fuzz.streams import _UPGRADE_ENVIRON
+from tests.support.controls import encode
 from tests.support.targets import EchoTarget
 from tests.support.waiting import eventually
 
@@ -105,7 +105,7 @@ class GoodUser:
         self._thread.start()
 
     def _say(self, kind: str, **fields: Any) -> None:
-        self._transport.outbox.put_ack(0, Frame(OP_TEXT, b"", encode_control(kind, **fields)))
+        self._transport.outbox.put_ack(0, Frame(OP_TEXT, b"", encode(kind, **fields)))
         self._transport.outbox.push()
 
     def _run(self) -> None:

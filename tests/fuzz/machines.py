@@ -20,8 +20,8 @@ from http_network_relay.wire.controls import (
     FROM_CLIENT,
     TO_CLIENT,
     TO_USER,
+    Opened,
     encode_channel,
-    encode_control,
     parse_control,
 )
 from http_network_relay.wire.errors import LegError, RelayError, TunnelError
@@ -33,6 +33,7 @@ from server.legs.user_leg import UserLeg
 from server.relay import Relay
 from tests.fuzz.decoders import Decoder
 from tests.fuzz.source import IDS, Source, control
+from tests.support.controls import encode
 from tests.support.taking import drained
 
 USERS = ("token-good", "token-pest")
@@ -115,7 +116,7 @@ class Pest:
         if isinstance(self.leg, ClientLeg) and channel not in self._answered:
             self._answered.add(channel)
             asked = self.leg.channels.tunnels.get(channel)
-            is_resume = asked is not None and asked.asked["type"] == "resume"
+            is_resume = asked is not None and asked.is_resume
             kind = "resumed" if is_resume else "opened"
             kind = "refused" if source.is_rare(8) else kind
             return OP_TEXT, self._control(source, kind, channel)
@@ -191,9 +192,9 @@ class ServedLegs:
         self.pest = self._client("pest", "b")
         self.user = self._user("good")
         self.users = [self._user("pest") for _ in range(4)]
-        self.user._on_message(encode_control("open", **opening("f" * 32)).decode())
+        self.user._on_message(encode("open", **opening("f" * 32)).decode())
         self.channel = self.good.channels.highest
-        text = encode_control("opened", self.channel, limit=2**40, grace_s=120)
+        text = encode("opened", self.channel, limit=2**40, grace_s=120)
         self.good._on_message(text.decode())
         list(drained(self.good.outbox))
         list(drained(self.user.outbox))
@@ -223,7 +224,7 @@ class ServedLegs:
         assert up == [(encode_channel(self.channel), b"there")], up
         assert down == [(OP_BINARY, b"back!")], down
         for leg, channel in ((self.good, self.channel), (self.user, 0)):
-            text = encode_control("ack", channel, delivered=self.moved, limit=2**40, eof=False)
+            text = encode("ack", channel, delivered=self.moved, limit=2**40, eof=False)
             leg._on_message(text.decode())
         list(drained(self.user.outbox))
         assert self.user.tunnel is not None
@@ -313,8 +314,8 @@ class _Tunnel(Forwarder):
 
     def start(self) -> None:
         """In the place of the thread's: dial, and say so."""
-        self.end.on_open(self._opening["limit"], min(self._grace_s, self._opening["grace_s"]))
-        self._first_link.put_first("opened", limit=self.end.first_limit, grace_s=self._grace_s)
+        self.end.on_open(self._opening.limit, min(self._grace_s, self._opening.grace_s))
+        self._first_link.put_first(Opened(self.end.first_limit, self._grace_s))
 
     def advance(self, source: Source) -> None:
         """Do a step of its reader and one of its writer."""
@@ -365,7 +366,7 @@ def _fuzz_client_legs(source: Source) -> None:
     good_leg = Leg(_Transport(), tunnels)  # type: ignore[arg-type]
     # The pest knows the good tunnel's id and user, and not its token.
     fields = opening(IDS[0], resume_token="1" * 64)
-    good_leg._on_control(encode_control("open", 1, **fields, user="anna"))
+    good_leg._on_control(encode("open", 1, **fields, user="anna"))
     good, link = good_leg._channels[1]
     list(drained(link.outbox))
     known = {**opening("0" * 32), "user": "anna"}

@@ -24,8 +24,9 @@ from simple_websocket import Server as LibraryServer
 import http_network_relay.dial.connect
 from http_network_relay.dial.connection import Connection as ClientTransport
 from http_network_relay.dial.connection import _HandshakeSocket, _upgrade, websocket_client
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.dial.endpoint import Endpoint
-from http_network_relay.leg.message_reader import CLOSE_LOST
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.wire.constants import (
     MAX_DATA_BYTES,
     OP_BINARY,
@@ -189,7 +190,7 @@ def fuzz_server_frames(data: bytes) -> None:
         end = exc.close_code
     assert not sock.sent, "the reader wrote by itself"
     stream.check(came)
-    assert not (stream.is_right and end != CLOSE_LOST), end
+    assert not (stream.is_right and end != ABNORMAL_CLOSURE), end
     assert all(taken.opcode in (OP_PONG, OP_CLOSE) for taken in drained(outbox))
 
 
@@ -291,7 +292,7 @@ class _AnsweringSocket(PlayedSocket):
 def fuzz_answers(data: bytes) -> None:
     """What a server, or something in between, answers to the WebSocket handshake."""
     sock = _AnsweringSocket([data[at : at + 1000] for at in range(0, len(data), 1000)])
-    shim = _HandshakeSocket(sock, _FAR)  # type: ignore[arg-type]
+    shim = _HandshakeSocket(sock, Deadline(_FAR))  # type: ignore[arg-type]
     try:
         _upgrade(websocket_client(), _ENDPOINT, ["Authorization: Basic hush"], shim)
     except RelayError as exc:
@@ -311,9 +312,8 @@ def fuzz_proxies(data: bytes) -> None:
         peer.shutdown(socket.SHUT_WR)
         proxy = http_network_relay.dial.http_proxy.Proxy("proxy.example", 3128, "Basic hush")
         try:
-            http_network_relay.dial.http_proxy.connect_through(
-                ours, proxy, _ENDPOINT, _FAR, lambda: False
-            )
+            far = Deadline(_FAR)
+            http_network_relay.dial.http_proxy.connect_through(ours, proxy, _ENDPOINT, far)
         except RelayError as exc:
             check_sentence(exc)
             assert exc.code == "proxy_failed"

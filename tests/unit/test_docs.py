@@ -10,7 +10,7 @@ import pytest
 
 import client.config
 import server.__main__
-from http_network_relay.wire.codes import ERRORS, HTTP_ANSWERS
+from http_network_relay.wire.codes import Code
 from tests.support.code import PACKAGES, code_files, codes_in_code
 from tests.support.pages import PAGES, rows, section
 from tests.support.processes import ROOT
@@ -112,7 +112,7 @@ def test_reference_lists_every_positional_argument() -> None:
 def test_page_lists_every_exit_code(page: str, heading: str) -> None:
     """Each exit code that an error can have is explained."""
     listed = {row[0] for row in rows(section(page, heading))}
-    assert listed == {"0", "128+n", *(str(exit_code) for exit_code, _ in ERRORS.values())}
+    assert listed == {"0", "128+n", *(str(code.exit_code) for code in Code)}
 
 
 def test_exit_codes_mean_the_same_on_both_pages() -> None:
@@ -180,13 +180,15 @@ def test_http_answers_are_the_documented_ones() -> None:
     for status, code, when in rows(section(PROTOCOL, "## Before the upgrade")):
         retry_after = re.search(r"`Retry-After: (\d+)`", when)
         listed[code.strip("`")] = (int(status), int(retry_after[1]) if retry_after else None)
-    assert listed == {code: tuple(answer) for code, answer in HTTP_ANSWERS.items()}
+    assert listed == {
+        code: (code.http_status, code.retry_after_s or None) for code in Code if code.http_status
+    }
 
 
 def test_retryable_refusals_are_the_documented_ones() -> None:
     """The column `retry` is what the ends do."""
     for code, _, _, retry in rows(section(PROTOCOL, "### In `refused`")):
-        assert retry == ("yes" if ERRORS[code.strip("`")][1] else "no"), code
+        assert retry == ("yes" if Code(code.strip("`")).is_retryable else "no"), code
 
 
 def test_every_close_code_is_documented() -> None:

@@ -80,7 +80,7 @@ FENCED = {
 # What knows no socket, clock, thread or log.
 PURE = {
     "http_network_relay/wire/constants.py": set(),
-    "http_network_relay/wire/codes.py": set(),
+    "http_network_relay/wire/codes.py": {"enum"},
     "http_network_relay/wire/errors.py": set(),
     "http_network_relay/wire/frames.py": {"functools", "struct"},
     "http_network_relay/wire/controls.py": {"json", "re"},
@@ -353,9 +353,9 @@ def constants_of(path: Path) -> dict[str, ast.expr]:
     found: dict[str, ast.expr] = {}
     for node in tree_of(path).body:
         if isinstance(node, ast.Assign):
-            for target in node.targets:
-                assert isinstance(target, ast.Name)
-                found[target.id] = node.value
+            found |= {
+                target.id: node.value for target in node.targets if isinstance(target, ast.Name)
+            }
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
             assert isinstance(node.target, ast.Name)
             found[node.target.id] = node.value

@@ -12,7 +12,7 @@ import pytest
 
 from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.leg.frame_sender import FrameSender
-from http_network_relay.leg.message_reader import CLOSE_LOST
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
@@ -39,7 +39,7 @@ class OneWay:
         outbox.start(self.duplex)
 
     def receive(self) -> tuple[int, int]:
-        return OP_CLOSE, CLOSE_NORMAL if self.duplex.recv(1) else CLOSE_LOST
+        return OP_CLOSE, CLOSE_NORMAL if self.duplex.recv(1) else ABNORMAL_CLOSURE
 
     def finish_sending(self) -> None:
         self._sock.shutdown(socket.SHUT_WR)

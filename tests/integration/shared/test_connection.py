@@ -22,6 +22,7 @@ from wsproto.events import BytesMessage
 
 from http_network_relay.dial import connection as transport_module
 from http_network_relay.dial.connection import Connection, connect
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.dial.endpoint import parse_server_url
 from http_network_relay.leg.duplex_socket import wait_ready
 from http_network_relay.leg.send_queue import Frame
@@ -295,7 +296,7 @@ def test_any_answer_is_an_error_of_ours(answer: bytes) -> None:
         def send(self, data: bytes) -> int:
             return len(data)
 
-    shim = transport_module._HandshakeSocket(Said(), time.monotonic() + 5)  # type: ignore[arg-type]
+    shim = transport_module._HandshakeSocket(Said(), Deadline(5))  # type: ignore[arg-type]
     endpoint = transport_module.Endpoint(False, "relay.example", 80, "/p")
     library = transport_module.websocket_client()
     with pytest.raises(RelayError):

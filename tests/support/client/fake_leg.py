@@ -19,8 +19,9 @@ from http_network_relay.wire.constants import (
     OP_CLOSE,
     OP_TEXT,
 )
-from http_network_relay.wire.controls import encode_channel, encode_control
+from http_network_relay.wire.controls import encode_channel
 from http_network_relay.wire.errors import RelayError
+from tests.support.controls import encode
 from tests.support.taking import take
 from tests.support.waiting import eventually
 
@@ -117,7 +118,7 @@ class ServerSide:
     # What the server says.
 
     def say(self, kind: str, channel: int = 0, **fields: Any) -> None:
-        text = encode_control(kind, channel, **fields)
+        text = encode(kind, channel, **fields)
         self.transport.messages.put((OP_TEXT, text))
 
     def say_raw(self, payload: bytes, opcode: int = OP_TEXT) -> None:

@@ -17,6 +17,7 @@ from http_network_relay.end.channel import Link
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.rules.target import TargetRule
 from http_network_relay.wire.errors import RelayError
+from tests.support.controls import from_dict
 from tests.support.taking import take
 from tests.support.targets import EchoTarget
 from tests.support.waiting import eventually
@@ -57,6 +58,8 @@ def info(address: str, port: int) -> tuple[Any, ...]:
 
 def make_tunnel(outbox: FrameSender, host: str, port: int, *allow: str) -> Forwarder:
     opening = {
+        "type": "open",
+        "client": "gw",
         "user": "ops",
         "tunnel_id": "a" * 32,
         "resume_token": "b" * 64,
@@ -67,7 +70,7 @@ def make_tunnel(outbox: FrameSender, host: str, port: int, *allow: str) -> Forwa
         "grace_s": 0,
     }
     rules = tuple(TargetRule.parse(text) for text in allow)
-    return Forwarder(opening, Link(outbox, 1), WINDOW, 0, rules, lambda _: None)
+    return Forwarder(from_dict(opening), Link(outbox, 1), WINDOW, 0, rules, lambda _: None)
 
 
 def first_control(outbox: FrameSender) -> dict[str, Any]:

@@ -16,9 +16,9 @@ import pytest
 
 import server.access.access
 from http_network_relay.leg.frame_sender import FrameSender
-from http_network_relay.leg.message_reader import CLOSE_LOST
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.wire.constants import OP_CLOSE, OP_TEXT
-from http_network_relay.wire.errors import ConfigError, TunnelRefused
+from http_network_relay.wire.errors import ConfigError, Refused
 from server.access.access import Access
 from server.access.credentials import Credentials, Login, digest_of
 from server.access.file_watch import FileWatch
@@ -29,6 +29,7 @@ from server.legs.leg import Leg
 from server.legs.user_leg import UserLeg
 from server.registry import Slot
 from server.relay import Relay
+from tests.support.controls import from_dict
 from tests.support.taking import FrameTaker
 from tests.support.waiting import eventually
 
@@ -55,12 +56,13 @@ def other_credentials() -> Credentials:
 
 
 def asked(client: str, host: str, port: int) -> dict[str, Any]:
-    return {"type": "open", "client": client, "host": host, "port": port}
+    rest = {"protocol": "tcp", "tunnel_id": "", "resume_token": "", "limit": 0, "grace_s": 0}
+    return {"type": "open", "client": client, "host": host, "port": port, **rest}
 
 
-def refusal(access: Access, user: str, *target: Any) -> TunnelRefused:
-    with pytest.raises(TunnelRefused) as caught:
-        access.check_open(user, asked(*target))
+def refusal(access: Access, user: str, *target: Any) -> Refused:
+    with pytest.raises(Refused) as caught:
+        access.check_open(user, from_dict(asked(*target)))
     return caught.value
 
 
@@ -86,7 +88,7 @@ ALLOWED = {
 @pytest.mark.parametrize("target", ALLOWED, ids=str)
 def test_rule_is_returned_when_it_allows(access: Access, target: tuple[Any, ...]) -> None:
     """Its text, for the log."""
-    assert access.check_open(target[0], asked(*target[1:])) == ALLOWED[target]
+    assert access.check_open(target[0], from_dict(asked(*target[1:]))) == ALLOWED[target]
 
 
 REFUSED = {
@@ -129,7 +131,7 @@ def test_everything_is_allowed_when_the_user_is_of_the_seed_form() -> None:
     access = Access(credentials(["pu-seed"]), None, lambda: None)
     login = access.credentials.login_user("pu-seed")
     assert login is not None
-    assert access.check_open(login.name, asked("gw", "10.1.2.3", 1))
+    assert access.check_open(login.name, from_dict(asked("gw", "10.1.2.3", 1)))
     assert refusal(access, login.name, "gw", "127.1", 1).code == "target_invalid"
     assert refusal(access, login.name, "no", "10.1.2.3", 1).code == "client_unknown"
 
@@ -147,7 +149,7 @@ def test_one_state_is_asked_when_it_changes_meanwhile() -> None:
             return name == "lab-1"
 
     access.credentials = Turning([], [])
-    assert access.check_open("ops", asked("lab-1", "127.0.0.1", 22)) == "rule"
+    assert access.check_open("ops", from_dict(asked("lab-1", "127.0.0.1", 22))) == "rule"
     assert refusal(access, "ops", "lab-1", "127.0.0.1", 22).code == "denied"
 
 
@@ -369,7 +371,7 @@ class Wire:
 
     def receive(self) -> tuple[int, int]:
         self._is_over.wait(5)
-        return OP_CLOSE, CLOSE_LOST
+        return OP_CLOSE, ABNORMAL_CLOSURE
 
     def start(self, _websocket: object, outbox: FrameSender) -> None:
         outbox.start(FrameTaker(self._write))  # type: ignore[arg-type]

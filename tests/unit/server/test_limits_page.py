@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from http_network_relay.wire.codes import HTTP_ANSWERS
+from http_network_relay.wire.codes import Code
 from server.addresses import DEFAULT_TRUSTED_PROXIES
 from server.audit import AuditLog
 from server.config import LIMITS, Config
 from server.limits.policy import Policy, PolicyObserver
 from server.tunnels.tunnel import Tunnel
+from tests.support.controls import from_dict
 from tests.support.pages import rows, section
 from tests.support.processes import ROOT
 from tests.support.server.fake_legs import CAP, OPEN, RESUME, FakeClientLeg, FakeUserLeg
@@ -35,7 +36,7 @@ def test_statuses_of_the_page_are_those_of_the_server() -> None:
     """429, 408, 431."""
     told = re.findall(r"`(\w+)` \(HTTP (\d+)\)", PAGE)
     assert {code: int(status) for code, status in told} == {
-        code: HTTP_ANSWERS[code].status for code in ("too_many", "head_timeout", "head_too_large")
+        code: Code(code).http_status for code in ("too_many", "head_timeout", "head_too_large")
     }
 
 
@@ -83,17 +84,17 @@ def test_audit_lines_of_the_page_have_the_fields_of_the_code() -> None:
     guard.leg_up("client", "gw", "a")
     guard.leg_down("client", "gw", "a", "lost", 1.0)
     guard.failed_login("client", "gw", "a", "")
-    guard.refused(OPEN, "u", "a", "client_offline")
+    guard.refused(from_dict(OPEN), "u", "a", "client_offline")
     for first, answer in (
         (OPEN, {"type": "opened", "limit": 300_000, "grace_s": 0}),
         (RESUME, {"type": "resumed", "received": 0, "delivered": 0, "limit": 300_000}),
     ):
         leg = FakeClientLeg()
-        record = PolicyObserver(guard, first, "u", "a")
-        tunnel = Tunnel(leg, FakeUserLeg(), first, "u", "*", record=record)
+        record = PolicyObserver(guard, from_dict(first), "u", "a")
+        tunnel = Tunnel(leg, FakeUserLeg(), from_dict(first), "u", "*", record=record)
         with leg.channels.lock:
             tunnel.assign_locked(CAP)
-        tunnel.on_client_control(answer)
+        tunnel.on_client_control(from_dict(answer))
         tunnel.user_lost()
     written = {event["event"]: list(event) for event in guard.audit.events}
     assert {event["event"]: list(event) for event in shown[:-1]} == written

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from http_network_relay.leg.frame_sender import FrameSender
-from http_network_relay.leg.message_reader import CLOSE_LOST
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
 from http_network_relay.wire.constants import FLUSH_S, OP_CLOSE, OP_TEXT
 from http_network_relay.wire.controls import parse_control
@@ -51,7 +51,7 @@ class FakeTransport:
 
     def receive(self) -> tuple[int, int]:
         self.aborted.wait()
-        return OP_CLOSE, CLOSE_LOST
+        return OP_CLOSE, ABNORMAL_CLOSURE
 
     def start(self, _websocket: object, _outbox: FrameSender) -> None:
         """Nobody sends: the tests take what waits."""
@@ -397,7 +397,7 @@ def test_nothing_is_opened_when_the_leg_ends_as_its_first_message_is_read(
     end, answers = ENDERS[case]
     user, client = bench.user(), bench.client()
 
-    def parse_late(*args: Any, **options: Any) -> dict[str, Any]:
+    def parse_late(*args: Any, **options: Any) -> Any:
         end(user)
         return parse_control(*args, **options)
 

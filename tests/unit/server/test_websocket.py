@@ -10,7 +10,7 @@ from simple_websocket import Server as LibraryServer
 from wsproto.frame_protocol import FrameDecoder
 
 from http_network_relay.leg.frame_sender import FrameSender
-from http_network_relay.leg.message_reader import CLOSE_LOST
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_PONG, OP_TEXT
 from http_network_relay.wire.errors import LegError
@@ -118,7 +118,7 @@ def test_message_is_taken_with_any_key(up: Upgraded) -> None:
 def test_messages_come_out_in_order_and_the_librarys_thread_never_runs(up: Upgraded) -> None:
     """In the reader's own thread, and no list of them grows."""
     frames = encode_frame(1, b"{}") + encode_frame(2, b"data") + encode_frame(2, bytes(65540))
-    assert up.read(frames) == CLOSE_LOST
+    assert up.read(frames) == ABNORMAL_CLOSURE
     assert up.messages == [(OP_TEXT, b"{}"), (OP_BINARY, b"data"), (OP_BINARY, bytes(65540))]
     assert up.library.thread.name == "unused"
     assert up.library.input_buffer == []
