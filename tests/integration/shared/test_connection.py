@@ -675,6 +675,26 @@ def test_pings_are_answered_while_a_large_send_is_stuck_and_no_frame_breaks() ->
     assert pongs[-1] == b"%d" % (pings - 1)
 
 
+def test_reader_puts_its_pong_and_writes_nothing() -> None:
+    """Rule 4: a leg whose sender was not started has sent no byte after two pings."""
+    pieces = (frame(OP_PING, b"old"), frame(OP_PING, b"new"), frame(OP_TEXT, b"t"))
+    seen: list[tuple[int, bytes]] = []
+
+    def serve(visitor: Visitor) -> None:
+        visitor.upgrade()
+        visitor.sock.sendall(b"".join(pieces))
+        seen.append(visitor.read_frame())
+        visitor.wait_gone()
+
+    with hand_server(serve) as server, leg(server, is_started=False) as transport:
+        assert transport.receive() == (OP_TEXT, b"t")
+        assert take(transport.outbox) == Frame(OP_PONG, b"", b"new")
+        transport.close(1000)
+        transport.start("test")
+        eventually(lambda: seen)
+    assert seen[0][0] == OP_CLOSE
+
+
 @pytest.fixture
 def deaf() -> Iterator[HandServer]:
     """A server that upgrades and then does not read."""
