@@ -696,6 +696,8 @@ class DuplexSocket:
         self._tls_lock = threading.Lock()  # Guards the OpenSSL object.
         # Whether the last read took all that was there. The reader's own.
         self._is_drained = True
+        # Whether OpenSSL has to read before the rest of send_now() can be written.
+        self.wants_read = False
         # When any byte last came, monotonic. Written by the reader, read by the timer.
         self.heard_at = time.monotonic()
 
@@ -748,7 +750,8 @@ class DuplexSocket:
         The rest must be written before anything else. Raises OSError.
         """
         if self._is_tls:
-            return self._send_tls(memoryview(header + payload), waits=False)
+            whole = memoryview(header + payload if header else payload)
+            return self._send_tls(whole, waits=False)
         if not DONT_WAIT:
             return memoryview(header + payload)
         try:
@@ -775,9 +778,10 @@ class DuplexSocket:
                 with self._tls_lock:
                     sent = self._sock.send(view[:_TLS_WRITE_BYTES])
             except (ssl.SSLWantWriteError, ssl.SSLWantReadError) as exc:
-                if not waits:
-                    return view
                 is_write = isinstance(exc, ssl.SSLWantWriteError)
+                if not waits:
+                    self.wants_read = not is_write
+                    return view
                 timeout_s = None if is_write else _CROSS_WAIT_S
                 wait_ready(self._sock, write=is_write, timeout_s=timeout_s)
             else:
@@ -1242,10 +1246,7 @@ class FrameSender:
             if duplex is None or self._rest is not None or not queue.is_clear:
                 queue.put_data(channel, head, data)
                 return
-            try:
-                self._rest = duplex.send_now(*self._encode(OP_BINARY, head, data))
-            except OSError:
-                duplex.abort()
+            self._rest = self._send_now_locked(duplex, *self._encode(OP_BINARY, head, data))
         finally:
             self._send_lock.release()
         if self._rest is not None:
@@ -1289,6 +1290,11 @@ class FrameSender:
         return self._queue.is_closing
 
     @property
+    def is_full(self) -> bool:
+        """Whether a frame has begun that the socket did not take whole. Needs no lock."""
+        return self._rest is not None
+
+    @property
     def is_over(self) -> bool:
         """Whether the close was taken, or stop() called. Needs no lock."""
         return self._queue.is_over
@@ -1309,8 +1315,6 @@ class FrameSender:
                 return  # The thread inside looks again after its release.
             try:
                 is_done = self._push_locked()
-            except OSError:
-                return  # The leg's reader finds the loss, too.
             finally:
                 self._send_lock.release()
             if not is_done:
@@ -1318,23 +1322,22 @@ class FrameSender:
                 return
 
     def push_all(self) -> bool:
-        """Serve a call without a writer: as push(), and the close; False: a writer must run()."""
+        """Serve a call in place of run(): send the rest, all frames and the close, no waiting.
+
+        Returns: Whether all was sent, or the leg is lost; else this MUST be called again, when
+        the socket can be written if is_full, or at once.
+        """
         # Before the look at the queue: what is put behind it calls again.
         self._called.clear()
-        is_done = False
-        if self._send_lock.acquire(blocking=False):
-            try:
-                is_done = self._duplex is None or self._push_locked(with_close=True)
-            except OSError:
-                is_done = True
-            finally:
-                self._send_lock.release()
-        if not is_done or self._queue.is_over:
-            self._called.set()  # A thread in run() may be about to wait.
-        return is_done
+        with self._send_lock:
+            if self._duplex is None:
+                return True
+            if self._rest is not None:
+                self._rest = self._send_now_locked(self._duplex, b"", self._rest)
+            return self._push_locked(with_close=True)
 
     def _push_locked(self, *, with_close: bool = False) -> bool:
-        """Return whether all was sent; the rest, if any, is the writer's. Raises OSError."""
+        """Return whether all was sent; the rest, if any, is the writer's."""
         assert self._send_lock.locked()
         sent = 0
         while self._rest is None and self._duplex is not None:
@@ -1344,12 +1347,17 @@ class FrameSender:
             if frame is None:
                 return True
             sent += len(frame.payload)
-            try:
-                self._rest = self._duplex.send_now(*self._encode(*frame))
-            except OSError:
-                self._duplex.abort()
-                raise
+            self._rest = self._send_now_locked(self._duplex, *self._encode(*frame))
         return False
+
+    def _send_now_locked(self, duplex: DuplexSocket, *parts: Any) -> memoryview | None:
+        """As DuplexSocket.send_now; a lost leg takes all, and its reader finds the loss."""
+        assert self._send_lock.locked()
+        try:
+            return duplex.send_now(*parts)
+        except OSError:
+            duplex.abort()
+            return None
 
     def run(self) -> None:
         """Be the writer: send what push() could not, to the close or stop(). Raises OSError."""

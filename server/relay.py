@@ -21,7 +21,7 @@ from server.access.credentials import Credentials, Login
 from server.access.file_watch import FileWatch
 from server.config import LEG_BUDGET_BYTES, Config
 from server.legs.client_leg import ClientLeg
-from server.legs.leg import Helpers, Leg
+from server.legs.leg import Leg
 from server.legs.pending_resumes import PendingResumes
 from server.legs.sender import LegSender
 from server.legs.timer import Timer
@@ -54,7 +54,6 @@ class Relay:
         self._held: PendingResumes[UserLeg] = PendingResumes()
         self._timer = Timer()
         self._sender = LegSender()
-        self._helpers = Helpers(self._timer.look, self._sender.call)
         self._is_started = False
         # One line is enough: peers retry for ever.
         self._has_complained = False
@@ -154,17 +153,17 @@ class Relay:
             self.guard.refused(control, slot.name, slot.address, reason)
 
         leg: Leg
+        shared = (transport, slot.login, interval_s, self._timer, self._sender)
         if slot.kind == "client":
-            leg = ClientLeg(transport, slot.name, interval_s, self._helpers, LEG_BUDGET_BYTES)
+            leg = ClientLeg(*shared, LEG_BUDGET_BYTES)
             leg.channels.tunnels_at_most = self._config.tunnels_per_client
         else:
             first_s = self._config.handshake_timeout_s
             leg = UserLeg(
-                *(transport, slot.name, interval_s, self._helpers),
+                *shared,
                 *(open_tunnel, self._held, first_s),
             )
             leg.on_refused = refused
-        leg.login = slot.login
         if not self._registry.attach(slot, leg):
             raise Refused("server_restart", "a newer connection came; try again")
 
@@ -252,8 +251,6 @@ class Relay:
             raise failure
 
     def _enforce(self, leg: Leg) -> None:
-        if leg.login is None:
-            return
         if not self.credentials.is_valid(leg.login):
             leg.revoke("revoked", f"the access of {leg.login.name} was revoked, or has expired")
         elif isinstance(leg, UserLeg) and (tunnel := leg.opened_tunnel()) is not None:

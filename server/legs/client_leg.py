@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 from http_network_relay.wire.codes import CLOSE_REVOKED
 from http_network_relay.wire.constants import CHANNEL_BYTES
 from http_network_relay.wire.controls import FROM_CLIENT, parse_control, split_channel
 from http_network_relay.wire.errors import LegError, TunnelError
-from server.legs.leg import Helpers, Leg, Message
+from server.access.credentials import Login
+from server.legs.leg import Leg, Message
+from server.legs.sender import LegSender
+from server.legs.timer import Timer
 from server.legs.websocket import Connection, close_frame
 from server.tunnels.channels import Channels
 from server.tunnels.tunnel import Tunnel
@@ -24,22 +26,20 @@ class ClientLeg(Leg):
     def __init__(
         self,
         transport: Connection,
-        label: str,
+        login: Login,
         ping_interval_s: float,
-        helpers: Helpers,
+        timer: Timer,
+        sender: LegSender,
         budget_bytes: int,
     ) -> None:
-        super().__init__(transport, label, ping_interval_s, helpers)
+        super().__init__(transport, login, ping_interval_s, timer, sender)
         self.channels: Channels[Tunnel] = Channels(budget_bytes)
-        # Held from a channel's numbering until its `open` is queued, so that they go
-        # out in number order; taken before the channels' lock, never under it.
-        self._open_order = threading.Lock()
 
     def open(self, tunnel: Tunnel, max_window_bytes: int) -> None:
         """Give the tunnel a channel and queue its `open`. Raises TunnelRefused."""
-        with self._open_order:
-            with self.channels.lock:
-                frame = tunnel.assign_locked(max_window_bytes)
+        # Queued under the lock that numbers the channels: they go out in number order.
+        with self.channels.lock:
+            frame = tunnel.assign_locked(max_window_bytes)
             self.outbox.put_first(tunnel.channel, frame, cancellable=True)
         self.outbox.push()
 

@@ -27,8 +27,11 @@ from http_network_relay.wire.controls import (
     type_of,
 )
 from http_network_relay.wire.errors import Refused, TunnelError
-from server.legs.leg import RETRY_S, Helpers, Leg, Message
+from server.access.credentials import Login
+from server.legs.leg import RETRY_S, Leg, Message
 from server.legs.pending_resumes import PendingResumes
+from server.legs.sender import LegSender
+from server.legs.timer import Timer
 from server.legs.websocket import Connection, close_frame
 from server.tunnels.tunnel import USER_CHANNEL, Tunnel
 
@@ -44,15 +47,16 @@ class UserLeg(Leg):
     def __init__(
         self,
         transport: Connection,
-        label: str,
+        login: Login,
         ping_interval_s: float,
-        helpers: Helpers,
+        timer: Timer,
+        sender: LegSender,
         open_tunnel: OpenTunnel,
         held: PendingResumes[UserLeg],
         first_message_s: float,
     ) -> None:
         """`first_message_s`: from the upgrade to `open` or `resume`; a client leg has neither."""
-        super().__init__(transport, label, ping_interval_s, helpers)
+        super().__init__(transport, login, ping_interval_s, timer, sender)
         self._open_tunnel = open_tunnel
         self._held = held
         # By when that must have come: a float, read by the timer.
@@ -165,7 +169,7 @@ class UserLeg(Leg):
         if isinstance(control, Resume):
             # Before the client is looked for, see HeldResumes.park.
             self._held_until = self._held.park(control.client, self)
-            self._helpers.look_again(self)
+            self._timer.look(self)
         self.open_wanted()
 
     # The tunnel that is wanted: opened, refused, or forgotten, once.
