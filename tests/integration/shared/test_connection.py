@@ -743,7 +743,7 @@ def test_ping_is_due_each_interval_and_no_sooner() -> None:
         hand_server(serving()) as server,
         leg(server, is_started=False, ping_interval_s=20.0) as transport,
     ):
-        begun = transport._ping_at - 20.0
+        begun = transport._keepalive._ping_at - 20.0
         assert transport.tick(begun + 19.9, slept=False) == pytest.approx(begun + 20.0)
         assert not transport.outbox.has_frames
         assert transport.tick(begun + 20.0, slept=False) == pytest.approx(begun + 40.0)
@@ -789,7 +789,7 @@ def test_tick_never_waits_for_the_outbox() -> None:
         hand_server(serving()) as server,
         leg(server, is_started=False, ping_interval_s=1.0) as transport,
     ):
-        now = transport._ping_at
+        now = transport._keepalive._ping_at
         with queue_lock(transport.outbox):
             ticked: list[float] = []
             timer = threading.Thread(target=lambda: ticked.append(transport.tick(now, slept=False)))
