@@ -29,7 +29,7 @@ SHARED_ROWS = [
 ]
 SERVER_ROWS = [
     *SHARED_ROWS[:3],
-    {"server.logs"},
+    {"server.logs", "server.service_thread"},
     {"server.addresses", "server.log_paths"},
     {"server.config"},
     {"server.tunnels", "server.access", "server.audit"},
