@@ -921,8 +921,7 @@ class FrameReader:
 
 
 # --- http_network_relay/leg/send_queue.py ---------------------------------------------------------
-# What waits to be written on one leg, in the order of docs/protocol.md, "Order".
-# Any thread puts, and never waits for the network; who takes and sends is the Outlet's matter.
+# The frames that wait on one leg: FrameSender's private part. No I/O, calls nobody.
 # The fast lane is bounded by its slots, the data by the windows of the tunnels.
 
 
@@ -961,22 +960,14 @@ class _Channel:
 
 
 class SendQueue:
-    """A fair outbox: a fast lane of fixed slots, then channels by turns.
+    """A fast lane of fixed slots, then channels by turns, then the close. Any thread.
 
-    What is put calls the leg's writer, but for data, acks and the leg's own messages: who has
-    put them calls push() when it holds no lock.
+    What each method does is said where others call it, in FrameSender.
     """
 
     def __init__(self) -> None:
-        # Both are the Outlet's as soon as the leg is up: it sends what waits, and data at once.
-        self.push: Callable[[], None] = self.call_writer
-        self.put_data_now: Callable[[int, bytes, Any], None] = self.put_data
-        # Where there is no writer yet: told of its first call, and again after hear_call().
-        # Any thread, with locks held: it never waits.
-        self.on_call: Callable[[], None] | None = None
-        # Guards everything below; woken when the writer is called.
-        self._ready = threading.Condition()
-        self._is_called = False
+        # Guards everything below. A leaf: nothing is called under it.
+        self._lock = threading.Lock()
         self._fast: dict[Hashable, Frame] = {}
         self._cancellable: dict[int, Hashable] = {}
         self._channels: dict[int, _Channel] = {}
@@ -987,61 +978,50 @@ class SendQueue:
     # Fast lane.
 
     def put_first(self, channel: int, frame: Frame, *, cancellable: bool = False) -> None:
-        """Queue a channel's first message; `cancellable` if an end may take it back."""
-        with self._ready:
+        with self._lock:
             key = ("first", channel)
             if cancellable:
                 self._cancellable[channel] = key
             self._put_fast_locked(key, frame)
 
     def cancel_first(self, channel: int) -> None:
-        """Take an unsent first message back; nothing if it has gone out."""
-        with self._ready:
+        with self._lock:
             self._fast.pop(self._cancellable.pop(channel, None), None)
 
     def put_ack(self, channel: int, frame: Frame) -> None:
-        """Queue an ack; it replaces one of the same channel that is still here."""
-        with self._ready:
-            self._put_fast_locked(("ack", channel), frame, calls=False)
+        with self._lock:
+            self._put_fast_locked(("ack", channel), frame)
 
     def put_leg(self, kind: str, frame: Frame) -> None:
-        """Queue a message of the leg itself (pong, going_away): one slot a kind."""
-        with self._ready:
-            self._put_fast_locked(kind, frame, calls=False)
+        with self._lock:
+            self._put_fast_locked(kind, frame)
 
     def try_put_leg(self, kind: str, frame: Frame) -> bool:
-        """As put_leg, but never wait, not even for the lock; False: try later."""
-        if not self._ready.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False):
             return False
         try:
             self._put_fast_locked(kind, frame)
         finally:
-            self._ready.release()
+            self._lock.release()
         return True
 
     # Data, by turns.
 
     def put_data(self, channel: int, head: bytes, data: Any) -> None:
         """Queue stream bytes; the caller has made sure that the window allows them."""
-        with self._ready:
+        with self._lock:
             entry = self._channel_locked(channel, head)
             if entry is not None and not entry.last:
                 append_merged(entry.data, data)
 
     def put_eof(self, channel: int, frame: Frame) -> None:
-        """Queue the eof behind the channel's data."""
-        with self._ready:
+        with self._lock:
             entry = self._channel_locked(channel, b"")
             if entry is not None and not entry.last:
                 entry.last.append(frame)
-                self._call_locked()
 
     def put_end(self, channel: int, frame: Frame, *, in_turn: bool = False) -> None:
-        """Queue a channel's reset or detached; whatever still waits of it is deleted.
-
-        `in_turn` puts it behind the channel's data instead; after a second it overtakes.
-        """
-        with self._ready:
+        with self._lock:
             if self._close is not None or self._is_over:
                 return  # What was queued before the close is still flushed.
             if self._fast.pop(self._cancellable.pop(channel, None), None) is not None:
@@ -1055,11 +1035,9 @@ class SendQueue:
             else:
                 self._drop_locked(channel)
                 self._put_fast_locked(("end", channel), frame)
-            self._call_locked()
 
     def drop(self, channel: int) -> None:
-        """Delete what waits of a channel that has ended: nobody would act on it."""
-        with self._ready:
+        with self._lock:
             self._cancellable.pop(channel, None)
             self._fast.pop(("first", channel), None)
             self._drop_locked(channel)
@@ -1067,44 +1045,35 @@ class SendQueue:
     # The leg's end.
 
     def close(self, frame: Frame, *, flush: bool = True) -> None:
-        """Send `frame` (a close) last: behind all that is queued, or at once.
-
-        What is put later is dropped. The first close wins.
-        """
-        with self._ready:
+        with self._lock:
             if self._close is None:
                 self._close = frame
                 if not flush:
                     self._clear_locked()
-            self._call_locked()
 
     def stop(self) -> None:
-        """End the writer now; nothing more is taken."""
-        with self._ready:
+        with self._lock:
             self._is_over = True
             self._clear_locked()
-            self._ready.notify_all()
 
-    # Who sends.
+    # What is taken. The three properties need no lock.
 
     @property
     def has_frames(self) -> bool:
-        """Whether something waits, but for the close. Needs no lock."""
         return bool(self._fast or self._turns)
 
     @property
     def is_over(self) -> bool:
-        """Whether the close was taken, or stop() called. Needs no lock."""
         return self._is_over
 
     @property
     def is_clear(self) -> bool:
-        """Whether nothing waits and the leg goes on. Needs no lock."""
+        """Whether nothing waits, and data may still be put."""
         return not (self._fast or self._turns or self._close is not None or self._is_over)
 
     def take(self, *, with_close: bool = False) -> Frame | None:
-        """Return the next frame, None: nothing waits. The close only for the writer."""
-        with self._ready:
+        """Return the next frame; None: nothing waits. Only the writer takes the close."""
+        with self._lock:
             if self._is_over:
                 return None
             frame = self._next_locked()
@@ -1113,25 +1082,8 @@ class SendQueue:
                 return self._close
             return frame
 
-    def call_writer(self) -> None:
-        """Let the writer send what waits."""
-        with self._ready:
-            self._call_locked()
-
-    def hear_call(self) -> None:
-        """In place of wait_call(): who serves the call looks at the outbox from here on."""
-        with self._ready:
-            self._is_called = False
-
-    def wait_call(self) -> bool:
-        """Wait until the writer is called; False when the close was taken, or stop() called."""
-        with self._ready:
-            while not self._is_called and not self._is_over:
-                self._ready.wait()
-            self._is_called = False
-            return not self._is_over
-
     def _next_locked(self) -> Frame | None:
+        assert self._lock.locked()
         if self._fast:
             key = next(iter(self._fast))
             frame = self._fast.pop(key)
@@ -1156,21 +1108,13 @@ class SendQueue:
             del self._channels[channel]
         return frame
 
-    def _put_fast_locked(self, key: Hashable, frame: Frame, *, calls: bool = True) -> None:
+    def _put_fast_locked(self, key: Hashable, frame: Frame) -> None:
+        assert self._lock.locked()
         if self._close is None and not self._is_over:
             self._fast[key] = frame
-            if calls:
-                self._call_locked()
-
-    def _call_locked(self) -> None:
-        if self._is_called:
-            return
-        self._is_called = True
-        self._ready.notify()
-        if self.on_call is not None:
-            self.on_call()
 
     def _channel_locked(self, channel: int, head: bytes) -> _Channel | None:
+        assert self._lock.locked()
         if self._close is not None or self._is_over:
             return None
         entry = self._channels.get(channel)
@@ -1182,11 +1126,13 @@ class SendQueue:
         return entry
 
     def _drop_locked(self, channel: int) -> None:
+        assert self._lock.locked()
         self._fast.pop(("ack", channel), None)
         if self._channels.pop(channel, None) is not None:
             self._turns.remove(channel)
 
     def _clear_locked(self) -> None:
+        assert self._lock.locked()
         self._fast.clear()
         self._cancellable.clear()
         self._channels.clear()
@@ -1194,128 +1140,220 @@ class SendQueue:
 
 
 # --- http_network_relay/leg/frame_sender.py -------------------------------------------------------
-# Who sends what an outbox holds: whoever has put something, or the leg's writer thread.
-# To hand each message to another thread costs more than to send it. So push() sends at once
-# what the socket takes without waiting; only what it does not take is the writer's.
+# Sends the frames of one leg, in the order of docs/protocol.md, "Order".
+# To give each message to another thread costs more than to send it. So push() sends at once what
+# the socket takes without waiting; what the socket does not take is left to the leg's writer.
 
-# What one push() sends for others at most: then it has its own work to do, and the writer
-# goes on.
+# Most that one push() sends: the calling thread has its own work, and the writer goes on.
 _PUSH_BYTES = 256 * 1024
 
 
 class FrameSender:
-    """Sends the frames of one outbox, in its order.
+    """The only object that others put a leg's frames into. Any thread; a put never waits.
 
-    `_send_lock` is held from a frame's taking to its last byte, waits included, but for a
-    frame that push() has begun and the socket has not taken whole: its rest is kept, and goes
-    out before anything else. Taken before the outbox's lock and the duplex's. Who does not
-    get it at once leaves: the one inside looks again after it has let go.
+    put_first, put_eof, put_end, try_put_leg and close call the writer, since their callers may
+    hold locks. After put_data_now, put_ack and put_leg the caller MUST call push(), holding no
+    lock. Before start() frames are only queued.
+
+    Args:
+        make_key: Returns the masking key of each frame; None for a frame that is not masked.
+        call: Called when the writer has work, by any thread, with locks held: it must not wait,
+            and have run() or push_all() called. None: run() waits for the call by itself.
     """
 
     def __init__(
         self,
-        outbox: SendQueue,
-        duplex: DuplexSocket,
-        on_lost: Callable[[], None],
-        make_key: Callable[[], bytes | None],
+        make_key: Callable[[], bytes | None] = lambda: None,
+        call: Callable[[], None] | None = None,
     ) -> None:
-        """`make_key` returns a masking key for each frame; None: it is not masked.
-
-        `on_lost` is called when the socket fails under push(), by any thread.
-        """
-        self._outbox = outbox
-        self._duplex = duplex
-        self._on_lost = on_lost
+        self._queue = SendQueue()
         self._make_key = make_key
+        self._call = call
+        # Set while the writer has a call that it has not begun to serve.
+        self._called = threading.Event()
+        # Guards the next two. Held from a frame's taking to its last byte, by the writer across
+        # waits; push() only tries it, and never holds it across a wait.
         self._send_lock = threading.Lock()
+        # Bytes of a frame that the socket did not take: they go out before anything else.
         self._rest: memoryview | None = None
-        self._is_stopped = False
+        # None before start() and after stop().
+        self._duplex: DuplexSocket | None = None
 
-    def start(self) -> None:
-        """From now on who puts sends."""
-        self._outbox.push = self.push
-        self._outbox.put_data_now = self.put_data_now
+    def start(self, duplex: DuplexSocket) -> None:
+        """Send on `duplex` from now on, first what was queued before."""
+        with self._send_lock:
+            self._duplex = duplex
+        self._called.clear()
+        self.call_writer()
+
+    def stop(self) -> None:
+        """Drop what is queued, and end the writer; after it nobody is inside the socket.
+
+        The caller MUST abort the socket first, or be the writer: this waits for who sends.
+        """
+        self._queue.stop()
+        self.call_writer()
+        with self._send_lock:
+            self._duplex = None
+
+    # What is put.
+
+    def put_first(self, channel: int, frame: Frame, *, cancellable: bool = False) -> None:
+        """Queue a channel's first message; `cancellable` if an end may take it back."""
+        self._queue.put_first(channel, frame, cancellable=cancellable)
+        self.call_writer()
+
+    def cancel_first(self, channel: int) -> None:
+        """Take an unsent first message back; nothing if it was sent."""
+        self._queue.cancel_first(channel)
+
+    def put_ack(self, channel: int, frame: Frame) -> None:
+        """Queue an ack; it replaces an unsent one of the same channel."""
+        self._queue.put_ack(channel, frame)
+
+    def put_leg(self, kind: str, frame: Frame) -> None:
+        """Queue a message of the leg itself (pong, going_away): one slot a kind."""
+        self._queue.put_leg(kind, frame)
+
+    def try_put_leg(self, kind: str, frame: Frame) -> bool:
+        """As put_leg, but without waiting even for the queue's lock; False: try later."""
+        is_put = self._queue.try_put_leg(kind, frame)
+        if is_put:
+            self.call_writer()
+        return is_put
 
     def put_data_now(self, channel: int, head: bytes, data: Any) -> None:
-        """As put_data of the outbox, but sent at once if nothing waits. Any thread; never waits."""
-        if not self._outbox.is_clear or not self._send_lock.acquire(blocking=False):
-            self._outbox.put_data(channel, head, data)
+        """Send stream bytes at once if nothing waits, else queue them. The window allows them."""
+        queue = self._queue
+        if not queue.is_clear or not self._send_lock.acquire(blocking=False):
+            queue.put_data(channel, head, data)
             return
         try:
-            is_first = self._outbox.is_clear and self._rest is None and not self._is_stopped
-            if is_first:
-                self._rest = self._duplex.send_now(*self._encode(OP_BINARY, head, data))
-        except OSError:
-            self._on_lost()
-            return
-        finally:
-            self._send_lock.release()
-        if not is_first:
-            self._outbox.put_data(channel, head, data)
-        elif self._rest is not None:
-            self._outbox.call_writer()
-
-    def push(self) -> None:
-        """Send what waits, as far as the socket takes it now. Any thread that holds no lock."""
-        # A rest is the writer's, who has been called.
-        while self._outbox.has_frames and self._rest is None:
-            if not self._send_lock.acquire(blocking=False):
+            duplex = self._duplex
+            if duplex is None or self._rest is not None or not queue.is_clear:
+                queue.put_data(channel, head, data)
                 return
             try:
-                is_done = self._push_some()
+                self._rest = duplex.send_now(*self._encode(OP_BINARY, head, data))
             except OSError:
-                # The peer is gone: the leg's reader finds out, and tells.
-                self._on_lost()
-                return
+                duplex.abort()
+        finally:
+            self._send_lock.release()
+        if self._rest is not None:
+            self.call_writer()
+
+    def put_eof(self, channel: int, frame: Frame) -> None:
+        """Queue the eof behind the channel's data."""
+        self._queue.put_eof(channel, frame)
+        self.call_writer()
+
+    def put_end(self, channel: int, frame: Frame, *, in_turn: bool = False) -> None:
+        """Queue a channel's reset or detached, and delete what waits of the channel.
+
+        `in_turn` puts it behind the channel's data instead; after a second it overtakes.
+        """
+        self._queue.put_end(channel, frame, in_turn=in_turn)
+        self.call_writer()
+
+    def drop(self, channel: int) -> None:
+        """Delete what waits of a channel that has ended: nobody would act on it."""
+        self._queue.drop(channel)
+
+    def close(self, frame: Frame, *, flush: bool = True) -> None:
+        """Send `frame` (a close) last: behind all that is queued, or at once.
+
+        What is put later is dropped. The first close wins.
+        """
+        self._queue.close(frame, flush=flush)
+        self.call_writer()
+
+    # Who sends.
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether a frame waits, the close not counted. Needs no lock."""
+        return self._queue.has_frames
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the close was taken, or stop() called. Needs no lock."""
+        return self._queue.is_over
+
+    def call_writer(self) -> None:
+        """Let the writer send what waits. Takes no lock that is held across a wait."""
+        # Two threads may both call: the second call finds nothing to send.
+        if not self._called.is_set():
+            self._called.set()
+            if self._call is not None:
+                self._call()
+
+    def push(self) -> None:
+        """Send what waits, as far as the socket takes it now. The caller MUST hold no lock."""
+        # The rest of a frame is the writer's, which was called.
+        while self._queue.has_frames and self._rest is None:
+            if not self._send_lock.acquire(blocking=False):
+                return  # The thread inside looks again after its release.
+            try:
+                is_done = self._push_locked()
+            except OSError:
+                return  # The leg's reader finds the loss, too.
             finally:
                 self._send_lock.release()
             if not is_done:
-                self._outbox.call_writer()
+                self.call_writer()
                 return
 
     def push_all(self) -> bool:
-        """As push(), with the close, where there is no writer; False: now there has to be one."""
-        if not self._send_lock.acquire(blocking=False):
-            return False
-        try:
-            return self._push_some(with_close=True)
-        except OSError:
-            self._on_lost()
-            return True
-        finally:
-            self._send_lock.release()
+        """Serve a call without a writer: as push(), and the close; False: a writer must run()."""
+        # Before the look at the queue: what is put behind it calls again.
+        self._called.clear()
+        is_done = False
+        if self._send_lock.acquire(blocking=False):
+            try:
+                is_done = self._duplex is None or self._push_locked(with_close=True)
+            except OSError:
+                is_done = True
+            finally:
+                self._send_lock.release()
+        if not is_done or self._queue.is_over:
+            self._called.set()  # A thread in run() may be about to wait.
+        return is_done
 
-    def _push_some(self, *, with_close: bool = False) -> bool:
-        """Return whether all was sent; the rest, if any, is the writer's."""
+    def _push_locked(self, *, with_close: bool = False) -> bool:
+        """Return whether all was sent; the rest, if any, is the writer's. Raises OSError."""
+        assert self._send_lock.locked()
         sent = 0
-        while self._rest is None and not self._is_stopped:
+        while self._rest is None and self._duplex is not None:
             if sent >= _PUSH_BYTES:
                 return False
-            frame = self._outbox.take(with_close=with_close)
+            frame = self._queue.take(with_close=with_close)
             if frame is None:
                 return True
             sent += len(frame.payload)
-            self._rest = self._duplex.send_now(*self._encode(*frame))
+            try:
+                self._rest = self._duplex.send_now(*self._encode(*frame))
+            except OSError:
+                self._duplex.abort()
+                raise
         return False
 
     def run(self) -> None:
-        """Send what push() could not, until the close has gone out. Raises OSError."""
-        goes_on = True
-        while goes_on:
+        """Be the writer: send what push() could not, to the close or stop(). Raises OSError."""
+        while True:
+            self._called.clear()
             with self._send_lock:
-                self._send_rest()
-                while (frame := self._outbox.take(with_close=True)) is not None:
+                self._send_rest_locked()
+                while self._duplex and (frame := self._queue.take(with_close=True)) is not None:
                     self._rest = self._duplex.send_now(*self._encode(*frame))
-                    self._send_rest()
-            goes_on = self._outbox.has_frames or self._outbox.wait_call()
+                    self._send_rest_locked()
+            if self._queue.is_over:
+                return
+            if not self._queue.has_frames:
+                self._called.wait()
 
-    def stop(self) -> None:
-        """Let nobody send any more; after it the socket may be freed."""
-        with self._send_lock:
-            self._is_stopped = True
-
-    def _send_rest(self) -> None:
-        if self._rest is not None:
+    def _send_rest_locked(self) -> None:
+        assert self._send_lock.locked()
+        if self._rest is not None and self._duplex is not None:
             self._duplex.send(self._rest)
             self._rest = None
 
@@ -1512,7 +1550,7 @@ class Link:
     `channel` 0 is a user leg's only tunnel. Any thread; it only puts into the outbox.
     """
 
-    def __init__(self, outbox: SendQueue, channel: int = 0) -> None:
+    def __init__(self, outbox: FrameSender, channel: int = 0) -> None:
         self.outbox = outbox
         self.channel = channel
         self._head = encode_channel(channel) if channel else b""
@@ -3286,10 +3324,9 @@ class Connection:
         ping_interval_s: float,
         make_key: Callable[[], bytes] = _random_key,
     ) -> None:
-        self.outbox = SendQueue()
+        self.outbox = FrameSender(make_key)
         self._library = library
         self._duplex = DuplexSocket(sock)
-        self._outlet = FrameSender(self.outbox, self._duplex, self.abort, make_key)
         self._reader = FrameReader(self._duplex, begun, is_masked=False)
         self._frames = library.frame_buffer(None, True)
         # The library reads by this one method; ours bounds a frame.
@@ -3313,10 +3350,10 @@ class Connection:
 
     def start(self, name: str) -> None:
         """Start the writer thread; stop() joins it."""
+        self.outbox.start(self._duplex)
         writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
         writer.start()  # May fail on a machine out of threads; stop() joins what runs.
         self._writer = writer
-        self._outlet.start()
 
     # The reader.
 
@@ -3386,7 +3423,7 @@ class Connection:
 
     def _write(self) -> None:
         try:
-            self._outlet.run()
+            self.outbox.run()
         except OSError:
             # The reader sees the same loss and tells.
             self.abort()
@@ -3457,11 +3494,10 @@ class Connection:
         if self._writer is not None and self._says_goodbye:
             # So that the peer reads why. The writer ends by itself behind the close.
             self._writer.join(FLUSH_S)
-        self.outbox.stop()
         self.abort()
+        self.outbox.stop()
         if self._writer is not None:
             self._writer.join()
-        self._outlet.stop()
         self._duplex.close()
 
 
@@ -3979,7 +4015,7 @@ class Session:
         self._answer_by = float("inf")
         self._no_answer = RelayError("open_timeout", "")
         # One tunnel: the end, its link on the present leg, and what `resume` repeats.
-        self._link = Link(SendQueue())
+        self._link = Link(FrameSender())
         self._end = TunnelEnd(self._link, settings.max_window_bytes)
         self._opening: Open | None = None
         self._attempt = 0

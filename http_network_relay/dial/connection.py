@@ -27,7 +27,7 @@ from http_network_relay.dial.http_proxy import printable
 from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.leg.frame_reader import FrameReader
 from http_network_relay.leg.frame_sender import FrameSender
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import CLOSE_RESTART, CLOSE_TOO_BIG, Code, find_code
 from http_network_relay.wire.constants import (
     FLUSH_S,
@@ -287,10 +287,9 @@ class Connection:
         ping_interval_s: float,
         make_key: Callable[[], bytes] = _random_key,
     ) -> None:
-        self.outbox = SendQueue()
+        self.outbox = FrameSender(make_key)
         self._library = library
         self._duplex = DuplexSocket(sock)
-        self._outlet = FrameSender(self.outbox, self._duplex, self.abort, make_key)
         self._reader = FrameReader(self._duplex, begun, is_masked=False)
         self._frames = library.frame_buffer(None, True)
         # The library reads by this one method; ours bounds a frame.
@@ -314,10 +313,10 @@ class Connection:
 
     def start(self, name: str) -> None:
         """Start the writer thread; stop() joins it."""
+        self.outbox.start(self._duplex)
         writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
         writer.start()  # May fail on a machine out of threads; stop() joins what runs.
         self._writer = writer
-        self._outlet.start()
 
     # The reader.
 
@@ -387,7 +386,7 @@ class Connection:
 
     def _write(self) -> None:
         try:
-            self._outlet.run()
+            self.outbox.run()
         except OSError:
             # The reader sees the same loss and tells.
             self.abort()
@@ -458,9 +457,8 @@ class Connection:
         if self._writer is not None and self._says_goodbye:
             # So that the peer reads why. The writer ends by itself behind the close.
             self._writer.join(FLUSH_S)
-        self.outbox.stop()
         self.abort()
+        self.outbox.stop()
         if self._writer is not None:
             self._writer.join()
-        self._outlet.stop()
         self._duplex.close()

@@ -661,7 +661,7 @@ class Answering:
     """What Session needs of a transport; calls `hook` and then answers `resumed`."""
 
     def __init__(self, hook: Callable[[], Any] | None) -> None:
-        self.outbox = script.SendQueue()
+        self.outbox = script.FrameSender()
         self.gave_up = None
         self.closes: list[int] = []
         self._hook = hook

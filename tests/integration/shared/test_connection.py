@@ -30,7 +30,7 @@ from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_PING, OP_P
 from http_network_relay.wire.errors import LegError, RelayError
 from http_network_relay.wire.frames import frame_header, mask
 from tests.support.client.by_hand import HandServer, Visitor, frame, hand_server, stay
-from tests.support.taking import take
+from tests.support.taking import put_data, queue_lock, take
 from tests.support.waiting import eventually
 
 SECRET = "Basic c2VjcmV0LW9mLXRoZS1jbGllbnQ="
@@ -665,7 +665,7 @@ def test_pings_are_answered_while_a_large_send_is_stuck_and_no_frame_breaks() ->
     block = bytes(range(256)) * 256
     with hand_server(serve) as server, leg(server) as transport:
         for _ in range(blocks):
-            transport.outbox.put_data(7, b"\0\0\0\7", block)
+            put_data(transport.outbox, 7, b"\0\0\0\7", block)
         transport.outbox.push()
         eventually(lambda: not _can_write(transport))
         go_on.set()
@@ -692,7 +692,7 @@ def deaf() -> Iterator[HandServer]:
 def fill(transport: Connection) -> None:
     """Send until the writer is stuck in the kernel."""
     for channel in range(1, 200):
-        transport.outbox.put_data(channel, b"\0\0\0\1", bytes(65536))
+        put_data(transport.outbox, channel, b"\0\0\0\1", bytes(65536))
     transport.outbox.push()
     eventually(lambda: not _can_write(transport))
 
@@ -770,7 +770,7 @@ def test_tick_never_waits_for_the_outbox() -> None:
         leg(server, is_started=False, ping_interval_s=1.0) as transport,
     ):
         now = transport._ping_at
-        with transport.outbox._ready:
+        with queue_lock(transport.outbox):
             ticked: list[float] = []
             timer = threading.Thread(target=lambda: ticked.append(transport.tick(now, slept=False)))
             timer.start()
