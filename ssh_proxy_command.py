@@ -301,11 +301,14 @@ TUNNEL_HEADER = "HTTP-Network-Relay-Tunnel"
 MASK_HEADER = "HTTP-Network-Relay-Mask"
 MASK_ZERO = "zero"
 
+OP_CONTINUATION = 0x0
 OP_TEXT = 0x1
 OP_BINARY = 0x2
 OP_CLOSE = 0x8
 OP_PING = 0x9
 OP_PONG = 0xA
+# Of a ping or pong (RFC 6455, 5.5).
+MAX_PING_BYTES = 125
 
 # A data message: large enough to spread the cost of a frame, small enough that a
 # keystroke of another tunnel waits for one of them only some milliseconds.
@@ -803,12 +806,12 @@ class DuplexSocket:
 # is read to where it stays. From 128 KiB on glibc would map memory for each read anew.
 _READ_BYTES = 64 * 1024
 _LARGE_BYTES = _READ_BYTES // 2
-# The first byte of what is taken here -> its opcode and largest size (RFC 6455, 5.5).
+# The first byte of what is taken here -> its opcode and largest size.
 _TAKEN = {
     FIN | OP_TEXT: (OP_TEXT, MAX_MESSAGE_BYTES),
     FIN | OP_BINARY: (OP_BINARY, MAX_MESSAGE_BYTES),
-    FIN | OP_PING: (OP_PING, 125),
-    FIN | OP_PONG: (OP_PONG, 125),
+    FIN | OP_PING: (OP_PING, MAX_PING_BYTES),
+    FIN | OP_PONG: (OP_PONG, MAX_PING_BYTES),
 }
 # What stands for a size of two or eight bytes: the least size that needs them, and how many.
 _LONG_SIZES = {126: (126, 2), 127: (2**16, 8)}
@@ -828,8 +831,8 @@ class FrameReader:
         # What the next read asks for: after a large frame as much, so that another as long comes
         # whole, and nothing of the one behind it.
         self._read_bytes = _READ_BYTES
-        # How much of the frame that is the library's it has not read yet.
-        self._others = 0
+        # Bytes of an odd frame that the library has still to read; None: all that comes.
+        self._odd_bytes: int | None = 0
 
     def read_message(
         self, on_pause: Callable[[], None] | None = None
@@ -841,30 +844,30 @@ class FrameReader:
         Duplex.recv. Raises OSError.
         """
         # In one piece: it runs for each message of each leg.
-        if self._others:
+        if self._odd_bytes != 0:
             return None
         if len(self._ahead) - self._at < 2 and not self._fill(2, on_pause):
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         first, size = self._ahead[self._at], self._ahead[self._at + 1]
         if first not in _WHOLE or (size >= MASK_BIT) != self._is_masked:
             # From what is not a whole message on, the stream is the library's.
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         size &= ~MASK_BIT
         least, count_bytes = _LONG_SIZES.get(size, (0, 0))
         header_bytes = 2 + count_bytes + (4 if self._is_masked else 0)
         if len(self._ahead) - self._at < header_bytes and not self._fill(header_bytes):
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         if count_bytes:
             size = int.from_bytes(self._ahead[self._at + 2 : self._at + 2 + count_bytes], "big")
             if size < least:  # It would have fitted into a shorter form: an error.
-                self._others = sys.maxsize
+                self._odd_bytes = None
                 return None
         opcode, most = _TAKEN.get(first, (0, -1))
         if size > most:
-            self._others = header_bytes + size
+            self._odd_bytes = header_bytes + size
             return None
         self._at += header_bytes
         self._read_bytes = header_bytes + size if size >= _LARGE_BYTES else _READ_BYTES
@@ -876,7 +879,7 @@ class FrameReader:
             return opcode, memoryview(self._ahead)[self._at - size : self._at]
         data = self._take(size)
         if data is None:
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         if key != ZERO_KEY:
             mask(data, key)
@@ -886,9 +889,11 @@ class FrameReader:
         """As socket.recv, for the library: bytes of the frame that read_message() left."""
         if not self._fill(1):
             return b""
-        data = self._ahead[self._at : self._at + min(size, self._others)]
+        left = self._odd_bytes
+        data = self._ahead[self._at : self._at + (size if left is None else min(size, left))]
         self._at += len(data)
-        self._others -= len(data)
+        if left is not None:
+            self._odd_bytes = left - len(data)
         return data
 
     def _fill(self, size: int, on_pause: Callable[[], None] | None = None) -> bool:
@@ -1056,11 +1061,15 @@ class SendQueue:
             self._is_over = True
             self._clear_locked()
 
-    # What is taken. The three properties need no lock.
+    # What is taken. The properties need no lock.
 
     @property
     def has_frames(self) -> bool:
         return bool(self._fast or self._turns)
+
+    @property
+    def is_closing(self) -> bool:
+        return self._close is not None
 
     @property
     def is_over(self) -> bool:
@@ -1275,6 +1284,11 @@ class FrameSender:
         return self._queue.has_frames
 
     @property
+    def is_closing(self) -> bool:
+        """Whether a close waits or was sent. Needs no lock."""
+        return self._queue.is_closing
+
+    @property
     def is_over(self) -> bool:
         """Whether the close was taken, or stop() called. Needs no lock."""
         return self._queue.is_over
@@ -1367,6 +1381,80 @@ class FrameSender:
         data += payload
         mask(data, key)
         return header, data
+
+
+# --- http_network_relay/leg/message_reader.py -----------------------------------------------------
+# The messages that come in on one leg; pings and closes are answered on the way.
+
+# RFC 6455, 7.4.1: codes that stand in no close frame.
+NO_STATUS = 1005
+ABNORMAL_CLOSURE = 1006
+
+
+class MessageReader:
+    """Reads whole messages by `frames`, all other frames by a WebSocket library.
+
+    The leg's reader alone uses it. It never writes: pongs and close replies go through `sender`.
+
+    Args:
+        read_odd: Returns the next frame that `frames` leaves: opcode, payload, and whether it is
+            the last of its message. Raises LegError for a bad one, EOFError at the stream's end.
+    """
+
+    def __init__(
+        self,
+        frames: FrameReader,
+        sender: FrameSender,
+        read_odd: Callable[[], tuple[int, Any, bool]],
+    ) -> None:
+        self._frames = frames
+        self._sender = sender
+        self._read_odd = read_odd
+        # A message in fragments, which some proxies make; opcode 0: there is none.
+        self._parts = bytearray()
+        self._parts_opcode = 0
+
+    def receive(self, on_pause: Callable[[], None] | None = None) -> tuple[int, Any]:
+        """Wait for the next message: (OP_TEXT or OP_BINARY, payload), or (OP_CLOSE, code).
+
+        A lost connection is a close with ABNORMAL_CLOSURE. Calls `on_pause`, if given, when nothing
+        comes for PAUSE_S. Raises LegError.
+        """
+        while True:
+            try:
+                taken = self._frames.read_message(on_pause)
+                opcode, payload, is_last = (*taken, True) if taken else self._read_odd()
+            except (OSError, EOFError):
+                return OP_CLOSE, ABNORMAL_CLOSURE
+            if opcode == OP_PING:
+                if len(payload) > MAX_PING_BYTES:
+                    raise LegError("a ping is too long")
+                self._sender.put_leg("pong", Frame(OP_PONG, b"", payload))
+                self._sender.push()
+            elif opcode == OP_CLOSE:
+                code = payload[:2]
+                self._sender.close(Frame(OP_CLOSE, b"", code), flush=False)
+                return OP_CLOSE, int.from_bytes(code, "big") if code else NO_STATUS
+            elif opcode != OP_PONG:
+                message = self._assemble(opcode, payload, is_last=is_last)
+                if message is not None:
+                    return message
+
+    def _assemble(self, opcode: int, payload: Any, *, is_last: bool) -> tuple[int, Any] | None:
+        if (opcode == OP_CONTINUATION) != bool(self._parts_opcode):
+            raise LegError("a fragment out of place")
+        if opcode != OP_CONTINUATION:
+            if is_last:
+                return opcode, payload
+            self._parts_opcode = opcode
+        self._parts += payload
+        if len(self._parts) > MAX_MESSAGE_BYTES:
+            raise LegError("a message is too long", CLOSE_TOO_BIG)
+        if not is_last:
+            return None
+        message = (self._parts_opcode, bytes(self._parts))
+        self._parts, self._parts_opcode = bytearray(), 0
+        return message
 
 
 # --- http_network_relay/settings.py ---------------------------------------------------------------
@@ -3090,9 +3178,6 @@ _AFTER_SLEEP_S = 3.0
 # How often to look whether the way to the server goes out by another address.
 _LOOK_S = 2.0
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
-_OP_CONTINUATION = 0x0
-# RFC 6455, 5.5; the library does not look.
-_MAX_PING_BYTES = 125
 # A `Retry-After` counts up to here: a typo must not park a client for years.
 _MAX_RETRY_AFTER_S = 300.0
 
@@ -3331,10 +3416,8 @@ class Connection:
         self._frames = library.frame_buffer(None, True)
         # The library reads by this one method; ours bounds a frame.
         self._frames.recv_strict = self._read_exactly
-        self._parts = bytearray()  # Of a message in fragments.
-        self._parts_opcode = 0
+        self._messages = MessageReader(self._reader, self.outbox, self._read_odd)
         self._writer: threading.Thread | None = None
-        self._says_goodbye = False  # A close waits in the outbox, or was sent.
         self._ping_interval_s = ping_interval_s
         # The timer's own.
         self._ping_at = time.monotonic() + ping_interval_s
@@ -3358,55 +3441,15 @@ class Connection:
     # The reader.
 
     def receive(self, on_pause: Callable[[], None] | None = None) -> tuple[int, Any]:
-        """Wait for the next message: (OP_TEXT or OP_BINARY, payload), or (OP_CLOSE, code).
+        """As MessageReader.receive()."""
+        return self._messages.receive(on_pause)
 
-        A lost connection is a close without a code (1006). Calls `on_pause`, if given, when
-        nothing comes for PAUSE_S. Raises LegError.
-        """
-        while True:
-            try:
-                opcode, payload, is_last = self._next_frame(on_pause)
-            except (OSError, EOFError):
-                return OP_CLOSE, 1006
-            except self._library.WebSocketException as exc:
-                raise LegError(f"bad frame from the server: {exc}") from exc
-            if opcode == OP_PING:
-                if len(payload) > _MAX_PING_BYTES:
-                    raise LegError("a ping is too long")
-                self.outbox.put_leg("pong", Frame(OP_PONG, b"", payload))
-                self.outbox.push()
-            elif opcode == OP_CLOSE:
-                self._says_goodbye = True
-                self.outbox.close(Frame(OP_CLOSE, b"", payload[:2]), flush=False)
-                return OP_CLOSE, int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
-            elif opcode != OP_PONG:
-                message = self._assemble(opcode, payload, is_last=is_last)
-                if message is not None:
-                    return message
-
-    def _next_frame(self, on_pause: Callable[[], None] | None) -> tuple[int, Any, bool]:
-        taken = self._reader.read_message(on_pause)
-        if taken is not None:
-            return *taken, True
-        frame = self._frames.recv_frame()
+    def _read_odd(self) -> tuple[int, Any, bool]:
+        try:
+            frame = self._frames.recv_frame()
+        except self._library.WebSocketException as exc:
+            raise LegError(f"bad frame from the server: {exc}") from exc
         return frame.opcode, frame.data, bool(frame.fin)
-
-    def _assemble(self, opcode: int, payload: Any, *, is_last: bool) -> tuple[int, Any] | None:
-        """Put fragments together; some proxies make them."""
-        if (opcode == _OP_CONTINUATION) != bool(self._parts_opcode):
-            raise LegError("a fragment out of place")
-        if opcode != _OP_CONTINUATION:
-            if is_last:
-                return opcode, payload
-            self._parts_opcode = opcode
-        self._parts += payload
-        if len(self._parts) > MAX_MESSAGE_BYTES:
-            raise LegError("a message is too long", CLOSE_TOO_BIG)
-        if not is_last:
-            return None
-        message = (self._parts_opcode, bytes(self._parts))
-        self._parts, self._parts_opcode = bytearray(), 0
-        return message
 
     def _read_exactly(self, size: int) -> bytes:
         if size > MAX_MESSAGE_BYTES:
@@ -3481,7 +3524,6 @@ class Connection:
         The caller wakes the timer, whose clock it is.
         """
         payload = struct.pack("!H", code) + reason.encode("ascii", "replace")[:120]
-        self._says_goodbye = True
         self._abort_at = min(self._abort_at, time.monotonic() + FLUSH_S)
         self.outbox.close(Frame(OP_CLOSE, b"", payload), flush=flush)
 
@@ -3491,7 +3533,7 @@ class Connection:
 
     def stop(self) -> None:
         """End the writer, join it and free the socket. By the reader, or after it ended."""
-        if self._writer is not None and self._says_goodbye:
+        if self._writer is not None and self.outbox.is_closing:
             # So that the peer reads why. The writer ends by itself behind the close.
             self._writer.join(FLUSH_S)
         self.abort()

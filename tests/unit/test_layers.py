@@ -69,6 +69,7 @@ FENCED = {
     "flask_sock": {"server/app.py"},
     "werkzeug": {"server/app.py"},
     "simple_websocket": set(),  # flask-sock builds its objects; one file is handed them.
+    "wsproto": {"server/legs/websocket.py"},
     "gunicorn": {
         "server/__main__.py",
         "server/worker/gunicorn_settings.py",
