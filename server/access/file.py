@@ -52,5 +52,5 @@ def read_file(path: str, *, warn: bool = False) -> bytes:
     if len(content) > _MAX_FILE_BYTES:
         raise ConfigError(f"{path}: longer than {_MAX_FILE_BYTES} bytes; name the right file")
     if warn and mode & stat.S_IROTH:
-        _log.warning("credentials file is readable by others file=%s mend=chmod-600", path)
+        _log.warning("credentials file is readable by others file=%s fix=chmod-600", path)
     return content
