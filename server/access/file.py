@@ -22,7 +22,7 @@ class UnreadableError(ConfigError):
 
 
 def load_credentials(path: str, *, warn: bool = True) -> Credentials:
-    """Read the file. Raises ConfigError that names it, the line and the mend, never a secret.
+    """Read the file. Raises ConfigError that names it, the line and the fix, never a secret.
 
     `warn`: log what an operator may want to change (one of several readers does).
     """
