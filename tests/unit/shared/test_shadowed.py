@@ -51,19 +51,19 @@ def test_all_that_is_allowed_is_allowed_by_a_rule_that_covers(
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(RULES, max_size=6))
-def test_covered_rule_is_found_when_there_is_one(rules: list[AccessRule]) -> None:
+def test_shadowed_rule_is_found_when_there_is_one(rules: list[AccessRule]) -> None:
     """The same answer as that of comparing each with each."""
     pairs = [
-        (place, other)
-        for place, narrow in enumerate(rules)
+        (index, other)
+        for index, narrow in enumerate(rules)
         for other, wide in enumerate(rules)
-        if place != other and wide.covers(narrow)
+        if index != other and wide.covers(narrow)
     ]
     found = find_shadowed(rules)
     assert found in pairs if pairs else found is None
 
 
-COVERED = {
+SHADOWED = {
     # the narrower one -> the wider one
     "127.0.0.1/32:22": "127.0.0.1:22",
     "127.0.0.1:22": "127.0.0.0/8:22",
@@ -86,15 +86,15 @@ APART = [
 ]
 
 
-@pytest.mark.parametrize("narrow", COVERED)
-def test_rule_is_covered_when_the_other_one_surely_allows_as_much(narrow: str) -> None:
+@pytest.mark.parametrize("narrow", SHADOWED)
+def test_rule_is_shadowed_when_the_other_one_surely_allows_as_much(narrow: str) -> None:
     """Each kind, for one client and for patterns of clients."""
-    assert TargetRule.parse(COVERED[narrow]).covers(TargetRule.parse(narrow))
-    rules = [AccessRule.parse(f"lab-1:{narrow}"), AccessRule.parse(f"lab-*:{COVERED[narrow]}")]
+    assert TargetRule.parse(SHADOWED[narrow]).covers(TargetRule.parse(narrow))
+    rules = [AccessRule.parse(f"lab-1:{narrow}"), AccessRule.parse(f"lab-*:{SHADOWED[narrow]}")]
     assert find_shadowed(rules) == (0, 1)
     assert find_shadowed(rules[::-1]) == (1, 0)
     assert find_shadowed([AccessRule.parse(f"lab-1*:{narrow}"), rules[1]]) == (0, 1)
-    other_client = AccessRule.parse(f"gw-*:{COVERED[narrow]}")
+    other_client = AccessRule.parse(f"gw-*:{SHADOWED[narrow]}")
     assert find_shadowed([rules[0], other_client]) is None
 
 
@@ -148,10 +148,10 @@ def test_work_grows_with_the_rules_when_there_are_many(
 
 
 @pytest.mark.parametrize("way", ["flag", "variable"])
-@pytest.mark.parametrize("narrow", [*COVERED, "10.0.0.1:22"])
-def test_client_refuses_a_rule_that_another_one_covers(narrow: str, way: str) -> None:
+@pytest.mark.parametrize("narrow", [*SHADOWED, "10.0.0.1:22"])
+def test_client_refuses_a_shadowed_rule(narrow: str, way: str) -> None:
     """As the server does; so is one that stands twice."""
-    wide = COVERED.get(narrow, narrow)
+    wide = SHADOWED.get(narrow, narrow)
     argv = ["--client-name", "lab-1", "--client-secret", "s3cret"]
     environ = {}
     if way == "flag":
