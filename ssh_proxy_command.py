@@ -1458,18 +1458,89 @@ class MessageReader:
 
 
 # --- http_network_relay/settings.py ---------------------------------------------------------------
-# Settings that the client and the proxy command read alike: flag > environment > default.
+# Tables of settings: one row has the flag, variable, default, range and help of a setting.
+# The command line, the reading, the errors and docs/reference.md follow the rows. A flag has
+# precedence over its variable, and the variable over the default.
 
-# Enough for a laptop that changes its network, and a server that is deployed slowly.
-DEFAULT_GRACE_S = 120
-_LONGEST_GRACE_S = 24 * 3600
+
+class Setting(NamedTuple):
+    """One setting: a number if `highest` is not 0, else a text."""
+
+    # Both spellings, if there are two. The flag also names the variable.
+    flag: str
+    # The unit of a number; the word for a text.
+    kind: str
+    help: str
+    default: str = ""
+    lowest: float = 0
+    highest: float = 0
+    is_whole: bool = True
+    # The meaning of 0, if 0 is allowed below `lowest`.
+    zero: str = ""
+    # May also stand in a file, which the flag with "-file" behind it names.
+    is_secret: bool = False
+
+    @property
+    def name(self) -> str:
+        """The attribute of argparse's result."""
+        return self.flag.split()[0][2:].replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return f"HTTP_NETWORK_RELAY_{self.name.upper()}"
+
+    @property
+    def range(self) -> str:
+        """The numbers that are allowed."""
+        zero = f", or 0 for {self.zero}" if self.zero else ""
+        return f"{self.lowest:g} to {self.highest:.15g} {self.kind}{zero}"
+
+    def text(self, given: Mapping[str, str]) -> str:
+        """Return the variable's value, or the default; an empty variable counts as unset."""
+        return given.get(self.variable) or self.default
+
+    def number(self, given: Mapping[str, str]) -> float:
+        """Return the number; raises ConfigError that names flag and variable."""
+        text = self.text(given)
+        try:
+            number = float(text if not self.is_whole or matches("[0-9]{1,15}", text) else "nan")
+        except ValueError:
+            number = float("nan")  # Outside of every range.
+        if not self.lowest <= number <= self.highest and (number or not self.zero):
+            kind = "a whole number" if self.is_whole else "a number"
+            kind = f"must be {kind}, {self.range}, not {text!r}"
+            raise ConfigError(f"{self.flag} ({self.variable}) {kind}")
+        return number
+
+
+SERVER_URL = Setting(
+    "--server_url --server-url", "URL", "such as https://relay.example", "ws://127.0.0.1:8000"
+)
+# Below 0.05 s, the delays of a loaded machine would count as silence. No proxy and no NAT keeps
+# an idle connection for longer than an hour.
+PING_INTERVAL = Setting(
+    "--ping-interval", "seconds", "between pings", f"{DEFAULT_PING_INTERVAL_S:g}", 0.05, 3600, False
+)
+MAX_WINDOW = Setting(
+    "--max-window",
+    "bytes",
+    "largest window of a tunnel and direction",
+    str(DEFAULT_MAX_WINDOW_BYTES),
+    MIN_WINDOW_BYTES,
+    MAX_WINDOW_BYTES,
+)
+# 120 s: enough for a laptop that changes its network, and a server that is deployed slowly.
+RESUME_TIMEOUT = Setting(
+    "--resume-timeout", "seconds", "a tunnel waits so long for a new leg", "120", 0, 24 * 3600
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, without the usage above it."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(formatter_class=_help_formatter, **settings)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_help_formatter, **options)
 
     def error(self, message: str) -> NoReturn:
         raise RelayError("usage", f"{message}; --help lists all arguments")
@@ -1484,59 +1555,44 @@ def _help_formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, width=columns - 2)
 
 
-def read_secret_file(flag: str, path: str) -> str:
-    """Return a file's content without the line end; raises RelayError (usage)."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read(64 * 1024).strip("\r\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = getattr(exc, "strerror", None) or "not a text file"
-        raise RelayError("usage", f"{flag} {path} cannot be read: {reason}") from exc
+def add_settings(
+    parser: argparse.ArgumentParser, rows: Iterable[Setting], action: str = "store"
+) -> None:
+    """Add the flags of the rows; a secret gets one more flag, for its file."""
+    for row in rows:
+        about = f"{row.help}, {row.range}" if row.highest else row.help
+        about += f" ({row.variable}, default: {row.default or 'none'})"
+        word = row.kind.upper().split()[0]
+        parser.add_argument(*row.flag.split(), metavar=word, action=action, help=about)
+        if row.is_secret:
+            about = f"a file that holds the {row.kind} and nothing else"
+            parser.add_argument(f"{row.flag}-file", metavar="FILE", help=about)
 
 
-def ping_interval(flag: str | None, environ: Mapping[str, str]) -> float:
-    """Return the ping interval in seconds, 0.05 to 3600."""
-    text = flag or environ.get("HTTP_NETWORK_RELAY_PING_INTERVAL") or str(DEFAULT_PING_INTERVAL_S)
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.05 <= seconds <= 3600:
-        raise RelayError(
-            "usage",
-            "--ping-interval (HTTP_NETWORK_RELAY_PING_INTERVAL) must be 0.05 to 3600 seconds,"
-            f" not {text!r}",
+def merge_flags(
+    args: argparse.Namespace, rows: Iterable[Setting], environ: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the environment with the flags in the place of their variables."""
+    flags = {row.variable: getattr(args, row.name) for row in rows}
+    return {**environ, **{variable: text for variable, text in flags.items() if text}}
+
+
+def read_secret(row: Setting, args: argparse.Namespace, given: Mapping[str, str]) -> str:
+    """Return a secret: flag > file > variable. Raises ConfigError, which quotes none."""
+    path, secret = getattr(args, f"{row.name}_file"), row.text(given)
+    if path is not None and getattr(args, row.name) is None:
+        try:
+            with open(path, encoding="utf-8") as file:
+                secret = file.read(64 * 1024).strip("\r\n")
+        except (OSError, UnicodeDecodeError) as exc:
+            reason = getattr(exc, "strerror", None) or "not a text file"
+            raise ConfigError(f"{row.flag}-file {path} cannot be read: {reason}") from exc
+    if not is_secret(secret):
+        raise ConfigError(
+            f"{row.flag}-file, {row.flag} or {row.variable} must give a {row.kind} of printable"
+            " ASCII without spaces"
         )
-    return seconds
-
-
-def max_window(flag: str | None, environ: Mapping[str, str]) -> int:
-    """Return the largest window of a tunnel and direction, in bytes."""
-    text = flag or environ.get("HTTP_NETWORK_RELAY_MAX_WINDOW") or str(DEFAULT_MAX_WINDOW_BYTES)
-    # The length first: int() raises for thousands of digits.
-    if (
-        not text.isdecimal()
-        or len(text) > 10
-        or not MIN_WINDOW_BYTES <= int(text) <= MAX_WINDOW_BYTES
-    ):
-        raise RelayError(
-            "usage",
-            f"--max-window (HTTP_NETWORK_RELAY_MAX_WINDOW) must be {MIN_WINDOW_BYTES} to"
-            f" {MAX_WINDOW_BYTES} bytes, not {text!r}",
-        )
-    return int(text)
-
-
-def resume_timeout(flag: str | None, environ: Mapping[str, str]) -> int:
-    """Return for how many seconds a tunnel is kept without a leg; 0: not at all."""
-    text = flag or environ.get("HTTP_NETWORK_RELAY_RESUME_TIMEOUT") or str(DEFAULT_GRACE_S)
-    if not matches(r"[0-9]{1,6}", text) or int(text) > _LONGEST_GRACE_S:
-        raise RelayError(
-            "usage",
-            "--resume-timeout (HTTP_NETWORK_RELAY_RESUME_TIMEOUT) must be 0 to"
-            f" {_LONGEST_GRACE_S} whole seconds, not {text!r}",
-        )
-    return int(text)
+    return secret
 
 
 # --- http_network_relay/timer.py ------------------------------------------------------------------
@@ -3920,7 +3976,10 @@ class Pumps:
 # --- http_network_relay/proxy_command/settings.py -------------------------------------------------
 # The proxy command's settings: flag > environment > default.
 
-DEFAULT_SERVER_URL = "ws://127.0.0.1:8000" + USERS_PATH
+SECRET_KEY = Setting(
+    "--secret-key", "token", "the token; `ps` shows it: prefer the file", is_secret=True
+)
+SETTINGS = (SERVER_URL, SECRET_KEY, PING_INTERVAL, MAX_WINDOW, RESUME_TIMEOUT)
 
 
 class Settings(NamedTuple):
@@ -3952,81 +4011,41 @@ def make_parser() -> argparse.ArgumentParser:
         " by signal n.",
     )
     parser.add_argument("target_host_identifier", help="the client's name")
-    parser.add_argument("target_ip", help="address or name, as seen from the client")
+    parser.add_argument("target_ip", help="address or name of the target, as the client sees it")
     parser.add_argument("target_port", help="1 to 65535")
-    parser.add_argument("protocol", nargs="?", default="tcp", help="tcp (the default)")
-    parser.add_argument(
-        "--server_url",
-        "--server-url",
-        dest="server_url",
-        metavar="URL",
-        help="[HTTP_NETWORK_RELAY_SERVER_URL] such as https://relay.example",
-    )
-    parser.add_argument(
-        "--secret-key",
-        metavar="TOKEN",
-        help="[HTTP_NETWORK_RELAY_SECRET_KEY] `ps` shows it to other users: prefer the file",
-    )
-    parser.add_argument(
-        "--secret-key-file", metavar="FILE", help="a file that holds the token and nothing else"
-    )
-    parser.add_argument("--ca-file", metavar="FILE", help="trust this private CA as well")
-    parser.add_argument(
-        "--ping-interval",
-        metavar="SECONDS",
-        help="[HTTP_NETWORK_RELAY_PING_INTERVAL] default 20",
-    )
-    parser.add_argument(
-        "--max-window",
-        metavar="BYTES",
-        help="[HTTP_NETWORK_RELAY_MAX_WINDOW] per direction, default 4194304",
-    )
-    parser.add_argument(
-        "--resume-timeout",
-        metavar="SECONDS",
-        help="[HTTP_NETWORK_RELAY_RESUME_TIMEOUT] try so long to come back when the connection is"
-        " lost, default 120, 0: not at all",
-    )
+    parser.add_argument("protocol", nargs="?", default="tcp", help="tcp; may be left out")
+    parser.add_argument("--ca-file", metavar="FILE", help="a private CA to trust as well")
+    add_settings(parser, SETTINGS)
     return parser
 
 
 def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """Return the checked settings: flag > environment > default."""
+    """Return the checked settings; raises RelayError (usage)."""
     args = make_parser().parse_args(argv)
     # Five digits: int() raises for thousands of them.
     port = int(args.target_port) if matches(r"[0-9]{1,5}", args.target_port) else 0
     if not 1 <= port <= 65535:
-        raise RelayError("usage", f"target_port must be 1 to 65535, not {args.target_port!r}")
+        raise ConfigError(f"target_port must be 1 to 65535, not {args.target_port!r}")
     if args.protocol == "udp":
-        raise RelayError("usage", "the protocol udp is not supported yet, only tcp is")
+        raise ConfigError("the protocol udp is not supported yet, only tcp is")
     if args.protocol != "tcp":
-        raise RelayError("usage", f"protocol must be tcp, not {args.protocol!r}")
+        raise ConfigError(f"protocol must be tcp, not {args.protocol!r}")
     if not matches(NAME_PATTERN, args.target_host_identifier):
-        raise RelayError("usage", "target_host_identifier is not a client's name")
+        raise ConfigError("target_host_identifier is not a client's name")
     if not matches(HOST_PATTERN, args.target_ip):
-        raise RelayError("usage", "target_ip is not an address or a name")
-    url = args.server_url or environ.get("HTTP_NETWORK_RELAY_SERVER_URL") or DEFAULT_SERVER_URL
-    endpoint = parse_server_url(url, USERS_PATH)
-    if args.secret_key_file is not None and args.secret_key is None:
-        token = read_secret_file("--secret-key-file", args.secret_key_file)
-    else:
-        token = args.secret_key or environ.get("HTTP_NETWORK_RELAY_SECRET_KEY", "")
-    if not is_secret(token):
-        raise RelayError(
-            "usage",
-            "--secret-key-file, --secret-key or HTTP_NETWORK_RELAY_SECRET_KEY must give a token"
-            " of printable ASCII without spaces",
-        )
+        raise ConfigError("target_ip is not an address or a name")
+    given = merge_flags(args, SETTINGS, environ)
+    endpoint = parse_server_url(SERVER_URL.text(given), USERS_PATH)
     return Settings(
         client=args.target_host_identifier,
         host=args.target_ip,
         port=port,
         endpoint=endpoint,
-        token=token,
+        token=read_secret(SECRET_KEY, args, given),
         context=make_context(args.ca_file) if endpoint.is_tls else None,
-        ping_interval_s=ping_interval(args.ping_interval, environ),
-        max_window_bytes=max_window(args.max_window, environ),
-        grace_s=resume_timeout(args.resume_timeout, environ),
+        ping_interval_s=PING_INTERVAL.number(given),
+        max_window_bytes=int(MAX_WINDOW.number(given)),
+        grace_s=int(RESUME_TIMEOUT.number(given)),
     )
 
 
