@@ -155,8 +155,10 @@ class Relay:
 
         leg: Leg
         if slot.kind == "client":
-            leg = ClientLeg(transport, slot.name, interval_s, self._helpers, LEG_BUDGET_BYTES)
-            leg.channels.tunnels_at_most = self._config.tunnels_per_client
+            leg = ClientLeg(
+                *(transport, slot.name, interval_s, self._helpers),
+                *(LEG_BUDGET_BYTES, self._config.tunnels_per_client),
+            )
         else:
             first_s = self._config.handshake_timeout_s
             leg = UserLeg(
@@ -229,7 +231,7 @@ class Relay:
         if not isinstance(client_leg, ClientLeg):
             raise Refused("client_offline", f"the client {name} is not connected")
         record = PolicyObserver(self.guard, control, user, address, rule)
-        tunnel = Tunnel(client_leg, leg, control, user, rule, record=record)
+        tunnel = Tunnel(client_leg, leg, control, user, rule, observer=record)
         self.guard.limits.admit(user, tunnel)
         try:
             client_leg.open(tunnel, self._config.max_window_bytes)

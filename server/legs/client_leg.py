@@ -28,9 +28,11 @@ class ClientLeg(Leg):
         ping_interval_s: float,
         helpers: Helpers,
         budget_bytes: int,
+        tunnels_at_most: int,
     ) -> None:
+        """`tunnels_at_most` 0: as many as the budgets give."""
         super().__init__(transport, label, ping_interval_s, helpers)
-        self.channels: Channels[Tunnel] = Channels(budget_bytes)
+        self.channels: Channels[Tunnel] = Channels(budget_bytes, tunnels_at_most)
         # Held from a channel's numbering until its `open` is queued, so that they go
         # out in number order; taken before the channels' lock, never under it.
         self._open_order = threading.Lock()

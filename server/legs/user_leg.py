@@ -30,7 +30,8 @@ from http_network_relay.wire.errors import Refused, TunnelError
 from server.legs.leg import RETRY_S, Helpers, Leg
 from server.legs.pending_resumes import PendingResumes
 from server.legs.websocket import Connection, Message, close_frame
-from server.tunnels.tunnel import USER_CHANNEL, Tunnel
+from server.tunnels.tunnel import Tunnel
+from server.tunnels.tunnel_side import USER_CHANNEL
 
 # A user's end whose tunnel is over closes by itself, at once; this catches one that does not.
 _LATE_CLOSE_S = 10.0

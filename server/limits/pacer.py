@@ -40,8 +40,11 @@ _MOST_AGES = 4096
 class Paced(Protocol):
     """A tunnel, as the pacer sees it."""
 
-    up: FlowCounters
-    down: FlowCounters
+    @property
+    def up(self) -> FlowCounters: ...
+
+    @property
+    def down(self) -> FlowCounters: ...
 
     @property
     def tunnel_id(self) -> str: ...
@@ -250,10 +253,10 @@ class Pacer:
                 if tokens < _SMALLEST_RAISE_BYTES:
                     break
                 entry = meter.waiting.popleft()
-                used, hunger = entry.tunnel.raise_limit(is_up, min(share, int(tokens)))
+                used, headroom = entry.tunnel.raise_limit(is_up, min(share, int(tokens)))
                 self._purses.pay(user, is_up, used)
                 meter.paid[entry] += used
-                if used and hunger:
+                if used and headroom:
                     meter.waiting.append(entry)
         for entry in meter.waiting:
             flow = _flow(entry.tunnel, is_up)

@@ -122,7 +122,7 @@ class PolicyObserver(TunnelObserver[Tunnel]):
         self._guard.audit.put(event, **self._fields)
         self._guard.pacer.opened(tunnel)
 
-    def hungry(self, tunnel: Tunnel, is_up: bool) -> None:
+    def credit_headroom(self, tunnel: Tunnel, is_up: bool) -> None:
         """As in Record."""
         self._guard.pacer.hungry(tunnel, is_up)
 

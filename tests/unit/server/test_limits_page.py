@@ -91,7 +91,7 @@ def test_audit_lines_of_the_page_have_the_fields_of_the_code() -> None:
     ):
         leg = FakeClientLeg()
         record = PolicyObserver(guard, from_dict(first), "u", "a")
-        tunnel = Tunnel(leg, FakeUserLeg(), from_dict(first), "u", "*", record=record)
+        tunnel = Tunnel(leg, FakeUserLeg(), from_dict(first), "u", "*", observer=record)
         with leg.channels.lock:
             tunnel.assign_locked(CAP)
         tunnel.on_client_control(from_dict(answer))

@@ -47,7 +47,7 @@ class Ends:
         control = {**OPEN, "tunnel_id": f"{number:032x}", "limit": MIN_WINDOW_BYTES}
         record = PolicyObserver(bench.guard, from_dict(control), user, "addr")
         self.tunnel = Tunnel(
-            self.client_leg, self.user_leg, from_dict(control), user, "*", record=record
+            self.client_leg, self.user_leg, from_dict(control), user, "*", observer=record
         )
         with self.client_leg.channels.lock:
             frame = self.tunnel.assign_locked(CAP)
@@ -132,9 +132,9 @@ class Bench:
         self.client_leg = FakeClientLeg()
         self.tunnels: list[Ends] = []
 
-    def open(self, user: str = "u") -> Ends:
+    def open(self, user: str = "u", client_leg: FakeClientLeg | None = None) -> Ends:
         # A client's leg of its own for each: its outbox is then read by one.
-        self.client_leg = FakeClientLeg()
+        self.client_leg = client_leg or FakeClientLeg()
         self.tunnels.append(Ends(self, user, len(self.tunnels)))
         return self.tunnels[-1]
 
@@ -347,8 +347,6 @@ def test_pacer_keeps_nothing_of_tunnels_that_ended() -> None:
 def test_limits_leave_in_order_when_two_threads_raise_them() -> None:
     """An ack that is counted but not yet queued holds the pacer up: else a limit would fall."""
     bench = Bench(bytes_per_s=RATE)
-    ends = bench.open()
-    ends.read()
     limits: list[int] = []
     counted, raised = threading.Event(), threading.Event()
 
@@ -365,7 +363,10 @@ def test_limits_leave_in_order_when_two_threads_raise_them() -> None:
         ends.tunnel.raise_limit(False, 1000)
         raised.set()
 
-    ends.client_leg.outbox = SlowOutbox()
+    client_leg = FakeClientLeg()
+    client_leg.outbox = SlowOutbox()
+    ends = bench.open(client_leg=client_leg)
+    ends.read()
     thread = threading.Thread(target=raise_limit)
     thread.start()
     ack = {"type": "ack", "delivered": 0, "limit": MIN_WINDOW_BYTES, "eof": False}
@@ -423,7 +424,7 @@ def test_age_goes_on_when_a_tunnel_is_resumed() -> None:
     leg = FakeClientLeg()
     control = {**RESUME, "tunnel_id": f"{0:032x}"}
     record = PolicyObserver(bench.guard, from_dict(control), "u", "addr")
-    tunnel = Tunnel(leg, FakeUserLeg(), from_dict(control), "u", "*", record=record)
+    tunnel = Tunnel(leg, FakeUserLeg(), from_dict(control), "u", "*", observer=record)
     with leg.channels.lock:
         tunnel.assign_locked(CAP)
     resumed = {"type": "resumed", "received": 0, "delivered": 0, "limit": 300_000}
@@ -438,7 +439,7 @@ def unanswered(bench: Bench, control: dict[str, Any]) -> tuple[Tunnel, FakeClien
     """A tunnel whose client says nothing, but has read that it is asked."""
     client_leg, user_leg = FakeClientLeg(), FakeUserLeg()
     record = PolicyObserver(bench.guard, from_dict(control), "u", "addr")
-    tunnel = Tunnel(client_leg, user_leg, from_dict(control), "u", "*", record=record)
+    tunnel = Tunnel(client_leg, user_leg, from_dict(control), "u", "*", observer=record)
     with client_leg.channels.lock:
         tunnel.assign_locked(CAP)
     return tunnel, client_leg, user_leg
