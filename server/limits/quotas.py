@@ -50,7 +50,7 @@ class Limits:
         # (user, open or resume) -> (tokens, when it was so).
         self._buckets: dict[tuple[str, str], tuple[float, float]] = {}
 
-    def spend(self, user: str, kind: str) -> None:
+    def count_open(self, user: str, kind: str) -> None:
         """Take note of an `open` or `resume`. Raises Refused.
 
         Each kind has a bucket of its own, so that new tunnels never take from those that come

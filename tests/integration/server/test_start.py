@@ -104,7 +104,7 @@ def test_websockets_are_refused_when_another_worker_class_is_in_force(tmp_path: 
         for path, headers in ((CLIENT_PATH, client_headers()), (USER_PATH, user_headers())):
             answer = handshake_status(server.url + path, headers)
             assert (answer.status, answer.json["code"]) == (500, "wrong_worker")
-        server.wait_for_line("ERROR websockets are refused code=wrong_worker mend=")
+        server.wait_for_line("ERROR websockets are refused code=wrong_worker fix=")
         assert server.text.count(" ERROR ") == 1
         assert server.health() == 200
 
@@ -130,7 +130,7 @@ def test_websockets_are_refused_when_our_settings_are_not_in_force(
         server.wait_healthy()
         answer = handshake_status(server.url + CLIENT_PATH, client_headers())
         assert (answer.status, answer.json["code"]) == (500, "wrong_worker")
-        server.wait_for_line("ERROR websockets are refused code=wrong_worker mend=")
+        server.wait_for_line("ERROR websockets are refused code=wrong_worker fix=")
 
 
 def test_start_ends_without_a_loop_when_our_settings_are_not_in_force(tmp_path: Path) -> None:
