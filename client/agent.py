@@ -182,7 +182,7 @@ class Agent:
         return CAP_S
 
     def _note_leg(self, run: _Run) -> None:
-        self._backoff.held(time.monotonic() - run.begun, was_used=run.leg.was_used)
+        self._backoff.lasted(time.monotonic() - run.begun, was_used=run.leg.was_used)
 
     # A leg's reader.
 

@@ -21,13 +21,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from http_network_relay.dial.connect import dial_server, source_address
-from http_network_relay.dial.deadline import wait_until
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.dial.endpoint import Endpoint
 from http_network_relay.dial.http_proxy import printable
 from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.leg.frame_reader import FrameReader
 from http_network_relay.leg.frame_sender import FrameSender
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import CLOSE_RESTART, CLOSE_TOO_BIG, Code, find_code
 from http_network_relay.wire.constants import (
     FLUSH_S,
@@ -90,15 +90,9 @@ class _HandshakeSocket:
     of a refusal can be read with every version of the library.
     """
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        deadline: float,
-        is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
         self._sock = sock
         self._deadline = deadline
-        self._is_cancelled = is_cancelled
         self._taken = 0
         self.buffer = b""
 
@@ -117,7 +111,7 @@ class _HandshakeSocket:
                 # Small: the library takes it byte by byte, and each takes the rest along.
                 self.buffer = self._sock.recv(4096)
             except (BlockingIOError, ssl.SSLWantReadError):
-                self._wait(write=False)
+                self._deadline.wait_ready(self._sock, write=False, what="the server")
             else:
                 if not self.buffer:
                     return b""
@@ -132,11 +126,7 @@ class _HandshakeSocket:
             try:
                 return self._sock.send(data)
             except (BlockingIOError, ssl.SSLWantWriteError):
-                self._wait(write=True)
-
-    def _wait(self, *, write: bool) -> None:
-        what = "the server"
-        wait_until(self._sock, self._deadline, self._is_cancelled, write=write, what=what)
+                self._deadline.wait_ready(self._sock, write=True, what="the server")
 
 
 def connect(
@@ -150,9 +140,9 @@ def connect(
 ) -> Connection:
     """Dial, upgrade and return the leg; raises RelayError, within 20 s."""
     library = websocket_client()
-    deadline = time.monotonic() + DIAL_SERVER_S
-    sock = dial_server(endpoint, context, environ, deadline, is_cancelled)
-    shim = _HandshakeSocket(sock, deadline, is_cancelled)
+    deadline = Deadline(DIAL_SERVER_S, is_cancelled)
+    sock = dial_server(endpoint, context, environ, deadline)
+    shim = _HandshakeSocket(sock, deadline)
     # Nobody on the way can read what is masked; so it need not be, if the server agrees.
     is_here = endpoint.is_loopback and _far_peer(sock) is None  # And by no proxy elsewhere.
     asks_for_zero = endpoint.is_tls or is_here
@@ -297,10 +287,9 @@ class Connection:
         ping_interval_s: float,
         make_key: Callable[[], bytes] = _random_key,
     ) -> None:
-        self.outbox = SendQueue()
+        self.outbox = FrameSender(make_key)
         self._library = library
         self._duplex = DuplexSocket(sock)
-        self._outlet = FrameSender(self.outbox, self._duplex, self.abort, make_key)
         self._reader = FrameReader(self._duplex, begun, is_masked=False)
         self._frames = library.frame_buffer(None, True)
         # The library reads by this one method; ours bounds a frame.
@@ -324,10 +313,10 @@ class Connection:
 
     def start(self, name: str) -> None:
         """Start the writer thread; stop() joins it."""
+        self.outbox.start(self._duplex)
         writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
         writer.start()  # May fail on a machine out of threads; stop() joins what runs.
         self._writer = writer
-        self._outlet.start()
 
     # The reader.
 
@@ -397,7 +386,7 @@ class Connection:
 
     def _write(self) -> None:
         try:
-            self._outlet.run()
+            self.outbox.run()
         except OSError:
             # The reader sees the same loss and tells.
             self.abort()
@@ -468,9 +457,8 @@ class Connection:
         if self._writer is not None and self._says_goodbye:
             # So that the peer reads why. The writer ends by itself behind the close.
             self._writer.join(FLUSH_S)
-        self.outbox.stop()
         self.abort()
+        self.outbox.stop()
         if self._writer is not None:
             self._writer.join()
-        self._outlet.stop()
         self._duplex.close()

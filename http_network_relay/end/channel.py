@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import takes_turn
 from http_network_relay.wire.constants import OP_TEXT
 from http_network_relay.wire.controls import (
@@ -24,7 +25,7 @@ class Link:
     `channel` 0 is a user leg's only tunnel. Any thread; it only puts into the outbox.
     """
 
-    def __init__(self, outbox: SendQueue, channel: int = 0) -> None:
+    def __init__(self, outbox: FrameSender, channel: int = 0) -> None:
         self.outbox = outbox
         self.channel = channel
         self._head = encode_channel(channel) if channel else b""

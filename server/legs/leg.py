@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import CLOSE_INTERNAL_ERROR
 from http_network_relay.wire.constants import FLUSH_S, OP_PING, OP_TEXT, SILENCE_INTERVALS
 from http_network_relay.wire.controls import GoingAway, encode_control
@@ -50,11 +51,10 @@ class Leg:
     ) -> None:
         self.login = login
         self.label = login.name
-        self.outbox = SendQueue()
+        self.outbox = FrameSender(call=self._call_sender)
         self._transport = transport
         self._ping_interval_s = ping_interval_s
         self._helpers = helpers
-        self._outlet = transport.outlet(self.outbox)
         # Guards the two below: the sender starts a writer where there has to be one, but not
         # when the reader, at its end, sees to the rest.
         self._writer_lock = threading.Lock()
@@ -70,10 +70,7 @@ class Leg:
 
     def run(self, websocket: Any) -> None:
         """Serve the upgraded WebSocket until the leg has ended and its writer is gone."""
-        self.outbox.on_call = self._call_sender
-        self._outlet.start()
-        # For what was put since the leg was attached.
-        self._call_sender()
+        self._transport.start_sending(self.outbox)
         try:
             ended = self._read(websocket)
             # The tunnels' other ends hear of it before anything here can take time.
@@ -97,21 +94,21 @@ class Leg:
                 self._writer.join()
             else:
                 self._write()
-            self._outlet.stop()
             self._transport.abort()
+            self.outbox.stop()
 
     def send_waiting(self) -> None:
         """For the sender: send what the socket takes at once; start the writer for the rest."""
         if self._writer is not None:
             return  # The call was for it.
-        self.outbox.hear_call()
-        if not self._outlet.push_all():
+        if not self.outbox.push_all():
             self._start_writer()
         elif self.outbox.is_over:
             self._transport.finish_sending()
 
     def _call_sender(self) -> None:
-        self._helpers.send_waiting(self)
+        if self._writer is None:
+            self._helpers.send_waiting(self)
 
     def _start_writer(self) -> None:
         with self._writer_lock:
@@ -125,7 +122,6 @@ class Leg:
                 self.abort("internal_error")
                 return
             self._writer = writer
-            self.outbox.on_call = None
 
     def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
         """Send a close behind all that is queued; shut down hard after `flush_s`."""
@@ -184,7 +180,7 @@ class Leg:
     def _write(self) -> None:
         """The writer's thread: sends what those who put it could not send at once."""
         try:
-            self._outlet.run()
+            self.outbox.run()
             self._transport.finish_sending()
         except OSError:
             # The peer is gone, or abort() was called: the reader finds out now.

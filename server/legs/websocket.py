@@ -22,7 +22,7 @@ from typing import Any
 from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.leg.frame_reader import FrameReader
 from http_network_relay.leg.frame_sender import FrameSender
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.constants import (
     MASK_HEADER,
     MASK_ZERO,
@@ -95,7 +95,7 @@ class LegSocket:
         self._agrees_to_zero = agrees_to_zero
         self.is_lost = False
         # Set when the upgrade is done; the reader's thread alone uses them.
-        self.outbox: SendQueue | None = None
+        self.outbox: FrameSender | None = None
         self.on_message: Callable[[Message], None] = _nobody
 
     def recv(self, size: int) -> bytes:
@@ -225,7 +225,7 @@ class Connection:
         return self._sock.duplex.heard_at
 
     def read(
-        self, websocket: Any, on_message: Callable[[Message], None], outbox: SendQueue
+        self, websocket: Any, on_message: Callable[[Message], None], outbox: FrameSender
     ) -> ReadEnd:
         """Run the loop of the library's `websocket`: call `on_message` for each message.
 
@@ -250,9 +250,9 @@ class Connection:
             while self._sock.duplex.recv(_RECEIVE_BYTES):
                 pass
 
-    def outlet(self, outbox: SendQueue) -> FrameSender:
-        """Return what sends the frames of `outbox`."""
-        return FrameSender(outbox, self._sock.duplex, self.abort, _no_key)
+    def start_sending(self, outbox: FrameSender) -> None:
+        """Let `outbox` send on this connection."""
+        outbox.start(self._sock.duplex)
 
     def finish_sending(self) -> None:
         """End our direction, after the close frame."""
@@ -261,10 +261,6 @@ class Connection:
     def abort(self) -> None:
         """Wake reader and writer for good."""
         self._sock.duplex.abort()
-
-
-def _no_key() -> None:
-    """Return that a server's frames are not masked."""
 
 
 def close_frame(code: int) -> Frame:

@@ -12,7 +12,8 @@ import logging
 import time
 from typing import Protocol
 
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import Code, takes_turn
 from http_network_relay.wire.controls import (
     Ack,
@@ -41,7 +42,7 @@ _log = logging.getLogger(f"{ROOT_NAME}.tunnel")
 class ChannelLeg(Protocol):
     """What a tunnel needs of its client leg."""
 
-    outbox: SendQueue
+    outbox: FrameSender
     channels: Channels[Tunnel]
     label: str
 

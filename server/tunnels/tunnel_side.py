@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART, Code
 from http_network_relay.wire.constants import FLUSH_S, OP_TEXT
 from http_network_relay.wire.controls import (
@@ -34,7 +35,7 @@ _SUPERSEDED_FLUSH_S = 0.2
 class OwnLeg(Protocol):
     """What a tunnel needs of a leg that carries this tunnel alone."""
 
-    outbox: SendQueue
+    outbox: FrameSender
 
     def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
         """Close the leg behind all that is queued, hard after `flush_s`."""
@@ -58,7 +59,7 @@ class TunnelSide:
 
     def __init__(
         self,
-        outbox: SendQueue,
+        outbox: FrameSender,
         channel: int,
         sent: FlowCounters,
         own_leg: OwnLeg | None = None,

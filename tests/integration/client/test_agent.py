@@ -184,8 +184,8 @@ def test_replaced_by_itself_is_no_warning(caplog: pytest.LogCaptureFixture) -> N
 
 def holding(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """From here on each leg seems to have held so long."""
-    real = Backoff.held
-    monkeypatch.setattr(Backoff, "held", lambda self, _, **kw: real(self, seconds, **kw))
+    real = Backoff.lasted
+    monkeypatch.setattr(Backoff, "lasted", lambda self, _, **kw: real(self, seconds, **kw))
 
 
 def test_leg_that_held_starts_the_backoff_anew_before_it_is_asked(

@@ -35,7 +35,7 @@ class Desk:
     def __init__(self, *, limit: int = WINDOW, grace_s: float = 0) -> None:
         self.stdin_r, self.stdin_w = os.pipe()
         self.stdout_r, self.stdout_w = os.pipe()
-        self.outbox = script.SendQueue()
+        self.outbox = script.FrameSender()
         self.pumps = script.Pumps()
         self.link = script.Link(self.outbox)
         self.end = script.TunnelEnd(self.link, WINDOW, self.pumps.wake)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import server.access.access
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.wire.constants import OP_CLOSE, OP_TEXT
 from http_network_relay.wire.errors import ConfigError, Refused
 from server.access.access import Access
@@ -30,7 +30,7 @@ from server.legs.websocket import ReadEnd
 from server.registry import Slot
 from server.relay import Relay
 from tests.support.controls import from_dict
-from tests.support.taking import TakingOutlet
+from tests.support.taking import FrameTaker
 from tests.support.waiting import eventually
 
 DAY = date(2026, 6, 1)
@@ -373,8 +373,8 @@ class Wire:
         self._is_over.wait(5)
         return ReadEnd.LOST
 
-    def outlet(self, outbox: SendQueue) -> TakingOutlet:
-        return TakingOutlet(outbox, self._write)
+    def start_sending(self, outbox: FrameSender) -> None:
+        outbox.start(FrameTaker(self._write))  # type: ignore[arg-type]
 
     def _write(self, frame: Any) -> None:
         payload = bytes(frame.payload)

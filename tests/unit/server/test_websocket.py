@@ -8,7 +8,8 @@ import pytest
 from simple_websocket import Server as LibraryServer
 from wsproto.frame_protocol import FrameDecoder
 
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.constants import OP_CLOSE, OP_PONG
 from http_network_relay.wire.errors import LegError
 from server.legs.websocket import (
@@ -45,7 +46,7 @@ class Upgraded:
         self.sock = prepare_upgrade(environ)
         self.library = LibraryServer(environ, **SERVER_OPTIONS)
         self.transport = Connection(self.sock)
-        self.outbox = SendQueue()
+        self.outbox = FrameSender()
         self.answer = self.peer.recv(65536)
 
     def read(self, *sent: bytes, on_message: Any = None, end: bool = True) -> ReadEnd:
@@ -174,7 +175,8 @@ def test_frame_written_by_hand_is_what_wsproto_reads(up: Upgraded, size: int) ->
     payload = os.urandom(size)
     up.outbox.put_first(1, Frame(2, payload[:4], memoryview(payload)[4:]))
     up.outbox.close(close_frame(1012))
-    up.transport.outlet(up.outbox).run()
+    up.transport.start_sending(up.outbox)
+    up.outbox.run()
     up.transport.finish_sending()
     decoder = FrameDecoder(client=True)
     while data := up.peer.recv(1 << 20):

@@ -16,7 +16,7 @@ import http_network_relay.leg.send_queue
 from http_network_relay.end.channel import Link
 from http_network_relay.end.stream import Ack, Position
 from http_network_relay.end.tunnel_end import TunnelEnd
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.wire.constants import MAX_DATA_BYTES, MIN_WINDOW_BYTES, OP_BINARY
 from http_network_relay.wire.errors import RelayError, TunnelError
 from tests.support.clock import Clock
@@ -45,13 +45,13 @@ def channel(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def outbox() -> SendQueue:
+def outbox() -> FrameSender:
     """Of the leg."""
-    return SendQueue()
+    return FrameSender()
 
 
 @pytest.fixture
-def link(outbox: SendQueue, channel: int) -> Link:
+def link(outbox: FrameSender, channel: int) -> Link:
     """The channel."""
     return Link(outbox, channel)
 
@@ -64,7 +64,7 @@ def end(link: Link) -> TunnelEnd:
     return made
 
 
-def sent(outbox: SendQueue) -> list[Any]:
+def sent(outbox: FrameSender) -> list[Any]:
     """What the leg would write now: bytes, or the control's dict."""
     frames = []
     while outbox.has_frames:
@@ -107,7 +107,7 @@ def test_message_before_open_is_a_tunnel_error(
 
 def test_open_that_comes_after_the_end_is_told() -> None:
     """The dial was too late: close the socket."""
-    end = TunnelEnd(Link(SendQueue(), 1), MIN_WINDOW_BYTES)
+    end = TunnelEnd(Link(FrameSender(), 1), MIN_WINDOW_BYTES)
     end.on_end(GONE)
     assert not end.on_open(100, 0)
     assert end.credit() == 0
@@ -117,7 +117,7 @@ def test_open_that_comes_after_the_end_is_told() -> None:
 
 
 def test_send_takes_credit_and_stands_in_the_outbox(
-    end: TunnelEnd, outbox: SendQueue, channel: int
+    end: TunnelEnd, outbox: FrameSender, channel: int
 ) -> None:
     """All of the window; the head names the channel."""
     assert end.credit() == 4 * MAX_DATA_BYTES
@@ -149,7 +149,7 @@ def test_producer_without_credit_is_woken(end: TunnelEnd, link: Link, by: str) -
     assert results == [1000 if by == "ack" else 0]
 
 
-def test_nothing_is_sent_after_the_end(end: TunnelEnd, outbox: SendQueue) -> None:
+def test_nothing_is_sent_after_the_end(end: TunnelEnd, outbox: FrameSender) -> None:
     """A producer that was a moment late is silent, not an error."""
     end.on_end(LOST)
     end.send(b"late")
@@ -162,7 +162,7 @@ def test_nothing_is_sent_after_the_end(end: TunnelEnd, outbox: SendQueue) -> Non
 
 
 def test_chunks_come_in_order_then_the_eof_then_nothing(
-    end: TunnelEnd, link: Link, outbox: SendQueue
+    end: TunnelEnd, link: Link, outbox: FrameSender
 ) -> None:
     """Small ones may have grown together; eof is b""."""
     end.on_data(link, b"one")
@@ -259,12 +259,12 @@ class Target:
 
 
 def test_reader_hands_on_what_is_taken_at_once(
-    end: TunnelEnd, link: Link, outbox: SendQueue
+    end: TunnelEnd, link: Link, outbox: FrameSender
 ) -> None:
     """No thread is woken, and what is due is acked and pushed."""
     target = Target(end)
     pushes: list[bool] = []
-    outbox.push = lambda: pushes.append(outbox.has_frames)
+    outbox.push = lambda: pushes.append(outbox.has_frames)  # type: ignore[method-assign]
     end.on_data(link, b"abc")
     assert (target.data, target.calls, end.counts[1]) == (b"abc", 1, 3)
     assert not end._inbound
@@ -352,7 +352,7 @@ def test_consumer_waits_while_the_reader_hands_on(end: TunnelEnd, link: Link) ->
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_end_while_the_reader_hands_on_wakes_the_consumer(
-    end: TunnelEnd, link: Link, outbox: SendQueue, count: int
+    end: TunnelEnd, link: Link, outbox: FrameSender, count: int
 ) -> None:
     """What was not taken is handed on first, then it is over; nothing is said any more."""
     target = Target(end)
@@ -393,14 +393,14 @@ def test_eof_while_the_reader_hands_on_is_not_forgotten(end: TunnelEnd, link: Li
 
 
 def test_ack_goes_out_by_the_leg_that_came_while_the_reader_handed_on(
-    outbox: SendQueue, channel: int
+    outbox: FrameSender, channel: int
 ) -> None:
     """The old one is deaf; the new one must be pushed."""
-    old, new = Link(SendQueue(), channel), Link(outbox, channel)
+    old, new = Link(FrameSender(), channel), Link(outbox, channel)
     end = TunnelEnd(old, MIN_WINDOW_BYTES)
     end.on_open(MIN_WINDOW_BYTES, 60)
     pushes: list[bool] = []
-    outbox.push = lambda: pushes.append(outbox.has_frames)
+    outbox.push = lambda: pushes.append(outbox.has_frames)  # type: ignore[method-assign]
 
     def take(data: Any) -> int:
         assert end.detach(old, LOST)
@@ -459,7 +459,7 @@ def test_reader_that_decided_before_hand_on_by_none_hands_nothing_on(
 # Ends.
 
 
-def test_first_end_counts(end: TunnelEnd, outbox: SendQueue) -> None:
+def test_first_end_counts(end: TunnelEnd, outbox: FrameSender) -> None:
     """Its reason is the one of the log and the exit code; it is told once."""
     end.reset(RelayError("target_lost", "first"))
     end.reset(RelayError("protocol_error", "second"))
@@ -469,7 +469,7 @@ def test_first_end_counts(end: TunnelEnd, outbox: SendQueue) -> None:
     assert [frame["message"] for frame in sent(outbox)] == ["first"]
 
 
-def test_end_that_came_is_not_answered(end: TunnelEnd, outbox: SendQueue) -> None:
+def test_end_that_came_is_not_answered(end: TunnelEnd, outbox: FrameSender) -> None:
     """A reset is final."""
     end.on_end(GONE)
     end.reset(LOST)
@@ -480,7 +480,7 @@ def test_end_that_came_is_not_answered(end: TunnelEnd, outbox: SendQueue) -> Non
     ("code", "kept"), [("user_gone", True), ("target_reset", True), ("target_lost", False)]
 )
 def test_reset_comes_behind_the_data_or_instead_of_it(
-    end: TunnelEnd, outbox: SendQueue, code: str, kept: bool
+    end: TunnelEnd, outbox: FrameSender, code: str, kept: bool
 ) -> None:
     """Two resets are part of the conversation."""
     end.send(b"before")
@@ -498,7 +498,9 @@ def finish(end: TunnelEnd, link: Link) -> None:
     end.delivered_eof()
 
 
-def test_finished_tunnel_has_no_end_any_more(end: TunnelEnd, link: Link, outbox: SendQueue) -> None:
+def test_finished_tunnel_has_no_end_any_more(
+    end: TunnelEnd, link: Link, outbox: FrameSender
+) -> None:
     """A leg that is lost a moment later does not make a clean end unclean."""
     finish(end, link)
     assert end.is_finished
@@ -510,7 +512,7 @@ def test_finished_tunnel_has_no_end_any_more(end: TunnelEnd, link: Link, outbox:
 
 
 def test_tunnel_is_not_finished_before_its_last_ack_is_queued(
-    outbox: SendQueue, link: Link
+    outbox: FrameSender, link: Link
 ) -> None:
     """Who sees it finished closes the leg: that ack must stand before the close."""
     seen: list[bool] = []
@@ -537,7 +539,7 @@ def test_waiting_for_the_end_is_woken_by_it(end: TunnelEnd, link: Link) -> None:
     assert not thread.is_alive()
 
 
-def test_change_is_told_without_the_lock(outbox: SendQueue) -> None:
+def test_change_is_told_without_the_lock(outbox: FrameSender) -> None:
     """Who is told may call back at once."""
     told: list[bool] = []
     end: TunnelEnd
@@ -562,7 +564,7 @@ def test_change_is_told_without_the_lock(outbox: SendQueue) -> None:
     assert told == [False, True]
 
 
-def test_ack_wakes_nobody_who_has_credit(outbox: SendQueue) -> None:
+def test_ack_wakes_nobody_who_has_credit(outbox: FrameSender) -> None:
     """Most acks come to one who sends on."""
     told: list[int] = []
     end: TunnelEnd
@@ -579,7 +581,9 @@ def test_ack_wakes_nobody_who_has_credit(outbox: SendQueue) -> None:
 # The consumer's failure.
 
 
-def test_consumer_that_fails_waits_for_the_producers_end(end: TunnelEnd, outbox: SendQueue) -> None:
+def test_consumer_that_fails_waits_for_the_producers_end(
+    end: TunnelEnd, outbox: FrameSender
+) -> None:
     """What the target still says is sent; then no eof but a reset is due."""
     end.fail_consumer(RelayError("target_reset", "x"))
     end.send(b"last words")
@@ -589,7 +593,7 @@ def test_consumer_that_fails_waits_for_the_producers_end(end: TunnelEnd, outbox:
 
 
 def test_consumer_that_fails_after_our_eof_resets_at_once(
-    end: TunnelEnd, outbox: SendQueue
+    end: TunnelEnd, outbox: FrameSender
 ) -> None:
     """Nothing more can come from there."""
     assert end.send_eof()
@@ -612,7 +616,7 @@ def fast_switching() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fast_switching")
 def test_bytes_keep_their_order_whoever_hands_them_on(
-    end: TunnelEnd, link: Link, outbox: SendQueue
+    end: TunnelEnd, link: Link, outbox: FrameSender
 ) -> None:
     """Reader and consumer at once; the reader is given a part, all, nothing, or an error."""
     chances = random.Random(7)
@@ -661,7 +665,7 @@ def test_bytes_keep_their_order_whoever_hands_them_on(
 def test_two_ends_in_six_threads_carry_all_bytes_both_ways_and_finish() -> None:
     """Producer, consumer and reader at each end, under the smallest window."""
     sizes = (700_000, 300_000)
-    outboxes = (SendQueue(), SendQueue())
+    outboxes = (FrameSender(), FrameSender())
     links = [Link(outbox, 5) for outbox in outboxes]
     ends = [TunnelEnd(link, MIN_WINDOW_BYTES) for link in links]
     taken = [0, 0]

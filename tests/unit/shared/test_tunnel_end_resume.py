@@ -18,7 +18,7 @@ import http_network_relay.leg.send_queue
 from http_network_relay.end.channel import Link
 from http_network_relay.end.stream import Ack, Position
 from http_network_relay.end.tunnel_end import TunnelEnd
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.wire.constants import MESSAGE_BYTES, MIN_WINDOW_BYTES, OP_BINARY
 from http_network_relay.wire.errors import RelayError, TunnelError
 from tests.support.clock import Clock
@@ -54,7 +54,7 @@ def fast_switching() -> Iterator[None]:
 
 
 def new_link(channel: int = 1) -> Link:
-    return Link(SendQueue(), channel)
+    return Link(FrameSender(), channel)
 
 
 @pytest.fixture
