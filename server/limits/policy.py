@@ -101,7 +101,7 @@ class PolicyObserver(TunnelObserver[Tunnel]):
         address: str,
         rule: str | None = None,
     ) -> None:
-        self.is_paced = policy.pacer.is_pacing
+        self.is_paced = policy.pacer.shaper.is_on
         self._policy = policy
         self._user = user
         self._is_resume = isinstance(control, Resume)
@@ -110,7 +110,7 @@ class PolicyObserver(TunnelObserver[Tunnel]):
 
     def first_credit(self, is_up: bool, wanted: int) -> int:
         """As in Record."""
-        return self._policy.pacer.first_credit(self._user, is_up, wanted)
+        return self._policy.pacer.shaper.first_credit(self._user, is_up, wanted)
 
     def started(self, tunnel: Tunnel) -> None:
         """As in Record."""
@@ -120,11 +120,11 @@ class PolicyObserver(TunnelObserver[Tunnel]):
         """As in Record."""
         event = "tunnel_resumed" if self._is_resume else "tunnel_opened"
         self._policy.audit.put(event, **self._fields)
-        self._policy.pacer.opened(tunnel)
+        self._policy.pacer.accepted(tunnel)
 
     def credit_headroom(self, tunnel: Tunnel, is_up: bool) -> None:
         """As in Record."""
-        self._policy.pacer.hungry(tunnel, is_up)
+        self._policy.pacer.credit_headroom(tunnel, is_up)
 
     def ended(self, tunnel: Tunnel, reason: str) -> None:
         """As in Record."""

@@ -275,7 +275,7 @@ def test_credit_is_given_back_when_the_client_refuses() -> None:
         )
         assert [m["type"] for m in taken(user_leg.outbox)] == ["refused"]
         bench.run(0.05)
-    assert not bench.policy.pacer._meters
+    assert not bench.policy.pacer.shaper._meters
 
 
 def test_resume_begins_where_the_end_stands_when_its_user_owes_too_much() -> None:
@@ -338,10 +338,11 @@ def test_pacer_keeps_nothing_of_tunnels_that_ended() -> None:
     for number in range(50):
         bench.open(f"user-{number}").tunnel.user_lost()
     bench.run(2)
-    assert not bench.policy.pacer._entries
-    assert not bench.policy.pacer._meters
-    assert len(bench.policy.pacer._purses) == 0
-    assert len(bench.policy.pacer._ages) == 50
+    assert not bench.policy.pacer.lifetimes._entries
+    assert not bench.policy.pacer.shaper._entries
+    assert not bench.policy.pacer.shaper._meters
+    assert len(bench.policy.pacer.shaper._tokens) == 0
+    assert len(bench.policy.pacer.lifetimes._ages) == 50
 
 
 def test_limits_leave_in_order_when_two_threads_raise_them() -> None:
@@ -460,7 +461,7 @@ def test_tunnel_ends_when_its_client_never_answers(code: str, first: dict[str, A
     assert [end["type"] for end in taken(client_leg.outbox)] == (
         ["reset"] if first is OPEN else ["detached"]
     )
-    assert not bench.policy.pacer._ages
+    assert not bench.policy.pacer.lifetimes._ages
 
 
 def test_age_counts_from_the_open_when_the_client_takes_its_time() -> None:
@@ -473,7 +474,7 @@ def test_age_counts_from_the_open_when_the_client_takes_its_time() -> None:
     assert not tunnel.is_over
     bench.run(2, 0.5)
     assert tunnel.is_over
-    assert list(bench.policy.pacer._ages.values()) == [1000.5]
+    assert list(bench.policy.pacer.lifetimes._ages.values()) == [1000.5]
 
 
 def test_resume_of_an_old_tunnel_is_judged_when_the_client_has_accepted_it() -> None:

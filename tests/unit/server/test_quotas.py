@@ -90,7 +90,7 @@ def test_buckets_that_are_full_again_are_forgotten() -> None:
     for number in range(5000):
         clock.advance(0.01)
         limits.count_open(f"user-{number}", "open")
-    assert len(limits._buckets) <= 1001
+    assert len(limits._opens) <= 1001
 
 
 def test_user_is_refused_when_all_their_tunnels_are_open() -> None:
