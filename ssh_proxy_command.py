@@ -48,12 +48,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Any, NamedTuple, NoReturn, Union
+from typing import Any, Literal, NamedTuple, NoReturn, Union
 from urllib.parse import unquote, urlsplit
 
 # --- http_network_relay/wire/codes.py -------------------------------------------------------------
 # Every code that a peer, a person or an operator may read, and what follows from the code.
-#
 # One table for all three programs. docs/protocol.md, "Codes", says when each code is sent.
 
 CLOSE_NORMAL = 1000
@@ -134,91 +133,58 @@ class Code(str, Enum):
     __str__ = str.__str__
     __format__ = str.__format__  # type: ignore[assignment]
 
+    # fmt: off
     # HTTP answers before the upgrade.
     BAD_REQUEST = _Row("bad_request", EXIT_SERVER, _S, http_status=400)
-    UNAUTHORIZED = _Row(
-        "unauthorized",
-        EXIT_UNAUTHORIZED,
-        _S,
-        "check the token (--secret-key-file) with the relay's operator",
-        http_status=401,
-    )
+    UNAUTHORIZED = _Row("unauthorized", EXIT_UNAUTHORIZED, _S,
+        "check the token (--secret-key-file) with the relay's operator", http_status=401)
     FORBIDDEN = _Row("forbidden", EXIT_UNAUTHORIZED, _S, http_status=403)
     NOT_FOUND = _Row("not_found", EXIT_SERVER, _S, "check --server-url", http_status=404)
     VERSION_UNSUPPORTED = _Row("version_unsupported", EXIT_SERVER, _S, http_status=426)
     HEAD_TIMEOUT = _Row("head_timeout", EXIT_SERVER, _S, is_retryable=True, http_status=408)
     # A client whose secret is wrong waits as long anyway.
-    TOO_MANY = _Row(
-        "too_many", EXIT_SERVER, _S, is_retryable=True, http_status=429, retry_after_s=30
-    )
+    TOO_MANY = _Row("too_many", EXIT_SERVER, _S, is_retryable=True, http_status=429,
+        retry_after_s=30)
     HEAD_TOO_LARGE = _Row("head_too_large", EXIT_SERVER, _S, http_status=431)
     WRONG_WORKER = _Row("wrong_worker", EXIT_SERVER, _S, http_status=500)
     # Legs last for hours, but a failing peer gives its slot back within seconds.
-    BUSY = _Row(
-        "busy", EXIT_SERVER, _SC, _AGAIN, is_retryable=True, http_status=503, retry_after_s=5
-    )
+    BUSY = _Row("busy", EXIT_SERVER, _SC, _AGAIN, is_retryable=True, http_status=503,
+        retry_after_s=5)
     # A rolling restart has the next worker listening already.
-    SERVER_RESTART = _Row(
-        "server_restart",
-        EXIT_SERVER,
-        _S,
-        _AGAIN,
-        is_retryable=True,
-        http_status=503,
-        retry_after_s=1,
-    )
+    SERVER_RESTART = _Row("server_restart", EXIT_SERVER, _S, _AGAIN, is_retryable=True,
+        http_status=503, retry_after_s=1)
     # `refused`
-    CLIENT_UNKNOWN = _Row(
-        "client_unknown", EXIT_CLIENT_OFFLINE, _S, "check the name with the relay's operator"
-    )
-    CLIENT_OFFLINE = _Row(
-        "client_offline",
-        EXIT_CLIENT_OFFLINE,
-        _S,
-        "is the device switched on and its client running?",
-        is_retryable=True,
-    )
+    CLIENT_UNKNOWN = _Row("client_unknown", EXIT_CLIENT_OFFLINE, _S,
+        "check the name with the relay's operator")
+    CLIENT_OFFLINE = _Row("client_offline", EXIT_CLIENT_OFFLINE, _S,
+        "is the device switched on and its client running?", is_retryable=True)
     USER_FULL = _Row("user_full", EXIT_SERVER, _S, is_retryable=True)
     CLIENT_FULL = _Row("client_full", EXIT_SERVER, _S, is_retryable=True)
     TOO_MANY_OPENS = _Row("too_many_opens", EXIT_SERVER, _S, is_retryable=True)
     NO_OPEN = _Row("no_open", EXIT_SERVER, _S, is_retryable=True)
     UNKNOWN_TUNNEL = _Row("unknown_tunnel", EXIT_TUNNEL_LOST, _C)
     DENIED = _Row("denied", EXIT_DENIED, _S, "ask the relay's operator for a rule that allows it")
-    DENIED_BY_CLIENT = _Row(
-        "denied_by_client",
-        EXIT_DENIED,
-        _C,
-        "ask the device's owner: its client was started with --allow",
-    )
+    DENIED_BY_CLIENT = _Row("denied_by_client", EXIT_DENIED, _C,
+        "ask the device's owner: its client was started with --allow")
     PROTOCOL_UNSUPPORTED = _Row("protocol_unsupported", EXIT_USAGE, _C)
     TARGET_INVALID = _Row("target_invalid", EXIT_USAGE, _SC)
-    TARGET_REFUSED = _Row(
-        "target_refused", EXIT_TARGET, _C, "does the service run there, on that port?"
-    )
-    TARGET_UNREACHABLE = _Row(
-        "target_unreachable", EXIT_TARGET, _C, "is the address right, as seen from the device?"
-    )
-    TARGET_TIMEOUT = _Row(
-        "target_timeout",
-        EXIT_TARGET,
-        _C,
-        "is the address right, as seen from the device, and no firewall between?",
-    )
-    TARGET_UNKNOWN = _Row(
-        "target_unknown", EXIT_TARGET, _C, "is the name right, as seen from the device?"
-    )
+    TARGET_REFUSED = _Row("target_refused", EXIT_TARGET, _C,
+        "does the service run there, on that port?")
+    TARGET_UNREACHABLE = _Row("target_unreachable", EXIT_TARGET, _C,
+        "is the address right, as seen from the device?")
+    TARGET_TIMEOUT = _Row("target_timeout", EXIT_TARGET, _C,
+        "is the address right, as seen from the device, and no firewall between?")
+    TARGET_UNKNOWN = _Row("target_unknown", EXIT_TARGET, _C,
+        "is the name right, as seen from the device?")
     # `reset` and `detached`
-    PROTOCOL_ERROR = _Row(
-        "protocol_error", EXIT_TUNNEL_LOST, _ALL, "upgrade the older one of the relay's programs"
-    )
+    PROTOCOL_ERROR = _Row("protocol_error", EXIT_TUNNEL_LOST, _ALL,
+        "upgrade the older one of the relay's programs")
     USER_GONE = _Row("user_gone", EXIT_TUNNEL_LOST, _SP, takes_turn=True)
-    TARGET_RESET = _Row(
-        "target_reset", EXIT_TUNNEL_LOST, _C, "the target's own log may say why", takes_turn=True
-    )
+    TARGET_RESET = _Row("target_reset", EXIT_TUNNEL_LOST, _C, "the target's own log may say why",
+        takes_turn=True)
     TARGET_LOST = _Row("target_lost", EXIT_TUNNEL_LOST, _C, "connect again when the target is back")
-    CLIENT_STOPPED = _Row(
-        "client_stopped", EXIT_TUNNEL_LOST, _C, "connect again when the client runs again"
-    )
+    CLIENT_STOPPED = _Row("client_stopped", EXIT_TUNNEL_LOST, _C,
+        "connect again when the client runs again")
     SUPERSEDED = _Row("superseded", EXIT_TUNNEL_LOST, _C)
     REVOKED = _Row("revoked", EXIT_UNAUTHORIZED, _S, "ask the relay's operator")
     IDLE_TIMEOUT = _Row("idle_timeout", EXIT_TUNNEL_LOST, _S)
@@ -230,28 +196,17 @@ class Code(str, Enum):
     INTERNAL_ERROR = _Row("internal_error", EXIT_TUNNEL_LOST, _CP, http_status=500)
     # Local codes, never on the wire.
     USAGE = _Row("usage", EXIT_USAGE)
-    SERVER_UNREACHABLE = _Row(
-        "server_unreachable",
-        EXIT_SERVER,
-        hint="check the network and --server-url",
-        is_retryable=True,
-    )
+    SERVER_UNREACHABLE = _Row("server_unreachable", EXIT_SERVER,
+        hint="check the network and --server-url", is_retryable=True)
     TLS_FAILED = _Row("tls_failed", EXIT_SERVER, is_retryable=True)
-    PROXY_FAILED = _Row(
-        "proxy_failed",
-        EXIT_SERVER,
-        hint="check the proxy settings (https_proxy, no_proxy)",
-        is_retryable=True,
-    )
+    PROXY_FAILED = _Row("proxy_failed", EXIT_SERVER,
+        hint="check the proxy settings (https_proxy, no_proxy)", is_retryable=True)
     NOT_A_RELAY = _Row("not_a_relay", EXIT_SERVER, is_retryable=True)
     SERVER_FAILED = _Row("server_failed", EXIT_SERVER, is_retryable=True)
     LEG_LOST = _Row("leg_lost", EXIT_TUNNEL_LOST, hint=_CONNECT, is_retryable=True)
-    OPEN_TIMEOUT = _Row(
-        "open_timeout",
-        EXIT_TARGET,
-        hint="try again; the log of the client on the device says more",
-        is_retryable=True,
-    )
+    OPEN_TIMEOUT = _Row("open_timeout", EXIT_TARGET,
+        hint="try again; the log of the client on the device says more", is_retryable=True)
+    # fmt: on
 
 
 def takes_turn(text: str) -> bool:
@@ -268,9 +223,10 @@ def find_code(text: str) -> Code | None:
 
 # --- http_network_relay/wire/errors.py ------------------------------------------------------------
 # The errors of all three programs: one root, few classes.
-#
 # str() of each is a sentence for a person. The code is for programs, logs and peers; a code
 # of a newer peer need not be in the table of codes.py.
+
+DialFailure = Literal["refused", "unreachable", "timeout", "unknown", "denied", "cancelled"]
 
 
 class RelayError(Exception):
@@ -295,11 +251,11 @@ class RelayError(Exception):
         return row is not None and row.is_retryable
 
 
-class DialError(Exception):
-    """A TCP dial failed: `kind` is refused, unreachable, timeout, unknown, denied or cancelled."""
+class DialError(RelayError):
+    """A dial failed. The code is that of the way to the server; the client maps `kind`."""
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, kind: DialFailure, message: str) -> None:
+        super().__init__(Code.SERVER_UNREACHABLE, message)
         self.kind = kind
 
 
@@ -346,11 +302,14 @@ TUNNEL_HEADER = "HTTP-Network-Relay-Tunnel"
 MASK_HEADER = "HTTP-Network-Relay-Mask"
 MASK_ZERO = "zero"
 
+OP_CONTINUATION = 0x0
 OP_TEXT = 0x1
 OP_BINARY = 0x2
 OP_CLOSE = 0x8
 OP_PING = 0x9
 OP_PONG = 0xA
+# Of a ping or pong (RFC 6455, 5.5).
+MAX_PING_BYTES = 125
 
 # A data message: large enough to spread the cost of a frame, small enough that a
 # keystroke of another tunnel waits for one of them only some milliseconds.
@@ -418,7 +377,6 @@ def frame_header(opcode: int, size: int, key: bytes | None = None) -> bytes:
 
 # --- http_network_relay/wire/controls.py ----------------------------------------------------------
 # The controls of the wire (docs/protocol.md, "Controls"): parsed, checked and encoded.
-#
 # Knows no socket, clock, thread or log. Every control that comes in is checked field by
 # field against one table and copied; nothing unknown passes.
 
@@ -702,7 +660,6 @@ def is_secret(text: str) -> bool:
 
 # --- http_network_relay/leg/duplex_socket.py ------------------------------------------------------
 # One socket, TLS or plain, for one reading and one sending thread at once.
-#
 # Who sends is the Outlet's matter. What is guarded here is TLS alone: `_tls_lock` is held for
 # one non-blocking read or write and never across a wait (rule 4 of the design). OpenSSL's
 # connection object must not be entered by two threads (CPython does not guard it), and nothing
@@ -842,7 +799,6 @@ class DuplexSocket:
 
 # --- http_network_relay/leg/frame_reader.py -------------------------------------------------------
 # WebSocket frames (RFC 6455, 5.2) that are made and read without the library.
-#
 # Whole messages go out with a header written by hand, and whole messages, pings and pongs are
 # taken off the leg here. All other frames are left to the library, as they came: closes,
 # fragments, and whatever breaks the rules.
@@ -851,12 +807,12 @@ class DuplexSocket:
 # is read to where it stays. From 128 KiB on glibc would map memory for each read anew.
 _READ_BYTES = 64 * 1024
 _LARGE_BYTES = _READ_BYTES // 2
-# The first byte of what is taken here -> its opcode and largest size (RFC 6455, 5.5).
+# The first byte of what is taken here -> its opcode and largest size.
 _TAKEN = {
     FIN | OP_TEXT: (OP_TEXT, MAX_MESSAGE_BYTES),
     FIN | OP_BINARY: (OP_BINARY, MAX_MESSAGE_BYTES),
-    FIN | OP_PING: (OP_PING, 125),
-    FIN | OP_PONG: (OP_PONG, 125),
+    FIN | OP_PING: (OP_PING, MAX_PING_BYTES),
+    FIN | OP_PONG: (OP_PONG, MAX_PING_BYTES),
 }
 # What stands for a size of two or eight bytes: the least size that needs them, and how many.
 _LONG_SIZES = {126: (126, 2), 127: (2**16, 8)}
@@ -876,8 +832,8 @@ class FrameReader:
         # What the next read asks for: after a large frame as much, so that another as long comes
         # whole, and nothing of the one behind it.
         self._read_bytes = _READ_BYTES
-        # How much of the frame that is the library's it has not read yet.
-        self._others = 0
+        # Bytes of an odd frame that the library has still to read; None: all that comes.
+        self._odd_bytes: int | None = 0
 
     def read_message(
         self, on_pause: Callable[[], None] | None = None
@@ -889,30 +845,30 @@ class FrameReader:
         Duplex.recv. Raises OSError.
         """
         # In one piece: it runs for each message of each leg.
-        if self._others:
+        if self._odd_bytes != 0:
             return None
         if len(self._ahead) - self._at < 2 and not self._fill(2, on_pause):
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         first, size = self._ahead[self._at], self._ahead[self._at + 1]
         if first not in _WHOLE or (size >= MASK_BIT) != self._is_masked:
             # From what is not a whole message on, the stream is the library's.
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         size &= ~MASK_BIT
         least, count_bytes = _LONG_SIZES.get(size, (0, 0))
         header_bytes = 2 + count_bytes + (4 if self._is_masked else 0)
         if len(self._ahead) - self._at < header_bytes and not self._fill(header_bytes):
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         if count_bytes:
             size = int.from_bytes(self._ahead[self._at + 2 : self._at + 2 + count_bytes], "big")
             if size < least:  # It would have fitted into a shorter form: an error.
-                self._others = sys.maxsize
+                self._odd_bytes = None
                 return None
         opcode, most = _TAKEN.get(first, (0, -1))
         if size > most:
-            self._others = header_bytes + size
+            self._odd_bytes = header_bytes + size
             return None
         self._at += header_bytes
         self._read_bytes = header_bytes + size if size >= _LARGE_BYTES else _READ_BYTES
@@ -924,7 +880,7 @@ class FrameReader:
             return opcode, memoryview(self._ahead)[self._at - size : self._at]
         data = self._take(size)
         if data is None:
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         if key != ZERO_KEY:
             mask(data, key)
@@ -934,9 +890,11 @@ class FrameReader:
         """As socket.recv, for the library: bytes of the frame that read_message() left."""
         if not self._fill(1):
             return b""
-        data = self._ahead[self._at : self._at + min(size, self._others)]
+        left = self._odd_bytes
+        data = self._ahead[self._at : self._at + (size if left is None else min(size, left))]
         self._at += len(data)
-        self._others -= len(data)
+        if left is not None:
+            self._odd_bytes = left - len(data)
         return data
 
     def _fill(self, size: int, on_pause: Callable[[], None] | None = None) -> bool:
@@ -969,9 +927,7 @@ class FrameReader:
 
 
 # --- http_network_relay/leg/send_queue.py ---------------------------------------------------------
-# What waits to be written on one leg, in the order of docs/protocol.md, "Order".
-#
-# Any thread puts, and never waits for the network; who takes and sends is the Outlet's matter.
+# The frames that wait on one leg: FrameSender's private part. No I/O, calls nobody.
 # The fast lane is bounded by its slots, the data by the windows of the tunnels.
 
 
@@ -1010,22 +966,14 @@ class _Channel:
 
 
 class SendQueue:
-    """A fair outbox: a fast lane of fixed slots, then channels by turns.
+    """A fast lane of fixed slots, then channels by turns, then the close. Any thread.
 
-    What is put calls the leg's writer, but for data, acks and the leg's own messages: who has
-    put them calls push() when it holds no lock.
+    What each method does is said where others call it, in FrameSender.
     """
 
     def __init__(self) -> None:
-        # Both are the Outlet's as soon as the leg is up: it sends what waits, and data at once.
-        self.push: Callable[[], None] = self.call_writer
-        self.put_data_now: Callable[[int, bytes, Any], None] = self.put_data
-        # Where there is no writer yet: told of its first call, and again after hear_call().
-        # Any thread, with locks held: it never waits.
-        self.on_call: Callable[[], None] | None = None
-        # Guards everything below; woken when the writer is called.
-        self._ready = threading.Condition()
-        self._is_called = False
+        # Guards everything below. A leaf: nothing is called under it.
+        self._lock = threading.Lock()
         self._fast: dict[Hashable, Frame] = {}
         self._cancellable: dict[int, Hashable] = {}
         self._channels: dict[int, _Channel] = {}
@@ -1036,61 +984,50 @@ class SendQueue:
     # Fast lane.
 
     def put_first(self, channel: int, frame: Frame, *, cancellable: bool = False) -> None:
-        """Queue a channel's first message; `cancellable` if an end may take it back."""
-        with self._ready:
+        with self._lock:
             key = ("first", channel)
             if cancellable:
                 self._cancellable[channel] = key
             self._put_fast_locked(key, frame)
 
     def cancel_first(self, channel: int) -> None:
-        """Take an unsent first message back; nothing if it has gone out."""
-        with self._ready:
+        with self._lock:
             self._fast.pop(self._cancellable.pop(channel, None), None)
 
     def put_ack(self, channel: int, frame: Frame) -> None:
-        """Queue an ack; it replaces one of the same channel that is still here."""
-        with self._ready:
-            self._put_fast_locked(("ack", channel), frame, calls=False)
+        with self._lock:
+            self._put_fast_locked(("ack", channel), frame)
 
     def put_leg(self, kind: str, frame: Frame) -> None:
-        """Queue a message of the leg itself (pong, going_away): one slot a kind."""
-        with self._ready:
-            self._put_fast_locked(kind, frame, calls=False)
+        with self._lock:
+            self._put_fast_locked(kind, frame)
 
     def try_put_leg(self, kind: str, frame: Frame) -> bool:
-        """As put_leg, but never wait, not even for the lock; False: try later."""
-        if not self._ready.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False):
             return False
         try:
             self._put_fast_locked(kind, frame)
         finally:
-            self._ready.release()
+            self._lock.release()
         return True
 
     # Data, by turns.
 
     def put_data(self, channel: int, head: bytes, data: Any) -> None:
         """Queue stream bytes; the caller has made sure that the window allows them."""
-        with self._ready:
+        with self._lock:
             entry = self._channel_locked(channel, head)
             if entry is not None and not entry.last:
                 append_merged(entry.data, data)
 
     def put_eof(self, channel: int, frame: Frame) -> None:
-        """Queue the eof behind the channel's data."""
-        with self._ready:
+        with self._lock:
             entry = self._channel_locked(channel, b"")
             if entry is not None and not entry.last:
                 entry.last.append(frame)
-                self._call_locked()
 
     def put_end(self, channel: int, frame: Frame, *, in_turn: bool = False) -> None:
-        """Queue a channel's reset or detached; whatever still waits of it is deleted.
-
-        `in_turn` puts it behind the channel's data instead; after a second it overtakes.
-        """
-        with self._ready:
+        with self._lock:
             if self._close is not None or self._is_over:
                 return  # What was queued before the close is still flushed.
             if self._fast.pop(self._cancellable.pop(channel, None), None) is not None:
@@ -1104,11 +1041,9 @@ class SendQueue:
             else:
                 self._drop_locked(channel)
                 self._put_fast_locked(("end", channel), frame)
-            self._call_locked()
 
     def drop(self, channel: int) -> None:
-        """Delete what waits of a channel that has ended: nobody would act on it."""
-        with self._ready:
+        with self._lock:
             self._cancellable.pop(channel, None)
             self._fast.pop(("first", channel), None)
             self._drop_locked(channel)
@@ -1116,44 +1051,39 @@ class SendQueue:
     # The leg's end.
 
     def close(self, frame: Frame, *, flush: bool = True) -> None:
-        """Send `frame` (a close) last: behind all that is queued, or at once.
-
-        What is put later is dropped. The first close wins.
-        """
-        with self._ready:
+        with self._lock:
             if self._close is None:
                 self._close = frame
                 if not flush:
                     self._clear_locked()
-            self._call_locked()
 
     def stop(self) -> None:
-        """End the writer now; nothing more is taken."""
-        with self._ready:
+        with self._lock:
             self._is_over = True
             self._clear_locked()
-            self._ready.notify_all()
 
-    # Who sends.
+    # What is taken. The properties need no lock.
 
     @property
     def has_frames(self) -> bool:
-        """Whether something waits, but for the close. Needs no lock."""
         return bool(self._fast or self._turns)
 
     @property
+    def is_closing(self) -> bool:
+        return self._close is not None
+
+    @property
     def is_over(self) -> bool:
-        """Whether the close was taken, or stop() called. Needs no lock."""
         return self._is_over
 
     @property
     def is_clear(self) -> bool:
-        """Whether nothing waits and the leg goes on. Needs no lock."""
+        """Whether nothing waits, and data may still be put."""
         return not (self._fast or self._turns or self._close is not None or self._is_over)
 
     def take(self, *, with_close: bool = False) -> Frame | None:
-        """Return the next frame, None: nothing waits. The close only for the writer."""
-        with self._ready:
+        """Return the next frame; None: nothing waits. Only the writer takes the close."""
+        with self._lock:
             if self._is_over:
                 return None
             frame = self._next_locked()
@@ -1162,25 +1092,8 @@ class SendQueue:
                 return self._close
             return frame
 
-    def call_writer(self) -> None:
-        """Let the writer send what waits."""
-        with self._ready:
-            self._call_locked()
-
-    def hear_call(self) -> None:
-        """In place of wait_call(): who serves the call looks at the outbox from here on."""
-        with self._ready:
-            self._is_called = False
-
-    def wait_call(self) -> bool:
-        """Wait until the writer is called; False when the close was taken, or stop() called."""
-        with self._ready:
-            while not self._is_called and not self._is_over:
-                self._ready.wait()
-            self._is_called = False
-            return not self._is_over
-
     def _next_locked(self) -> Frame | None:
+        assert self._lock.locked()
         if self._fast:
             key = next(iter(self._fast))
             frame = self._fast.pop(key)
@@ -1205,21 +1118,13 @@ class SendQueue:
             del self._channels[channel]
         return frame
 
-    def _put_fast_locked(self, key: Hashable, frame: Frame, *, calls: bool = True) -> None:
+    def _put_fast_locked(self, key: Hashable, frame: Frame) -> None:
+        assert self._lock.locked()
         if self._close is None and not self._is_over:
             self._fast[key] = frame
-            if calls:
-                self._call_locked()
-
-    def _call_locked(self) -> None:
-        if self._is_called:
-            return
-        self._is_called = True
-        self._ready.notify()
-        if self.on_call is not None:
-            self.on_call()
 
     def _channel_locked(self, channel: int, head: bytes) -> _Channel | None:
+        assert self._lock.locked()
         if self._close is not None or self._is_over:
             return None
         entry = self._channels.get(channel)
@@ -1231,11 +1136,13 @@ class SendQueue:
         return entry
 
     def _drop_locked(self, channel: int) -> None:
+        assert self._lock.locked()
         self._fast.pop(("ack", channel), None)
         if self._channels.pop(channel, None) is not None:
             self._turns.remove(channel)
 
     def _clear_locked(self) -> None:
+        assert self._lock.locked()
         self._fast.clear()
         self._cancellable.clear()
         self._channels.clear()
@@ -1243,129 +1150,225 @@ class SendQueue:
 
 
 # --- http_network_relay/leg/frame_sender.py -------------------------------------------------------
-# Who sends what an outbox holds: whoever has put something, or the leg's writer thread.
-#
-# To hand each message to another thread costs more than to send it. So push() sends at once
-# what the socket takes without waiting; only what it does not take is the writer's.
+# Sends the frames of one leg, in the order of docs/protocol.md, "Order".
+# To give each message to another thread costs more than to send it. So push() sends at once what
+# the socket takes without waiting; what the socket does not take is left to the leg's writer.
 
-# What one push() sends for others at most: then it has its own work to do, and the writer
-# goes on.
+# Most that one push() sends: the calling thread has its own work, and the writer goes on.
 _PUSH_BYTES = 256 * 1024
 
 
 class FrameSender:
-    """Sends the frames of one outbox, in its order.
+    """The only object that others put a leg's frames into. Any thread; a put never waits.
 
-    `_send_lock` is held from a frame's taking to its last byte, waits included, but for a
-    frame that push() has begun and the socket has not taken whole: its rest is kept, and goes
-    out before anything else. Taken before the outbox's lock and the duplex's. Who does not
-    get it at once leaves: the one inside looks again after it has let go.
+    put_first, put_eof, put_end, try_put_leg and close call the writer, since their callers may
+    hold locks. After put_data_now, put_ack and put_leg the caller MUST call push(), holding no
+    lock. Before start() frames are only queued.
+
+    Args:
+        make_key: Returns the masking key of each frame; None for a frame that is not masked.
+        call: Called when the writer has work, by any thread, with locks held: it must not wait,
+            and have run() or push_all() called. None: run() waits for the call by itself.
     """
 
     def __init__(
         self,
-        outbox: SendQueue,
-        duplex: DuplexSocket,
-        on_lost: Callable[[], None],
-        make_key: Callable[[], bytes | None],
+        make_key: Callable[[], bytes | None] = lambda: None,
+        call: Callable[[], None] | None = None,
     ) -> None:
-        """`make_key` returns a masking key for each frame; None: it is not masked.
-
-        `on_lost` is called when the socket fails under push(), by any thread.
-        """
-        self._outbox = outbox
-        self._duplex = duplex
-        self._on_lost = on_lost
+        self._queue = SendQueue()
         self._make_key = make_key
+        self._call = call
+        # Set while the writer has a call that it has not begun to serve.
+        self._called = threading.Event()
+        # Guards the next two. Held from a frame's taking to its last byte, by the writer across
+        # waits; push() only tries it, and never holds it across a wait.
         self._send_lock = threading.Lock()
+        # Bytes of a frame that the socket did not take: they go out before anything else.
         self._rest: memoryview | None = None
-        self._is_stopped = False
+        # None before start() and after stop().
+        self._duplex: DuplexSocket | None = None
 
-    def start(self) -> None:
-        """From now on who puts sends."""
-        self._outbox.push = self.push
-        self._outbox.put_data_now = self.put_data_now
+    def start(self, duplex: DuplexSocket) -> None:
+        """Send on `duplex` from now on, first what was queued before."""
+        with self._send_lock:
+            self._duplex = duplex
+        self._called.clear()
+        self.call_writer()
+
+    def stop(self) -> None:
+        """Drop what is queued, and end the writer; after it nobody is inside the socket.
+
+        The caller MUST abort the socket first, or be the writer: this waits for who sends.
+        """
+        self._queue.stop()
+        self.call_writer()
+        with self._send_lock:
+            self._duplex = None
+
+    # What is put.
+
+    def put_first(self, channel: int, frame: Frame, *, cancellable: bool = False) -> None:
+        """Queue a channel's first message; `cancellable` if an end may take it back."""
+        self._queue.put_first(channel, frame, cancellable=cancellable)
+        self.call_writer()
+
+    def cancel_first(self, channel: int) -> None:
+        """Take an unsent first message back; nothing if it was sent."""
+        self._queue.cancel_first(channel)
+
+    def put_ack(self, channel: int, frame: Frame) -> None:
+        """Queue an ack; it replaces an unsent one of the same channel."""
+        self._queue.put_ack(channel, frame)
+
+    def put_leg(self, kind: str, frame: Frame) -> None:
+        """Queue a message of the leg itself (pong, going_away): one slot a kind."""
+        self._queue.put_leg(kind, frame)
+
+    def try_put_leg(self, kind: str, frame: Frame) -> bool:
+        """As put_leg, but without waiting even for the queue's lock; False: try later."""
+        is_put = self._queue.try_put_leg(kind, frame)
+        if is_put:
+            self.call_writer()
+        return is_put
 
     def put_data_now(self, channel: int, head: bytes, data: Any) -> None:
-        """As put_data of the outbox, but sent at once if nothing waits. Any thread; never waits."""
-        if not self._outbox.is_clear or not self._send_lock.acquire(blocking=False):
-            self._outbox.put_data(channel, head, data)
+        """Send stream bytes at once if nothing waits, else queue them. The window allows them."""
+        queue = self._queue
+        if not queue.is_clear or not self._send_lock.acquire(blocking=False):
+            queue.put_data(channel, head, data)
             return
         try:
-            is_first = self._outbox.is_clear and self._rest is None and not self._is_stopped
-            if is_first:
-                self._rest = self._duplex.send_now(*self._encode(OP_BINARY, head, data))
-        except OSError:
-            self._on_lost()
-            return
-        finally:
-            self._send_lock.release()
-        if not is_first:
-            self._outbox.put_data(channel, head, data)
-        elif self._rest is not None:
-            self._outbox.call_writer()
-
-    def push(self) -> None:
-        """Send what waits, as far as the socket takes it now. Any thread that holds no lock."""
-        # A rest is the writer's, who has been called.
-        while self._outbox.has_frames and self._rest is None:
-            if not self._send_lock.acquire(blocking=False):
+            duplex = self._duplex
+            if duplex is None or self._rest is not None or not queue.is_clear:
+                queue.put_data(channel, head, data)
                 return
             try:
-                is_done = self._push_some()
+                self._rest = duplex.send_now(*self._encode(OP_BINARY, head, data))
             except OSError:
-                # The peer is gone: the leg's reader finds out, and tells.
-                self._on_lost()
-                return
+                duplex.abort()
+        finally:
+            self._send_lock.release()
+        if self._rest is not None:
+            self.call_writer()
+
+    def put_eof(self, channel: int, frame: Frame) -> None:
+        """Queue the eof behind the channel's data."""
+        self._queue.put_eof(channel, frame)
+        self.call_writer()
+
+    def put_end(self, channel: int, frame: Frame, *, in_turn: bool = False) -> None:
+        """Queue a channel's reset or detached, and delete what waits of the channel.
+
+        `in_turn` puts it behind the channel's data instead; after a second it overtakes.
+        """
+        self._queue.put_end(channel, frame, in_turn=in_turn)
+        self.call_writer()
+
+    def drop(self, channel: int) -> None:
+        """Delete what waits of a channel that has ended: nobody would act on it."""
+        self._queue.drop(channel)
+
+    def close(self, frame: Frame, *, flush: bool = True) -> None:
+        """Send `frame` (a close) last: behind all that is queued, or at once.
+
+        What is put later is dropped. The first close wins.
+        """
+        self._queue.close(frame, flush=flush)
+        self.call_writer()
+
+    # Who sends.
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether a frame waits, the close not counted. Needs no lock."""
+        return self._queue.has_frames
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether a close waits or was sent. Needs no lock."""
+        return self._queue.is_closing
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the close was taken, or stop() called. Needs no lock."""
+        return self._queue.is_over
+
+    def call_writer(self) -> None:
+        """Let the writer send what waits. Takes no lock that is held across a wait."""
+        # Two threads may both call: the second call finds nothing to send.
+        if not self._called.is_set():
+            self._called.set()
+            if self._call is not None:
+                self._call()
+
+    def push(self) -> None:
+        """Send what waits, as far as the socket takes it now. The caller MUST hold no lock."""
+        # The rest of a frame is the writer's, which was called.
+        while self._queue.has_frames and self._rest is None:
+            if not self._send_lock.acquire(blocking=False):
+                return  # The thread inside looks again after its release.
+            try:
+                is_done = self._push_locked()
+            except OSError:
+                return  # The leg's reader finds the loss, too.
             finally:
                 self._send_lock.release()
             if not is_done:
-                self._outbox.call_writer()
+                self.call_writer()
                 return
 
     def push_all(self) -> bool:
-        """As push(), with the close, where there is no writer; False: now there has to be one."""
-        if not self._send_lock.acquire(blocking=False):
-            return False
-        try:
-            return self._push_some(with_close=True)
-        except OSError:
-            self._on_lost()
-            return True
-        finally:
-            self._send_lock.release()
+        """Serve a call without a writer: as push(), and the close; False: a writer must run()."""
+        # Before the look at the queue: what is put behind it calls again.
+        self._called.clear()
+        is_done = False
+        if self._send_lock.acquire(blocking=False):
+            try:
+                is_done = self._duplex is None or self._push_locked(with_close=True)
+            except OSError:
+                is_done = True
+            finally:
+                self._send_lock.release()
+        if not is_done or self._queue.is_over:
+            self._called.set()  # A thread in run() may be about to wait.
+        return is_done
 
-    def _push_some(self, *, with_close: bool = False) -> bool:
-        """Return whether all was sent; the rest, if any, is the writer's."""
+    def _push_locked(self, *, with_close: bool = False) -> bool:
+        """Return whether all was sent; the rest, if any, is the writer's. Raises OSError."""
+        assert self._send_lock.locked()
         sent = 0
-        while self._rest is None and not self._is_stopped:
+        while self._rest is None and self._duplex is not None:
             if sent >= _PUSH_BYTES:
                 return False
-            frame = self._outbox.take(with_close=with_close)
+            frame = self._queue.take(with_close=with_close)
             if frame is None:
                 return True
             sent += len(frame.payload)
-            self._rest = self._duplex.send_now(*self._encode(*frame))
+            try:
+                self._rest = self._duplex.send_now(*self._encode(*frame))
+            except OSError:
+                self._duplex.abort()
+                raise
         return False
 
     def run(self) -> None:
-        """Send what push() could not, until the close has gone out. Raises OSError."""
-        goes_on = True
-        while goes_on:
+        """Be the writer: send what push() could not, to the close or stop(). Raises OSError."""
+        while True:
+            self._called.clear()
             with self._send_lock:
-                self._send_rest()
-                while (frame := self._outbox.take(with_close=True)) is not None:
+                self._send_rest_locked()
+                while self._duplex and (frame := self._queue.take(with_close=True)) is not None:
                     self._rest = self._duplex.send_now(*self._encode(*frame))
-                    self._send_rest()
-            goes_on = self._outbox.has_frames or self._outbox.wait_call()
+                    self._send_rest_locked()
+            if self._queue.is_over:
+                return
+            if not self._queue.has_frames:
+                self._called.wait()
 
-    def stop(self) -> None:
-        """Let nobody send any more; after it the socket may be freed."""
-        with self._send_lock:
-            self._is_stopped = True
-
-    def _send_rest(self) -> None:
-        if self._rest is not None:
+    def _send_rest_locked(self) -> None:
+        assert self._send_lock.locked()
+        if self._rest is not None and self._duplex is not None:
             self._duplex.send(self._rest)
             self._rest = None
 
@@ -1379,6 +1382,80 @@ class FrameSender:
         data += payload
         mask(data, key)
         return header, data
+
+
+# --- http_network_relay/leg/message_reader.py -----------------------------------------------------
+# The messages that come in on one leg; pings and closes are answered on the way.
+
+# RFC 6455, 7.4.1: codes that stand in no close frame.
+NO_STATUS = 1005
+ABNORMAL_CLOSURE = 1006
+
+
+class MessageReader:
+    """Reads whole messages by `frames`, all other frames by a WebSocket library.
+
+    The leg's reader alone uses it. It never writes: pongs and close replies go through `sender`.
+
+    Args:
+        read_odd: Returns the next frame that `frames` leaves: opcode, payload, and whether it is
+            the last of its message. Raises LegError for a bad one, EOFError at the stream's end.
+    """
+
+    def __init__(
+        self,
+        frames: FrameReader,
+        sender: FrameSender,
+        read_odd: Callable[[], tuple[int, Any, bool]],
+    ) -> None:
+        self._frames = frames
+        self._sender = sender
+        self._read_odd = read_odd
+        # A message in fragments, which some proxies make; opcode 0: there is none.
+        self._parts = bytearray()
+        self._parts_opcode = 0
+
+    def receive(self, on_pause: Callable[[], None] | None = None) -> tuple[int, Any]:
+        """Wait for the next message: (OP_TEXT or OP_BINARY, payload), or (OP_CLOSE, code).
+
+        A lost connection is a close with ABNORMAL_CLOSURE. Calls `on_pause`, if given, when nothing
+        comes for PAUSE_S. Raises LegError.
+        """
+        while True:
+            try:
+                taken = self._frames.read_message(on_pause)
+                opcode, payload, is_last = (*taken, True) if taken else self._read_odd()
+            except (OSError, EOFError):
+                return OP_CLOSE, ABNORMAL_CLOSURE
+            if opcode == OP_PING:
+                if len(payload) > MAX_PING_BYTES:
+                    raise LegError("a ping is too long")
+                self._sender.put_leg("pong", Frame(OP_PONG, b"", payload))
+                self._sender.push()
+            elif opcode == OP_CLOSE:
+                code = payload[:2]
+                self._sender.close(Frame(OP_CLOSE, b"", code), flush=False)
+                return OP_CLOSE, int.from_bytes(code, "big") if code else NO_STATUS
+            elif opcode != OP_PONG:
+                message = self._assemble(opcode, payload, is_last=is_last)
+                if message is not None:
+                    return message
+
+    def _assemble(self, opcode: int, payload: Any, *, is_last: bool) -> tuple[int, Any] | None:
+        if (opcode == OP_CONTINUATION) != bool(self._parts_opcode):
+            raise LegError("a fragment out of place")
+        if opcode != OP_CONTINUATION:
+            if is_last:
+                return opcode, payload
+            self._parts_opcode = opcode
+        self._parts += payload
+        if len(self._parts) > MAX_MESSAGE_BYTES:
+            raise LegError("a message is too long", CLOSE_TOO_BIG)
+        if not is_last:
+            return None
+        message = (self._parts_opcode, bytes(self._parts))
+        self._parts, self._parts_opcode = bytearray(), 0
+        return message
 
 
 # --- http_network_relay/settings.py ---------------------------------------------------------------
@@ -1465,19 +1542,17 @@ def resume_timeout(flag: str | None, environ: Mapping[str, str]) -> int:
 
 # --- http_network_relay/timer.py ------------------------------------------------------------------
 # The one timer thread of a process: pings, deadlines, and the signals.
-#
-# It sleeps in poll on a socket pair, into which the interpreter writes a signal's number
-# the moment it comes (signal.set_wakeup_fd). A Python handler would not do: it runs when
-# the main thread next runs, and a signal that comes just before main enters recv() is
-# noticed only when the next byte comes.
+# The timer polls a socket pair, into which the interpreter writes the number of each signal at
+# once (signal.set_wakeup_fd). A Python handler would be too late: it runs when the main thread
+# next runs, which may be inside recv() until the next byte.
 
-# Wall clock against timer: so much later than planned means that the machine slept or
-# the process was stopped.
+# A wait that ends so much later than planned, by the wall clock, means that the machine slept
+# or that the process was stopped.
 _SLEPT_S = 5.0
-# Both clocks are looked at so often, whatever is due: the timer's own stands still while the
-# machine sleeps, and on waking the rest of the wait is still to come.
+# The longest wait, whatever is due: the monotonic clock stands still while the machine sleeps,
+# and afterwards the rest of the wait is still to come.
 _LONGEST_WAIT_S = 2.0
-# What is written into the pair beside signal numbers, which are below.
+# Codes in the pair beside signal numbers, which lie between the two.
 _WAKE = 0
 _STOP = 255
 
@@ -1485,8 +1560,8 @@ _STOP = 255
 class Timer:
     """Calls `tick(now, slept)` when it is due, and `on_signal(number)` for each signal.
 
-    `tick` returns when it wants to be called again. Both run in the timer's thread, and
-    never write to a leg nor wait for a lock.
+    `tick` returns the time of its next call, monotonic. Both run in the timer's thread, and MUST
+    neither write to a leg nor wait for a lock.
     """
 
     def __init__(
@@ -1496,7 +1571,7 @@ class Timer:
     ) -> None:
         self._tick = tick
         self._on_signal = on_signal
-        # From start() to stop(): the timer's side, and the side that is written to.
+        # From start() to stop(): the side that the thread reads, and the side to write to.
         self._pair: tuple[socket.socket, socket.socket] | None = None
         self._thread = threading.Thread(target=self._run, name="timer")
 
@@ -1508,14 +1583,14 @@ class Timer:
         self._thread.start()
         numbers = tuple(signals)
         if numbers:
-            # First: a signal that only the handler got would be lost.
+            # Before the handlers, which would lose a signal.
             signal.set_wakeup_fd(self._pair[1].fileno(), warn_on_full_buffer=False)
         for number in numbers:
-            # Replaces the default action only; the number comes by the socket pair.
+            # Only replaces the default action: the number comes through the socket pair.
             signal.signal(number, lambda _number, _frame: None)
 
     def wake(self) -> None:
-        """Let the timer look anew: something is due sooner than it knows. Never waits."""
+        """Call `tick` now, since something is due sooner than it said. Never waits."""
         self._post(_WAKE)
 
     def stop(self) -> None:
@@ -1533,7 +1608,8 @@ class Timer:
     def _post(self, code: int) -> None:
         pair = self._pair
         if pair is not None:
-            with contextlib.suppress(OSError):  # Full: it is awake. Closed: it has ended.
+            # A full pair wakes the thread anyway; a closed one has no thread any more.
+            with contextlib.suppress(OSError):
                 pair[1].send(bytes((code,)))
 
     def _run(self) -> None:
@@ -1563,7 +1639,7 @@ class Channel:
     A user leg has one channel, with `channel_id` 0. Any thread; every put_... only queues.
     """
 
-    def __init__(self, outbox: SendQueue, channel_id: int = 0) -> None:
+    def __init__(self, outbox: FrameSender, channel_id: int = 0) -> None:
         self.outbox = outbox
         self.channel_id = channel_id
         self._head = encode_channel(channel_id) if channel_id else b""
@@ -1603,7 +1679,6 @@ class Channel:
 
 # --- http_network_relay/end/window.py -------------------------------------------------------------
 # How large the window of a stream is (docs/protocol.md, "The receiver's window").
-#
 # No I/O, no clock, no thread: the caller says what time it is.
 
 # Trips may be so much longer than the shortest: a link that is kept busy needs a queue.
@@ -1782,7 +1857,6 @@ class Window:
 
 # --- http_network_relay/end/stream.py -------------------------------------------------------------
 # The stream state of one end of a tunnel (docs/protocol.md, "Streams and credit", "Resume").
-#
 # No I/O, no clock, no thread. Both ends use it unchanged, so it does not know which
 # end it is. Offsets are counts of bytes from 0 in each direction.
 
@@ -2477,7 +2551,6 @@ class Outbound:
 
 # --- http_network_relay/end/tunnel_end.py ---------------------------------------------------------
 # One end of a tunnel, between its leg and its two threads: what client and proxy command share.
-#
 # The end outlives its legs: a detached end waits for a resume on another leg
 # (docs/protocol.md, "Resume").
 
@@ -2648,7 +2721,6 @@ class UserEnd(TunnelEnd):
 
 # --- http_network_relay/end/read_coalescer.py -----------------------------------------------------
 # When to let a source's bytes come together before they are read.
-#
 # A source that writes small pieces in quick succession costs three programs a wake-up for each,
 # which is most of what such a stream costs. No thread and no I/O: it only says how long to wait.
 
@@ -2711,56 +2783,51 @@ class ReadCoalescer:
 
 
 # --- http_network_relay/dial/deadline.py ----------------------------------------------------------
-# How long a wait in a dial may last: until its deadline, or until the dial is cancelled.
+# The deadline of a dial: one object for all its waits, made once and passed down.
 
 # RFC 8305, "Connection Attempt Delay": a dead first address costs this much.
 STAGGER_S = 0.250
 
 
-def slice_s(deadline: float) -> float:
-    """Return how long to wait before the next look at the deadline and a cancellation."""
-    return max(0.0, min(STAGGER_S, deadline - time.monotonic()))
+class Deadline:
+    """Ends a dial after `timeout_s`, or soon after `is_cancelled` returns true."""
 
+    def __init__(self, timeout_s: float, is_cancelled: Callable[[], bool] = lambda: False) -> None:
+        self._at = time.monotonic() + timeout_s
+        self._is_cancelled = is_cancelled
 
-def check_going_on(failure: str, deadline: float, is_cancelled: Callable[[], bool]) -> None:
-    if is_cancelled():
-        raise DialError("cancelled", f"{failure} before the dial was cancelled")
-    if time.monotonic() >= deadline:
-        raise DialError("timeout", f"{failure} in time")
+    def slice_s(self) -> float:
+        """Return how long to wait, in seconds, before the next check()."""
+        return max(0.0, min(STAGGER_S, self._at - time.monotonic()))
 
+    def check(self, failure: str) -> None:
+        """Raise DialError with the sentence `failure` if the dial must end."""
+        if self._is_cancelled():
+            raise DialError("cancelled", f"{failure} before the dial was cancelled")
+        if time.monotonic() >= self._at:
+            raise DialError("timeout", f"{failure} in time")
 
-def wait_until(
-    sock: socket.socket,
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
-    *,
-    write: bool,
-    what: str,
-) -> None:
-    """Wait for the socket until the deadline; raises RelayError when it has passed."""
-    while not wait_ready(sock, write=write, timeout_s=slice_s(deadline)):
-        if is_cancelled():
-            raise RelayError("server_unreachable", f"the dial of {what} was cancelled")
-        if time.monotonic() >= deadline:
-            raise RelayError("server_unreachable", f"{what} did not answer in time")
+    def wait_ready(self, sock: socket.socket, *, write: bool, what: str) -> None:
+        """Wait for the peer `what` behind the socket. Raises DialError."""
+        while not wait_ready(sock, write=write, timeout_s=self.slice_s()):
+            self.check(f"{what} did not answer")
 
 
 # --- http_network_relay/dial/names.py -------------------------------------------------------------
-# Name lookups: bounded daemon threads inside a deadline.
+# Name lookups within a deadline, in a bounded number of daemon threads.
 
-# Name lookups cannot be interrupted, so they run in daemon threads; this many at most.
+# The most lookups at a time. A lookup that hangs keeps its thread and its slot.
 _lookup_slots = threading.BoundedSemaphore(32)
 
 
-def resolve(
-    host: str, port: int, deadline: float, is_cancelled: Callable[[], bool] = lambda: False
-) -> list[Any]:
-    """Return getaddrinfo's answers by turns of family. Raises DialError."""
+def resolve(host: str, port: int, deadline: Deadline) -> list[Any]:
+    """Return getaddrinfo's answers, the address families in turns. Raises DialError."""
     if parse_address(host.strip("[]")) is not None:
-        # No lookup: an address must not wait behind names that hang.
+        # No lookup: an address must not wait for a slot behind names that hang.
         return _by_turns(_look_up(host, port))
-    while not _lookup_slots.acquire(timeout=slice_s(deadline)):
-        check_going_on(f"the name {host} could not be looked up", deadline, is_cancelled)
+    failure = f"the name {host} could not be looked up"
+    while not _lookup_slots.acquire(timeout=deadline.slice_s()):
+        deadline.check(failure)
     answers: list[Any] = []
     is_done = threading.Event()
 
@@ -2773,15 +2840,15 @@ def resolve(
             _lookup_slots.release()
             is_done.set()
 
-    # Daemon: getaddrinfo has no timeout and nothing can wake it.
+    # A daemon: getaddrinfo has no timeout, and nothing can wake the thread.
     thread = threading.Thread(target=look_up, name=f"lookup:{host}", daemon=True)
     try:
         thread.start()
     except RuntimeError:
         _lookup_slots.release()
         raise
-    while not is_done.wait(slice_s(deadline)):
-        check_going_on(f"the name {host} could not be looked up", deadline, is_cancelled)
+    while not is_done.wait(deadline.slice_s()):
+        deadline.check(failure)
     (answer,) = answers
     if isinstance(answer, Exception):
         reason = getattr(answer, "strerror", None) or answer
@@ -2790,13 +2857,13 @@ def resolve(
 
 
 def _look_up(host: str, port: int) -> list[Any]:
-    # An IPv6 literal may come in brackets, as it stands in a URL.
+    # The brackets of an IPv6 literal are the URL's.
     name = encode_name(host.strip("[]"))
     return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
 
 
 def _by_turns(infos: list[Any]) -> list[Any]:
-    """Alternate the families, first family first (RFC 8305, 4)."""
+    """Alternate the families, beginning with the first answer's (RFC 8305, 4)."""
     families: dict[int, list[Any]] = {}
     for info in infos:
         families.setdefault(info[0], []).append(info)
@@ -2814,9 +2881,9 @@ def parse_address(text: str) -> Any:
 
 
 def encode_name(name: str) -> bytes:
-    """As Python's sockets do; to import the IDNA codec for every name takes a start 1 ms.
+    """Encode as Python's sockets do. Raises UnicodeError for a text that is no name.
 
-    Raises UnicodeError for what is no name.
+    The IDNA codec is for other names than plain ones: its import costs a start 1 ms.
     """
     labels = name.removesuffix(".").split(".")
     is_plain = name.isascii() and all(0 < len(label) < 64 for label in labels)
@@ -2824,11 +2891,11 @@ def encode_name(name: str) -> bytes:
 
 
 # --- http_network_relay/dial/endpoint.py ----------------------------------------------------------
-# Where the server is: the parsed --server-url.
+# The server's address: the parsed --server-url.
 
 
 class Endpoint(NamedTuple):
-    """Where a server is: what --server-url says."""
+    """A server's address, and the path and query of its WebSocket."""
 
     is_tls: bool
     host: str
@@ -2852,14 +2919,17 @@ class Endpoint(NamedTuple):
 
 
 def parse_server_url(url: str, default_path: str) -> Endpoint:
-    """Read ws, wss, http and https URLs; one without a path gets `default_path`."""
+    """Read a ws, wss, http or https URL; a URL without a path gets `default_path`.
+
+    Raises RelayError.
+    """
     try:
         parts = urlsplit(url)
         port = parts.port
-        # What getaddrinfo and TLS will do to it; `.example` and `a..b` fail there.
+        # getaddrinfo and TLS encode the name too; `.example` and `a..b` would fail there.
         encode_name(parts.hostname or "")
     except ValueError as exc:
-        # Not the URL itself: somebody may have put a password into it.
+        # The message omits the URL, which may hold a password.
         raise RelayError("usage", "--server-url is not a URL: look at its host and port") from exc
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     if scheme not in ("ws", "wss") or not parts.hostname:
@@ -2880,9 +2950,9 @@ def parse_server_url(url: str, default_path: str) -> Endpoint:
 
 
 # --- http_network_relay/dial/http_proxy.py --------------------------------------------------------
-# HTTP CONNECT proxies: which one the environment names, and the way through it.
+# HTTP CONNECT proxies: which proxy the environment names, and the way through it.
 
-# A proxy's answer to CONNECT.
+# The head of a proxy's answer to CONNECT.
 _MAX_HEAD_BYTES = 16 * 1024
 
 
@@ -2895,11 +2965,10 @@ class Proxy(NamedTuple):
 
 
 def proxy_for(endpoint: Endpoint, environ: Mapping[str, str]) -> Proxy | None:
-    """Return the HTTP proxy that the environment names for this server, if any."""
+    """Return the proxy for this server. Raises RelayError for one that cannot be used."""
     names = ("https_proxy", "HTTPS_PROXY") if endpoint.is_tls else ("http_proxy", "HTTP_PROXY")
     for name in (*names, "all_proxy", "ALL_PROXY"):
-        value = environ.get(name, "").strip()
-        if value:
+        if value := environ.get(name, "").strip():
             break
     else:
         return None
@@ -2918,19 +2987,18 @@ def proxy_for(endpoint: Endpoint, environ: Mapping[str, str]) -> Proxy | None:
     authorization = None
     if parts.username is not None:
         pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        # As it stands in the environment, UTF-8 or not.
-        authorization = (
-            "Basic " + base64.b64encode(pair.encode("utf-8", "surrogateescape")).decode()
-        )
+        # The environment's own bytes, which need not be UTF-8.
+        encoded = base64.b64encode(pair.encode("utf-8", "surrogateescape"))
+        authorization = f"Basic {encoded.decode()}"
     return Proxy(host, port or 80, authorization)
 
 
 def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
-    """Whether NO_PROXY names this host, read exactly.
+    """Whether NO_PROXY names this host.
 
-    `example.com` and `.example.com` stand for the name and what is below it, never for
-    notexample.com; an address for itself; a network in CIDR form for its addresses;
-    `host:port` for that port; `*` for all.
+    `example.com` and `.example.com` mean the name and its subdomains, never notexample.com.
+    An address means itself, a network in CIDR form its addresses, `host:port` one port,
+    `*` every host.
     """
     host = host.lower().rstrip(".")
     address = parse_address(host)
@@ -2953,32 +3021,25 @@ def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
 
 def _split_port(entry: str) -> tuple[str, int | None]:
     """Split `host:port` and `[v6]:port`; an IPv6 literal alone has no port."""
-    if entry.startswith("["):
-        name, _, rest = entry[1:].partition("]")
-    elif entry.count(":") == 1:
-        name, _, rest = entry.partition(":")
-        rest = f":{rest}"
-    else:
+    found = re.fullmatch(r"\[([^]]*)]?(.*)|([^:]*)(:[^:]*)", entry)
+    if found is None:
         return entry, None
-    if rest in ("", ":"):
+    name, port = found[1] or found[3] or "", found[2] or found[4] or ":"
+    if port == ":":
         return name, None
-    # What is no port is the port of nobody.
-    return name, int(rest[1:]) if re.fullmatch(r":[0-9]{1,5}", rest) else -1
+    # -1 is no server's port: a malformed entry matches nothing.
+    return name, int(port[1:]) if re.fullmatch(r":[0-9]{1,5}", port) else -1
 
 
 def printable(text: str) -> str:
-    """Nothing from the network may move a terminal's cursor or fill it."""
+    """Return at most 300 characters of a peer's text, none of which moves a cursor."""
     return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
 def connect_through(
-    sock: socket.socket,
-    proxy: Proxy,
-    endpoint: Endpoint,
-    deadline: float,
-    is_cancelled: Callable[[], bool],
+    sock: socket.socket, proxy: Proxy, endpoint: Endpoint, deadline: Deadline
 ) -> None:
-    """Ask the proxy for a way to the server (RFC 9110, 9.3.6)."""
+    """Ask the proxy for a way to the server (RFC 9110, 9.3.6). Raises RelayError."""
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
     lines = [f"CONNECT {host}:{endpoint.port} HTTP/1.1", f"Host: {host}:{endpoint.port}"]
     if proxy.authorization:
@@ -2987,12 +3048,12 @@ def connect_through(
     request = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii", "replace")
     head = b""
     try:
-        wait_until(sock, deadline, is_cancelled, write=True, what=what)
-        sock.send(request)  # Fits into an empty send buffer whole.
-        while b"\r\n\r\n" not in head:
-            wait_until(sock, deadline, is_cancelled, write=False, what=what)
-            # One byte at a time past the end would eat the server's first bytes.
-            piece = sock.recv(_head_step(head))
+        deadline.wait_ready(sock, write=True, what=what)
+        sock.send(request)  # An empty send buffer takes the whole request.
+        while not head.endswith(b"\r\n\r\n"):
+            deadline.wait_ready(sock, write=False, what=what)
+            # One byte at a time: the server's own bytes follow the head.
+            piece = sock.recv(1)
             if not piece or len(head) > _MAX_HEAD_BYTES:
                 raise RelayError("proxy_failed", f"{what} ended the connection")
             head += piece
@@ -3004,35 +3065,24 @@ def connect_through(
         raise RelayError("proxy_failed", f"{what} answered {said} to CONNECT {host}")
 
 
-def _head_step(head: bytes) -> int:
-    """Return how many bytes can be read without passing the blank line at the end."""
-    for have in (3, 2, 1):
-        if head.endswith(b"\r\n\r\n"[:have]):
-            return 4 - have
-    return 4
-
-
 # --- http_network_relay/dial/connect.py -----------------------------------------------------------
 # Dials: names, staggered addresses, HTTP CONNECT proxies and TLS, under one deadline.
-#
-# websocket-client's own connect is not used: it has a timeout for each read, tries one
-# address, sends secrets to where a redirect points, and reads proxy settings loosely.
-# A deadline is a time of time.monotonic(), made once and passed down.
+# websocket-client's own connect is not used: its timeout is for one read, a dead first address
+# fails the dial, a redirect gets the secrets, and NO_PROXY is matched loosely.
 
 
 def dial_tcp(
     host: str,
     port: int,
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
+    deadline: Deadline,
     allows: Callable[[str], bool] = lambda _: True,
 ) -> socket.socket:
-    """Connect to the first address that answers; the socket comes back blocking.
+    """Return a blocking socket, connected to the first address that answers.
 
-    A new address is tried every 250 ms, or at once when one fails. `is_cancelled` is
-    asked as often. `allows` says of each address whether it may be dialled. Raises DialError.
+    Another address is tried every 250 ms, or at once when one fails. `allows` says whether an
+    address may be dialled. Raises DialError.
     """
-    found = resolve(host, port, deadline, is_cancelled)
+    found = resolve(host, port, deadline)
     infos = [info for info in found if allows(info[4][0])]
     if found and not infos:
         raise DialError("denied", f"the client does not dial {host}:{port}")
@@ -3041,7 +3091,7 @@ def dial_tcp(
     with selectors.DefaultSelector() as selector:
         try:
             while True:
-                check_going_on(f"{host}:{port} did not answer", deadline, is_cancelled)
+                deadline.check(f"{host}:{port} did not answer")
                 now = time.monotonic()
                 pending = len(selector.get_map())
                 if not infos and not pending:
@@ -3050,7 +3100,7 @@ def dial_tcp(
                     error = _begin(infos.pop(0), selector)
                     last, next_at = error or last, 0.0 if error else now + STAGGER_S
                     continue
-                for key, _ in selector.select(slice_s(deadline)):
+                for key, _ in selector.select(deadline.slice_s()):
                     sock: socket.socket = key.fileobj  # type: ignore[assignment]
                     selector.unregister(sock)
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -3065,7 +3115,7 @@ def dial_tcp(
 
 
 def _begin(info: Any, selector: selectors.BaseSelector) -> OSError | None:
-    """Start a connect; return why it could not even start."""
+    """Begin to connect, and register the socket; return the error of a failed beginning."""
     family, kind, protocol, _, address = info
     try:
         sock = socket.socket(family, kind, protocol)
@@ -3085,10 +3135,10 @@ def _begin(info: Any, selector: selectors.BaseSelector) -> OSError | None:
 
 def _set_options(sock: socket.socket) -> None:
     sock.setblocking(True)
-    # macOS refuses options on a socket that the peer has reset already; its first use tells.
+    # macOS refuses options on a socket that the peer has reset; the first read fails then.
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A host that vanished without a word ends its connection after about two minutes.
+        # A connection to a host that has vanished ends after about two minutes.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
             if hasattr(socket, name):
@@ -3109,25 +3159,26 @@ def dial_server(
     endpoint: Endpoint,
     context: ssl.SSLContext | None,
     environ: Mapping[str, str],
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
+    deadline: Deadline,
 ) -> socket.socket:
-    """Return a connected, non-blocking socket, TLS done if the URL says so."""
+    """Return a connected, non-blocking socket, after the TLS handshake if the URL asks for TLS.
+
+    Raises RelayError.
+    """
     proxy = proxy_for(endpoint, environ)
     host, port = (proxy.host, proxy.port) if proxy else (endpoint.host, endpoint.port)
     what = "the HTTP proxy" if proxy else "the server"
     try:
-        sock = dial_tcp(host, port, deadline, is_cancelled)
+        sock = dial_tcp(host, port, deadline)
     except DialError as exc:
         code = "proxy_failed" if proxy else "server_unreachable"
         raise RelayError(code, f"cannot reach {what}: {exc}") from exc
     try:
         sock.setblocking(False)
         if proxy:
-            connect_through(sock, proxy, endpoint, deadline, is_cancelled)
+            connect_through(sock, proxy, endpoint, deadline)
         if endpoint.is_tls:
-            context = context or make_context(None)
-            sock = _start_tls(sock, endpoint, context, deadline, is_cancelled)
+            sock = _start_tls(sock, endpoint, context or make_context(None), deadline)
     except BaseException:
         sock.close()
         raise
@@ -3135,7 +3186,7 @@ def dial_server(
 
 
 def make_context(ca_file: str | None) -> ssl.SSLContext:
-    """Return a context that verifies, always; `ca_file` adds a private CA."""
+    """Return a context that always verifies; `ca_file` adds a private CA. Raises RelayError."""
     context = ssl.create_default_context()
     if ca_file is not None:
         try:
@@ -3147,10 +3198,9 @@ def make_context(ca_file: str | None) -> ssl.SSLContext:
 
 
 def source_address(peer: Any) -> str | None:
-    """Return the address from which this machine reaches `peer` now; None: not at all.
+    """Return the local address of the route to `peer`, a getpeername(); None without a route.
 
-    `peer` is as of getpeername(). No packet is sent and nothing waits: the kernel looks
-    into its routes.
+    No packet is sent, and nothing waits: the kernel looks into its routes.
     """
     family = socket.AF_INET if len(peer) == 2 else socket.AF_INET6
     try:
@@ -3162,16 +3212,13 @@ def source_address(peer: Any) -> str | None:
 
 
 def _start_tls(
-    sock: socket.socket,
-    endpoint: Endpoint,
-    context: ssl.SSLContext,
-    deadline: float,
-    is_cancelled: Callable[[], bool],
+    sock: socket.socket, endpoint: Endpoint, context: ssl.SSLContext, deadline: Deadline
 ) -> ssl.SSLSocket:
     what = f"TLS with {endpoint.host}:{endpoint.port}"
     tls: socket.socket = sock
     try:
-        sock.getpeername()  # Wrapping fails too if the peer has reset it, but leaves its mess.
+        # After a reset, wrap_socket() fails too, but leaves a socket open.
+        sock.getpeername()
         tls = context.wrap_socket(
             sock, server_hostname=endpoint.host, do_handshake_on_connect=False
         )
@@ -3179,9 +3226,9 @@ def _start_tls(
             try:
                 tls.do_handshake()
             except ssl.SSLWantReadError:
-                wait_until(tls, deadline, is_cancelled, write=False, what=what)
+                deadline.wait_ready(tls, write=False, what=what)
             except ssl.SSLWantWriteError:
-                wait_until(tls, deadline, is_cancelled, write=True, what=what)
+                deadline.wait_ready(tls, write=True, what=what)
             else:
                 return tls
     except ssl.SSLCertVerificationError as exc:
@@ -3191,7 +3238,8 @@ def _start_tls(
             f"the certificate of {endpoint.host} is not trusted ({exc.verify_message});"
             " a private CA is added with --ca-file",
         ) from exc
-    except (OSError, ValueError) as exc:  # ValueError: a name that cannot be in a certificate.
+    # ValueError: a name that no certificate can have.
+    except (OSError, ValueError) as exc:
         tls.close()
         reason = getattr(exc, "strerror", None) or exc
         raise RelayError("tls_failed", f"{what} failed: {reason}; check --server-url") from exc
@@ -3202,7 +3250,6 @@ def _start_tls(
 
 # --- http_network_relay/dial/connection.py --------------------------------------------------------
 # One leg of a client or a proxy command: a WebSocket over websocket-client.
-#
 # The library makes the handshake and reads frames. Its recv() and send() are not used:
 # they answer pings under the send lock, follow redirects with secrets, and bound neither
 # time nor size. Threads: one reader calls receive(), the writer thread drains the outbox,
@@ -3217,9 +3264,6 @@ _AFTER_SLEEP_S = 3.0
 # How often to look whether the way to the server goes out by another address.
 _LOOK_S = 2.0
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
-_OP_CONTINUATION = 0x0
-# RFC 6455, 5.5; the library does not look.
-_MAX_PING_BYTES = 125
 # A `Retry-After` counts up to here: a typo must not park a client for years.
 _MAX_RETRY_AFTER_S = 300.0
 
@@ -3254,15 +3298,9 @@ class _HandshakeSocket:
     of a refusal can be read with every version of the library.
     """
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        deadline: float,
-        is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
         self._sock = sock
         self._deadline = deadline
-        self._is_cancelled = is_cancelled
         self._taken = 0
         self.buffer = b""
 
@@ -3281,7 +3319,7 @@ class _HandshakeSocket:
                 # Small: the library takes it byte by byte, and each takes the rest along.
                 self.buffer = self._sock.recv(4096)
             except (BlockingIOError, ssl.SSLWantReadError):
-                self._wait(write=False)
+                self._deadline.wait_ready(self._sock, write=False, what="the server")
             else:
                 if not self.buffer:
                     return b""
@@ -3296,11 +3334,7 @@ class _HandshakeSocket:
             try:
                 return self._sock.send(data)
             except (BlockingIOError, ssl.SSLWantWriteError):
-                self._wait(write=True)
-
-    def _wait(self, *, write: bool) -> None:
-        what = "the server"
-        wait_until(self._sock, self._deadline, self._is_cancelled, write=write, what=what)
+                self._deadline.wait_ready(self._sock, write=True, what="the server")
 
 
 def connect(
@@ -3314,9 +3348,9 @@ def connect(
 ) -> Connection:
     """Dial, upgrade and return the leg; raises RelayError, within 20 s."""
     library = websocket_client()
-    deadline = time.monotonic() + DIAL_SERVER_S
-    sock = dial_server(endpoint, context, environ, deadline, is_cancelled)
-    shim = _HandshakeSocket(sock, deadline, is_cancelled)
+    deadline = Deadline(DIAL_SERVER_S, is_cancelled)
+    sock = dial_server(endpoint, context, environ, deadline)
+    shim = _HandshakeSocket(sock, deadline)
     # Nobody on the way can read what is masked; so it need not be, if the server agrees.
     is_here = endpoint.is_loopback and _far_peer(sock) is None  # And by no proxy elsewhere.
     asks_for_zero = endpoint.is_tls or is_here
@@ -3461,18 +3495,15 @@ class Connection:
         ping_interval_s: float,
         make_key: Callable[[], bytes] = _random_key,
     ) -> None:
-        self.outbox = SendQueue()
+        self.outbox = FrameSender(make_key)
         self._library = library
         self._duplex = DuplexSocket(sock)
-        self._outlet = FrameSender(self.outbox, self._duplex, self.abort, make_key)
         self._reader = FrameReader(self._duplex, begun, is_masked=False)
         self._frames = library.frame_buffer(None, True)
         # The library reads by this one method; ours bounds a frame.
         self._frames.recv_strict = self._read_exactly
-        self._parts = bytearray()  # Of a message in fragments.
-        self._parts_opcode = 0
+        self._messages = MessageReader(self._reader, self.outbox, self._read_odd)
         self._writer: threading.Thread | None = None
-        self._says_goodbye = False  # A close waits in the outbox, or was sent.
         self._ping_interval_s = ping_interval_s
         # The timer's own.
         self._ping_at = time.monotonic() + ping_interval_s
@@ -3488,63 +3519,23 @@ class Connection:
 
     def start(self, name: str) -> None:
         """Start the writer thread; stop() joins it."""
+        self.outbox.start(self._duplex)
         writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
         writer.start()  # May fail on a machine out of threads; stop() joins what runs.
         self._writer = writer
-        self._outlet.start()
 
     # The reader.
 
     def receive(self, on_pause: Callable[[], None] | None = None) -> tuple[int, Any]:
-        """Wait for the next message: (OP_TEXT or OP_BINARY, payload), or (OP_CLOSE, code).
+        """As MessageReader.receive()."""
+        return self._messages.receive(on_pause)
 
-        A lost connection is a close without a code (1006). Calls `on_pause`, if given, when
-        nothing comes for PAUSE_S. Raises LegError.
-        """
-        while True:
-            try:
-                opcode, payload, is_last = self._next_frame(on_pause)
-            except (OSError, EOFError):
-                return OP_CLOSE, 1006
-            except self._library.WebSocketException as exc:
-                raise LegError(f"bad frame from the server: {exc}") from exc
-            if opcode == OP_PING:
-                if len(payload) > _MAX_PING_BYTES:
-                    raise LegError("a ping is too long")
-                self.outbox.put_leg("pong", Frame(OP_PONG, b"", payload))
-                self.outbox.push()
-            elif opcode == OP_CLOSE:
-                self._says_goodbye = True
-                self.outbox.close(Frame(OP_CLOSE, b"", payload[:2]), flush=False)
-                return OP_CLOSE, int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
-            elif opcode != OP_PONG:
-                message = self._assemble(opcode, payload, is_last=is_last)
-                if message is not None:
-                    return message
-
-    def _next_frame(self, on_pause: Callable[[], None] | None) -> tuple[int, Any, bool]:
-        taken = self._reader.read_message(on_pause)
-        if taken is not None:
-            return *taken, True
-        frame = self._frames.recv_frame()
+    def _read_odd(self) -> tuple[int, Any, bool]:
+        try:
+            frame = self._frames.recv_frame()
+        except self._library.WebSocketException as exc:
+            raise LegError(f"bad frame from the server: {exc}") from exc
         return frame.opcode, frame.data, bool(frame.fin)
-
-    def _assemble(self, opcode: int, payload: Any, *, is_last: bool) -> tuple[int, Any] | None:
-        """Put fragments together; some proxies make them."""
-        if (opcode == _OP_CONTINUATION) != bool(self._parts_opcode):
-            raise LegError("a fragment out of place")
-        if opcode != _OP_CONTINUATION:
-            if is_last:
-                return opcode, payload
-            self._parts_opcode = opcode
-        self._parts += payload
-        if len(self._parts) > MAX_MESSAGE_BYTES:
-            raise LegError("a message is too long", CLOSE_TOO_BIG)
-        if not is_last:
-            return None
-        message = (self._parts_opcode, bytes(self._parts))
-        self._parts, self._parts_opcode = bytearray(), 0
-        return message
 
     def _read_exactly(self, size: int) -> bytes:
         if size > MAX_MESSAGE_BYTES:
@@ -3561,7 +3552,7 @@ class Connection:
 
     def _write(self) -> None:
         try:
-            self._outlet.run()
+            self.outbox.run()
         except OSError:
             # The reader sees the same loss and tells.
             self.abort()
@@ -3619,7 +3610,6 @@ class Connection:
         The caller wakes the timer, whose clock it is.
         """
         payload = struct.pack("!H", code) + reason.encode("ascii", "replace")[:120]
-        self._says_goodbye = True
         self._abort_at = min(self._abort_at, time.monotonic() + FLUSH_S)
         self.outbox.close(Frame(OP_CLOSE, b"", payload), flush=flush)
 
@@ -3629,44 +3619,43 @@ class Connection:
 
     def stop(self) -> None:
         """End the writer, join it and free the socket. By the reader, or after it ended."""
-        if self._writer is not None and self._says_goodbye:
+        if self._writer is not None and self.outbox.is_closing:
             # So that the peer reads why. The writer ends by itself behind the close.
             self._writer.join(FLUSH_S)
-        self.outbox.stop()
         self.abort()
+        self.outbox.stop()
         if self._writer is not None:
             self._writer.join()
-        self._outlet.stop()
         self._duplex.close()
 
 
 # --- http_network_relay/dial/backoff.py -----------------------------------------------------------
-# How long to wait before the next try: exponential backoff with full jitter.
+# The wait before the next try: exponential backoff with full jitter.
 
 _FIRST_S = 0.2
-# A leg that held less, and carried nothing, was no leg.
-_SHORTEST_HELD_S = 1.0
+# A leg that lasted less, and carried nothing, counts as a failed try.
+_SHORTEST_LEG_S = 1.0
 
 
 def uniform(low: float, high: float) -> float:
-    """Draw from low..high, as random.uniform(): to import that takes a start a millisecond."""
+    """Draw from low..high. Not random.uniform(), whose import costs a start 1 ms."""
     return low + (high - low) * int.from_bytes(os.urandom(7), "big") / 2**56
 
 
 class Backoff:
-    """The first retry is immediate; then uniform in 0..b, b doubling from 0.2 s to `cap_s`."""
+    """The first wait is 0 s, each later one uniform in 0..b; b doubles from 0.2 s to `cap_s`."""
 
     def __init__(self, cap_s: float, draw: Callable[[float, float], float] = uniform) -> None:
         self._cap_s = cap_s
         self._draw = draw
         self._tries = 0
 
-    def held(self, seconds: float, *, was_used: bool = False) -> None:
-        """Note how long a leg held, and whether it carried anything for a tunnel.
+    def lasted(self, seconds: float, *, was_used: bool = False) -> None:
+        """Note for how long a leg lasted, and whether the leg carried anything for a tunnel.
 
-        The waits start anew after one that was of use, or held for twice the last b.
+        The waits begin anew after a leg that was used, or that lasted for twice the last b.
         """
-        if was_used or seconds >= max(_SHORTEST_HELD_S, 2 * self._bound_s()):
+        if was_used or seconds >= max(_SHORTEST_LEG_S, 2 * self._bound_s()):
             self._tries = 0
 
     def next_s(self) -> float:
@@ -3677,7 +3666,7 @@ class Backoff:
     def _bound_s(self) -> float:
         if self._tries <= 1:
             return 0.0
-        # min() before the power: after a year of tries it would be a huge number.
+        # min() before the power, which a year of tries would make a huge number.
         return min(self._cap_s, _FIRST_S * 2.0 ** min(self._tries - 2, 16))
 
 
@@ -4154,7 +4143,7 @@ class Session:
         self._answer_by = float("inf")
         self._no_answer = RelayError("open_timeout", "")
         # One tunnel: the end, its link on the present leg, and what `resume` repeats.
-        self._channel = Channel(SendQueue())
+        self._channel = Channel(FrameSender())
         self._end = UserEnd(self._channel, settings.max_window_bytes)
         self._opening: Open | None = None
         self._attempt = 0
@@ -4295,7 +4284,7 @@ class Session:
             self._read(connection)
             self._leave(connection)
             if not end.is_over:
-                backoff.held(time.monotonic() - begun, was_used=end.counts != counts)
+                backoff.lasted(time.monotonic() - begun, was_used=end.counts != counts)
                 self._come_back(backoff)
         pumps.wake()  # A tunnel that expires tells nobody.
         # What came before the end may still be handed on, for a second.

@@ -23,7 +23,7 @@ from http_network_relay.wire.codes import (
 from http_network_relay.wire.constants import INSTANCE_HEADER
 from http_network_relay.wire.errors import RelayError
 
-# The longest wait between two tries; also after what a new try does not mend.
+# The longest wait between two tries; also after what a new try does not help.
 CAP_S = 30.0
 # After `going_away` the server is back within seconds: so often, so long (wire, "Resume").
 _RESTART_RETRY_S = (0.1, 0.3)
@@ -177,12 +177,12 @@ class Agent:
             if time.monotonic() < self._restart_until:
                 return self._draw(*_RESTART_RETRY_S)
             return max(self._backoff.next_s(), exc.retry_after_s or 0.0)
-        # Nobody is there to restart us, and the operator may mend it.
+        # Nobody is there to restart us, and the operator may correct it.
         log.error("connect refused reason=%s, next try in %d s: %s", exc.code, CAP_S, exc)
         return CAP_S
 
     def _note_leg(self, run: _Run) -> None:
-        self._backoff.held(time.monotonic() - run.begun, was_used=run.leg.was_used)
+        self._backoff.lasted(time.monotonic() - run.begun, was_used=run.leg.was_used)
 
     # A leg's reader.
 

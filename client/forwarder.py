@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from http_network_relay.dial.connect import dial_tcp
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.end.channel import Channel
 from http_network_relay.end.client_end import ClientEnd
 from http_network_relay.end.read_coalescer import ReadCoalescer
@@ -106,7 +107,7 @@ class Forwarder:
 
     def _dial(self) -> socket.socket | None:
         host, port = self._opening.host, self._opening.port
-        deadline = time.monotonic() + DIAL_TARGET_S
+        deadline = Deadline(DIAL_TARGET_S, lambda: self.end.is_over)
         try:
             # What the resolver would take for an address, and the rules for a name.
             asked = canonical_host(host)
@@ -115,7 +116,7 @@ class Forwarder:
             self._refuse(RelayError("target_invalid", str(exc)))
             return None
         try:
-            sock = dial_tcp(host, port, deadline, lambda: self.end.is_over, self._filter(asked))
+            sock = dial_tcp(host, port, deadline, self._filter(asked))
         except DialError as exc:
             if exc.kind in _REFUSED_CODES:
                 log.info("tunnel refused %s reason=%s: %s", self.about, exc.kind, exc)

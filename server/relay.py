@@ -93,7 +93,7 @@ class Relay:
         if not self._has_complained:
             self._has_complained = True
             _log.error(
-                "websockets are refused code=wrong_worker mend='run gunicorn in the project's "
+                "websockets are refused code=wrong_worker fix='run gunicorn in the project's "
                 "root, where it reads gunicorn.conf.py, without -k and -c; or python -m server'"
             )
         raise Refused("wrong_worker", "the relay runs under the wrong gunicorn worker class")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import takes_turn
 from http_network_relay.wire.constants import OP_TEXT
 from http_network_relay.wire.controls import (
@@ -24,7 +25,7 @@ class Channel:
     A user leg has one channel, with `channel_id` 0. Any thread; every put_... only queues.
     """
 
-    def __init__(self, outbox: SendQueue, channel_id: int = 0) -> None:
+    def __init__(self, outbox: FrameSender, channel_id: int = 0) -> None:
         self.outbox = outbox
         self.channel_id = channel_id
         self._head = encode_channel(channel_id) if channel_id else b""

@@ -13,7 +13,7 @@ from http_network_relay.dial.connection import Connection, connect
 from http_network_relay.end.channel import Channel
 from http_network_relay.end.stream import Position
 from http_network_relay.end.user_end import UserEnd
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.proxy_command.messages import complain
 from http_network_relay.proxy_command.next_leg import RESTART_RETRY_S, RESTART_S, NextLeg
 from http_network_relay.proxy_command.pumps import Pumps
@@ -70,7 +70,7 @@ class Session:
         self._answer_by = float("inf")
         self._no_answer = RelayError("open_timeout", "")
         # One tunnel: the end, its link on the present leg, and what `resume` repeats.
-        self._channel = Channel(SendQueue())
+        self._channel = Channel(FrameSender())
         self._end = UserEnd(self._channel, settings.max_window_bytes)
         self._opening: Open | None = None
         self._attempt = 0
@@ -211,7 +211,7 @@ class Session:
             self._read(connection)
             self._leave(connection)
             if not end.is_over:
-                backoff.held(time.monotonic() - begun, was_used=end.counts != counts)
+                backoff.lasted(time.monotonic() - begun, was_used=end.counts != counts)
                 self._come_back(backoff)
         pumps.wake()  # A tunnel that expires tells nobody.
         # What came before the end may still be handed on, for a second.

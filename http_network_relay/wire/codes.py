@@ -86,91 +86,58 @@ class Code(str, Enum):
     __str__ = str.__str__
     __format__ = str.__format__  # type: ignore[assignment]
 
+    # fmt: off
     # HTTP answers before the upgrade.
     BAD_REQUEST = _Row("bad_request", EXIT_SERVER, _S, http_status=400)
-    UNAUTHORIZED = _Row(
-        "unauthorized",
-        EXIT_UNAUTHORIZED,
-        _S,
-        "check the token (--secret-key-file) with the relay's operator",
-        http_status=401,
-    )
+    UNAUTHORIZED = _Row("unauthorized", EXIT_UNAUTHORIZED, _S,
+        "check the token (--secret-key-file) with the relay's operator", http_status=401)
     FORBIDDEN = _Row("forbidden", EXIT_UNAUTHORIZED, _S, http_status=403)
     NOT_FOUND = _Row("not_found", EXIT_SERVER, _S, "check --server-url", http_status=404)
     VERSION_UNSUPPORTED = _Row("version_unsupported", EXIT_SERVER, _S, http_status=426)
     HEAD_TIMEOUT = _Row("head_timeout", EXIT_SERVER, _S, is_retryable=True, http_status=408)
     # A client whose secret is wrong waits as long anyway.
-    TOO_MANY = _Row(
-        "too_many", EXIT_SERVER, _S, is_retryable=True, http_status=429, retry_after_s=30
-    )
+    TOO_MANY = _Row("too_many", EXIT_SERVER, _S, is_retryable=True, http_status=429,
+        retry_after_s=30)
     HEAD_TOO_LARGE = _Row("head_too_large", EXIT_SERVER, _S, http_status=431)
     WRONG_WORKER = _Row("wrong_worker", EXIT_SERVER, _S, http_status=500)
     # Legs last for hours, but a failing peer gives its slot back within seconds.
-    BUSY = _Row(
-        "busy", EXIT_SERVER, _SC, _AGAIN, is_retryable=True, http_status=503, retry_after_s=5
-    )
+    BUSY = _Row("busy", EXIT_SERVER, _SC, _AGAIN, is_retryable=True, http_status=503,
+        retry_after_s=5)
     # A rolling restart has the next worker listening already.
-    SERVER_RESTART = _Row(
-        "server_restart",
-        EXIT_SERVER,
-        _S,
-        _AGAIN,
-        is_retryable=True,
-        http_status=503,
-        retry_after_s=1,
-    )
+    SERVER_RESTART = _Row("server_restart", EXIT_SERVER, _S, _AGAIN, is_retryable=True,
+        http_status=503, retry_after_s=1)
     # `refused`
-    CLIENT_UNKNOWN = _Row(
-        "client_unknown", EXIT_CLIENT_OFFLINE, _S, "check the name with the relay's operator"
-    )
-    CLIENT_OFFLINE = _Row(
-        "client_offline",
-        EXIT_CLIENT_OFFLINE,
-        _S,
-        "is the device switched on and its client running?",
-        is_retryable=True,
-    )
+    CLIENT_UNKNOWN = _Row("client_unknown", EXIT_CLIENT_OFFLINE, _S,
+        "check the name with the relay's operator")
+    CLIENT_OFFLINE = _Row("client_offline", EXIT_CLIENT_OFFLINE, _S,
+        "is the device switched on and its client running?", is_retryable=True)
     USER_FULL = _Row("user_full", EXIT_SERVER, _S, is_retryable=True)
     CLIENT_FULL = _Row("client_full", EXIT_SERVER, _S, is_retryable=True)
     TOO_MANY_OPENS = _Row("too_many_opens", EXIT_SERVER, _S, is_retryable=True)
     NO_OPEN = _Row("no_open", EXIT_SERVER, _S, is_retryable=True)
     UNKNOWN_TUNNEL = _Row("unknown_tunnel", EXIT_TUNNEL_LOST, _C)
     DENIED = _Row("denied", EXIT_DENIED, _S, "ask the relay's operator for a rule that allows it")
-    DENIED_BY_CLIENT = _Row(
-        "denied_by_client",
-        EXIT_DENIED,
-        _C,
-        "ask the device's owner: its client was started with --allow",
-    )
+    DENIED_BY_CLIENT = _Row("denied_by_client", EXIT_DENIED, _C,
+        "ask the device's owner: its client was started with --allow")
     PROTOCOL_UNSUPPORTED = _Row("protocol_unsupported", EXIT_USAGE, _C)
     TARGET_INVALID = _Row("target_invalid", EXIT_USAGE, _SC)
-    TARGET_REFUSED = _Row(
-        "target_refused", EXIT_TARGET, _C, "does the service run there, on that port?"
-    )
-    TARGET_UNREACHABLE = _Row(
-        "target_unreachable", EXIT_TARGET, _C, "is the address right, as seen from the device?"
-    )
-    TARGET_TIMEOUT = _Row(
-        "target_timeout",
-        EXIT_TARGET,
-        _C,
-        "is the address right, as seen from the device, and no firewall between?",
-    )
-    TARGET_UNKNOWN = _Row(
-        "target_unknown", EXIT_TARGET, _C, "is the name right, as seen from the device?"
-    )
+    TARGET_REFUSED = _Row("target_refused", EXIT_TARGET, _C,
+        "does the service run there, on that port?")
+    TARGET_UNREACHABLE = _Row("target_unreachable", EXIT_TARGET, _C,
+        "is the address right, as seen from the device?")
+    TARGET_TIMEOUT = _Row("target_timeout", EXIT_TARGET, _C,
+        "is the address right, as seen from the device, and no firewall between?")
+    TARGET_UNKNOWN = _Row("target_unknown", EXIT_TARGET, _C,
+        "is the name right, as seen from the device?")
     # `reset` and `detached`
-    PROTOCOL_ERROR = _Row(
-        "protocol_error", EXIT_TUNNEL_LOST, _ALL, "upgrade the older one of the relay's programs"
-    )
+    PROTOCOL_ERROR = _Row("protocol_error", EXIT_TUNNEL_LOST, _ALL,
+        "upgrade the older one of the relay's programs")
     USER_GONE = _Row("user_gone", EXIT_TUNNEL_LOST, _SP, takes_turn=True)
-    TARGET_RESET = _Row(
-        "target_reset", EXIT_TUNNEL_LOST, _C, "the target's own log may say why", takes_turn=True
-    )
+    TARGET_RESET = _Row("target_reset", EXIT_TUNNEL_LOST, _C, "the target's own log may say why",
+        takes_turn=True)
     TARGET_LOST = _Row("target_lost", EXIT_TUNNEL_LOST, _C, "connect again when the target is back")
-    CLIENT_STOPPED = _Row(
-        "client_stopped", EXIT_TUNNEL_LOST, _C, "connect again when the client runs again"
-    )
+    CLIENT_STOPPED = _Row("client_stopped", EXIT_TUNNEL_LOST, _C,
+        "connect again when the client runs again")
     SUPERSEDED = _Row("superseded", EXIT_TUNNEL_LOST, _C)
     REVOKED = _Row("revoked", EXIT_UNAUTHORIZED, _S, "ask the relay's operator")
     IDLE_TIMEOUT = _Row("idle_timeout", EXIT_TUNNEL_LOST, _S)
@@ -182,28 +149,17 @@ class Code(str, Enum):
     INTERNAL_ERROR = _Row("internal_error", EXIT_TUNNEL_LOST, _CP, http_status=500)
     # Local codes, never on the wire.
     USAGE = _Row("usage", EXIT_USAGE)
-    SERVER_UNREACHABLE = _Row(
-        "server_unreachable",
-        EXIT_SERVER,
-        hint="check the network and --server-url",
-        is_retryable=True,
-    )
+    SERVER_UNREACHABLE = _Row("server_unreachable", EXIT_SERVER,
+        hint="check the network and --server-url", is_retryable=True)
     TLS_FAILED = _Row("tls_failed", EXIT_SERVER, is_retryable=True)
-    PROXY_FAILED = _Row(
-        "proxy_failed",
-        EXIT_SERVER,
-        hint="check the proxy settings (https_proxy, no_proxy)",
-        is_retryable=True,
-    )
+    PROXY_FAILED = _Row("proxy_failed", EXIT_SERVER,
+        hint="check the proxy settings (https_proxy, no_proxy)", is_retryable=True)
     NOT_A_RELAY = _Row("not_a_relay", EXIT_SERVER, is_retryable=True)
     SERVER_FAILED = _Row("server_failed", EXIT_SERVER, is_retryable=True)
     LEG_LOST = _Row("leg_lost", EXIT_TUNNEL_LOST, hint=_CONNECT, is_retryable=True)
-    OPEN_TIMEOUT = _Row(
-        "open_timeout",
-        EXIT_TARGET,
-        hint="try again; the log of the client on the device says more",
-        is_retryable=True,
-    )
+    OPEN_TIMEOUT = _Row("open_timeout", EXIT_TARGET,
+        hint="try again; the log of the client on the device says more", is_retryable=True)
+    # fmt: on
 
 
 def takes_turn(text: str) -> bool:

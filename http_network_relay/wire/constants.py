@@ -15,11 +15,14 @@ TUNNEL_HEADER = "HTTP-Network-Relay-Tunnel"
 MASK_HEADER = "HTTP-Network-Relay-Mask"
 MASK_ZERO = "zero"
 
+OP_CONTINUATION = 0x0
 OP_TEXT = 0x1
 OP_BINARY = 0x2
 OP_CLOSE = 0x8
 OP_PING = 0x9
 OP_PONG = 0xA
+# Of a ping or pong (RFC 6455, 5.5).
+MAX_PING_BYTES = 125
 
 # A data message: large enough to spread the cost of a frame, small enough that a
 # keystroke of another tunnel waits for one of them only some milliseconds.

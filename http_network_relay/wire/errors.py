@@ -6,7 +6,11 @@ of a newer peer need not be in the table of codes.py.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from http_network_relay.wire.codes import CLOSE_PROTOCOL_ERROR, EXIT_TUNNEL_LOST, Code, find_code
+
+DialFailure = Literal["refused", "unreachable", "timeout", "unknown", "denied", "cancelled"]
 
 
 class RelayError(Exception):
@@ -31,11 +35,11 @@ class RelayError(Exception):
         return row is not None and row.is_retryable
 
 
-class DialError(Exception):
-    """A TCP dial failed: `kind` is refused, unreachable, timeout, unknown, denied or cancelled."""
+class DialError(RelayError):
+    """A dial failed. The code is that of the way to the server; the client maps `kind`."""
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, kind: DialFailure, message: str) -> None:
+        super().__init__(Code.SERVER_UNREACHABLE, message)
         self.kind = kind
 
 

@@ -190,7 +190,7 @@ class Credentials:
             # Only for the log: the peer is told no more than with a wrong secret.
             _log.warning(
                 "login refused reason=expired %s=%s secret=%s expired=%s "
-                "mend='credentials rotate --expires'",
+                "fix='credentials rotate --expires'",
                 *(kind, entry.name, id_of(digest), entry.expires),
             )
             return None

@@ -22,7 +22,7 @@ class UnreadableError(ConfigError):
 
 
 def load_credentials(path: str, *, warn: bool = True) -> Credentials:
-    """Read the file. Raises ConfigError that names it, the line and the mend, never a secret.
+    """Read the file. Raises ConfigError that names it, the line and the fix, never a secret.
 
     `warn`: log what an operator may want to change (one of several readers does).
     """
@@ -52,5 +52,5 @@ def read_file(path: str, *, warn: bool = False) -> bytes:
     if len(content) > _MAX_FILE_BYTES:
         raise ConfigError(f"{path}: longer than {_MAX_FILE_BYTES} bytes; name the right file")
     if warn and mode & stat.S_IROTH:
-        _log.warning("credentials file is readable by others file=%s mend=chmod-600", path)
+        _log.warning("credentials file is readable by others file=%s fix=chmod-600", path)
     return content

@@ -1,6 +1,6 @@
 """What may stand in the credentials file (docs/access.md). No I/O.
 
-A content is in force as it stands or is refused whole, with the line and the mend: what
+A content is in force as it stands or is refused whole, with the line and the fix: what
 would have no effect is an error, never ignored. No message quotes a secret, nor a name whose value
 has the wrong shape: the secret may stand in the place of the name. The line tells which it is.
 `credentials.schema.json` beside this file says the same of the form, for editors.
@@ -161,8 +161,8 @@ class _Form:
                 # Not quoted: it may be a secret in the wrong place.
                 listed = ", ".join(f'"{each}"' for each in known)
                 self._fail(line, f"{nameless} has an unknown key; it may have {listed}")
-        mend = "list at least one, or remove the entry: nobody could log in"
-        secrets = self._list(nameless, node, "secrets", mend)
+        fix = "list at least one, or remove the entry: nobody could log in"
+        secrets = self._list(nameless, node, "secrets", fix)
         digests = []
         for number, each in enumerate(secrets, 1):
             place = f"secret number {number} of {about}"
@@ -170,10 +170,10 @@ class _Form:
         rules = self._rules(about, node) if "allow" in known else None
         return Entry(name, tuple(digests), rules, self._expires(about, node))
 
-    def _list(self, about: str, node: Node, key: str, mend: str) -> list[Node]:
+    def _list(self, about: str, node: Node, key: str, fix: str) -> list[Node]:
         found = node.value.get(key, Node([], node.line))
         if not isinstance(found.value, list) or not found.value:
-            self._fail(found.line, f'{about} has no list "{key}"; {mend}')
+            self._fail(found.line, f'{about} has no list "{key}"; {fix}')
         nodes: list[Node] = found.value
         return nodes
 

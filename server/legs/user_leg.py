@@ -27,9 +27,9 @@ from http_network_relay.wire.controls import (
     type_of,
 )
 from http_network_relay.wire.errors import Refused, TunnelError
-from server.legs.leg import RETRY_S, Helpers, Leg
+from server.legs.leg import RETRY_S, Helpers, Leg, Message
 from server.legs.pending_resumes import PendingResumes
-from server.legs.websocket import Connection, Message, close_frame
+from server.legs.websocket import Connection, close_frame
 from server.tunnels.tunnel import USER_CHANNEL, Tunnel
 
 # A user's end whose tunnel is over closes by itself, at once; this catches one that does not.

@@ -21,6 +21,7 @@ from http_network_relay.wire.errors import TunnelError
 from server.config import Config
 from server.limits.token_bucket import TokenBuckets
 from server.logs import ROOT_NAME
+from server.service_thread import ServiceThread
 from server.tunnels.flow_counters import FIRST_CREDIT_BYTES, FlowCounters
 
 _log = logging.getLogger(f"{ROOT_NAME}.pacer")
@@ -78,10 +79,11 @@ class _Meter:
     waiting: deque[_Entry] = field(default_factory=deque)
 
 
-class Pacer:
+class Pacer(ServiceThread):
     """The thread and its tables. What a tunnel does may be told by any thread."""
 
     def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__("pacer:tunnels")
         self._rate = config.bytes_per_s
         self._idle_timeout_s = config.idle_timeout_s
         self._max_age_s = config.max_age_s
@@ -92,7 +94,6 @@ class Pacer:
         self._notes: deque[tuple[str, Paced, str]] = deque()
         self._woken = threading.Event()
         self._is_stopped = False
-        self._thread = threading.Thread(target=self._run, name="pacer:tunnels")
         # The thread's own from here on.
         self._entries: dict[Paced, _Entry] = {}
         self._meters: dict[tuple[str, bool], _Meter] = {}
@@ -110,19 +111,12 @@ class Pacer:
         return bool(self._rate or self._idle_timeout_s or self._max_age_s)
 
     def start(self) -> None:
-        """Start the thread; in the worker process, after any fork."""
         if self.is_on:
-            self._thread.start()
+            super().start()
 
     def stop(self) -> None:
-        """Let the thread end."""
         self._is_stopped = True
         self._woken.set()
-
-    def join(self, timeout_s: float) -> None:
-        """Wait until it has ended."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
 
     def first_credit(self, user: str, is_up: bool, wanted: int) -> int:
         """Return how much of a tunnel's first credit it has at once. Any thread.

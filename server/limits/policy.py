@@ -71,7 +71,7 @@ class Policy:
         )
         self.audit.put("login_failed", kind=kind, name=name or None, address=address, reason=code)
         if is_over:
-            return Refused("too_many", "too many logins failed; wait, then mend the secret")
+            return Refused("too_many", "too many logins failed; wait, then correct the secret")
         return Refused("unauthorized", message)
 
     def leg_up(self, kind: str, name: str, address: str) -> None:

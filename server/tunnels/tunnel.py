@@ -13,7 +13,8 @@ import threading
 import time
 from typing import Protocol
 
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART, takes_turn
 from http_network_relay.wire.constants import FLUSH_S, MIN_WINDOW_BYTES, OP_TEXT
 from http_network_relay.wire.controls import (
@@ -51,7 +52,7 @@ _SUPERSEDED_FLUSH_S = 0.2
 class TunnelLeg(Protocol):
     """What a tunnel needs of its user leg."""
 
-    outbox: SendQueue
+    outbox: FrameSender
 
     def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
         """Close the leg after what is queued, hard after `flush_s`."""
@@ -63,7 +64,7 @@ class TunnelLeg(Protocol):
 class ChannelLeg(Protocol):
     """What a tunnel needs of its client leg."""
 
-    outbox: SendQueue
+    outbox: FrameSender
     channels: Channels[Tunnel]
     label: str
 
@@ -356,7 +357,7 @@ class Tunnel:
         control: Ack | Eof,
         sent: FlowCounters,
         taken: FlowCounters,
-        outbox: SendQueue,
+        outbox: FrameSender,
         channel: int,
     ) -> None:
         """An eof of the direction that the peer sends, or an ack of the other."""

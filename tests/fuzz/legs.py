@@ -122,7 +122,7 @@ class GoodUser:
             # On a slow machine the window is smaller than the largest of them.
             piece = data[sent : self._limit - self._moved]
             if piece:
-                self._transport.outbox.put_data(0, b"", piece)
+                self._transport.outbox.put_data_now(0, b"", piece)
                 self._transport.outbox.push()
                 sent += len(piece)
             else:

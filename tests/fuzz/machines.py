@@ -6,7 +6,6 @@ input makes them say, nearly right or wrong, and a good tunnel beside them must 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -14,7 +13,8 @@ from client.forwarder import Forwarder
 from client.leg import Leg
 from client.tunnel_table import TunnelTable
 from http_network_relay.end.state import EndState
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
 from http_network_relay.wire.controls import (
     FIELDS,
@@ -35,7 +35,7 @@ from server.relay import Relay
 from tests.fuzz.decoders import Decoder
 from tests.fuzz.source import IDS, Source, control
 from tests.support.controls import encode
-from tests.support.taking import TakingOutlet
+from tests.support.taking import drained
 
 USERS = ("token-good", "token-pest")
 _WINDOW = 2**18
@@ -163,12 +163,6 @@ class Pest:
         return control(source, kind, 0 if self._is_user else channel, known)
 
 
-def drained(outbox: Any) -> Iterator[Any]:
-    """Take all that waits in an outbox, the server's or the client's."""
-    while (frame := outbox.take(with_close=True)) is not None:
-        yield frame
-
-
 # The server.
 
 
@@ -179,9 +173,6 @@ class Clock:
 
     def __init__(self) -> None:
         self.is_aborted = False
-
-    def outlet(self, outbox: Any) -> TakingOutlet:
-        return TakingOutlet(outbox)
 
     def abort(self) -> None:
         self.is_aborted = True
@@ -362,7 +353,7 @@ class _Transport:
     """Takes the place of a client's transport: an outbox, and nothing comes."""
 
     def __init__(self) -> None:
-        self.outbox = SendQueue()
+        self.outbox = FrameSender()
 
     def close(self, code: int, reason: str = "", *, flush: bool = True) -> None:
         self.outbox.close(Frame(OP_CLOSE, b"", code.to_bytes(2, "big")), flush=flush)

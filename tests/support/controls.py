@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,11 +21,11 @@ def from_dict(fields: Mapping[str, Any], program: Any = None) -> Any:
 
 
 def encode(kind: str, channel: int = 0, **fields: Any) -> bytes:
-    """Return the JSON of the control of that type."""
-    text: bytes = load("package").encode_control(
-        from_dict({"type": kind, **fields, "channel": channel})
-    )
-    return text
+    """Return the JSON of the control of that type; a newer peer says more than its fields."""
+    program = load("package")
+    known = {k: v for k, v in fields.items() if k in program.TYPES[kind]._fields}
+    text: bytes = program.encode_control(from_dict({"type": kind, **known, "channel": channel}))
+    return json.dumps({**json.loads(text), **fields}).encode() if known != fields else text
 
 
 def as_dict(control: Any, program: Any = None) -> dict[str, Any]:

@@ -285,10 +285,9 @@ class Stream:
 @each("frames")
 def test_frame_is_made_as_the_vector_says(shared: Any, vector: dict[str, Any]) -> None:
     """Mask bit, key and payload, byte for byte."""
-    stream, outbox = Stream(), shared.SendQueue()
     key = None if vector["key"] is None else bytes.fromhex(vector["key"])
-    outlet = shared.FrameSender(outbox, stream, lambda: None, lambda: key)
-    outlet.start()
+    stream, outbox = Stream(), shared.FrameSender(lambda: key)
+    outbox.start(stream)
     payload = bytes.fromhex(vector["payload"])
     # However it is cut into head and payload.
     outbox.put_first(1, shared.Frame(vector["opcode"], payload[:4], payload[4:]))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import client.forwarder
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.leg.duplex_socket import wait_ready
 from http_network_relay.wire.constants import MIN_WINDOW_BYTES
 from http_network_relay.wire.errors import DialError, RelayError
@@ -504,7 +505,7 @@ def test_reset_during_the_dial_closes_the_late_socket(
     dialled, go_on = threading.Event(), threading.Event()
     real = client.forwarder.dial_tcp
 
-    def dial(host: str, port: int, deadline: float, *_: Any) -> socket.socket:
+    def dial(host: str, port: int, deadline: Deadline, *_: Any) -> socket.socket:
         sock = real(host, port, deadline)
         dialled.set()
         assert go_on.wait(5.0)

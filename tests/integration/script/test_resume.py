@@ -661,7 +661,7 @@ class Answering:
     """What Session needs of a transport; calls `hook` and then answers `resumed`."""
 
     def __init__(self, hook: Callable[[], Any] | None) -> None:
-        self.outbox = script.SendQueue()
+        self.outbox = script.FrameSender()
         self.gave_up = None
         self.closes: list[int] = []
         self._hook = hook
@@ -687,6 +687,7 @@ def detached_session(grace_s: float = 60.0) -> Any:
     session: Any = script.Session(script.read_settings(argv, {}))
     session._end = script.UserEnd(session._channel, WINDOW, session._on_change)
     session._end.on_open(WINDOW, grace_s)
+    session._opening = script.Open("lab-1", "127.0.0.1", 22, "tcp", "0" * 32, "", 0, 120)
     session._end.detach(session._channel, script.RelayError("leg_lost", "lost"))
     return session
 

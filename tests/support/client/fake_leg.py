@@ -11,7 +11,7 @@ from typing import Any
 from client.forwarder import Forwarder
 from client.leg import Leg
 from client.tunnel_table import TunnelTable
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.wire.constants import (
     DEFAULT_MAX_WINDOW_BYTES,
     MIN_WINDOW_BYTES,
@@ -30,7 +30,7 @@ class FakeTransport:
     """What Leg needs of a Transport: a real outbox, and messages from a queue."""
 
     def __init__(self) -> None:
-        self.outbox = SendQueue()
+        self.outbox = FrameSender()
         self.messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.closes: list[tuple[int, str, bool]] = []
         self.gave_up = None

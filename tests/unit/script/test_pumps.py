@@ -35,7 +35,7 @@ class Desk:
     def __init__(self, *, limit: int = WINDOW, grace_s: float = 0) -> None:
         self.stdin_r, self.stdin_w = os.pipe()
         self.stdout_r, self.stdout_w = os.pipe()
-        self.outbox = script.SendQueue()
+        self.outbox = script.FrameSender()
         self.pumps = script.Pumps()
         self.channel = script.Channel(self.outbox)
         self.end = script.UserEnd(self.channel, WINDOW, self.pumps.wake)

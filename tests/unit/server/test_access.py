@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import server.access.access
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.wire.constants import OP_CLOSE, OP_TEXT
 from http_network_relay.wire.errors import ConfigError, Refused
 from server.access.access import Access
@@ -26,11 +27,10 @@ from server.config import Config
 from server.legs.client_leg import ClientLeg
 from server.legs.leg import Leg
 from server.legs.user_leg import UserLeg
-from server.legs.websocket import ReadEnd
 from server.registry import Slot
 from server.relay import Relay
 from tests.support.controls import from_dict
-from tests.support.taking import TakingOutlet
+from tests.support.taking import FrameTaker
 from tests.support.waiting import eventually
 
 DAY = date(2026, 6, 1)
@@ -369,12 +369,12 @@ class Wire:
         self.written: list[Any] = []
         self._is_over = threading.Event()
 
-    def read(self, *_: Any) -> ReadEnd:
+    def receive(self) -> tuple[int, int]:
         self._is_over.wait(5)
-        return ReadEnd.LOST
+        return OP_CLOSE, ABNORMAL_CLOSURE
 
-    def outlet(self, outbox: SendQueue) -> TakingOutlet:
-        return TakingOutlet(outbox, self._write)
+    def start(self, _websocket: object, outbox: FrameSender) -> None:
+        outbox.start(FrameTaker(self._write))  # type: ignore[arg-type]
 
     def _write(self, frame: Any) -> None:
         payload = bytes(frame.payload)
@@ -392,6 +392,8 @@ class Wire:
 
     def abort(self) -> None:
         self._is_over.set()
+
+    stop = abort
 
 
 OPS = Login("user", "ops", digest_of("pu-ops"))

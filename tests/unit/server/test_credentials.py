@@ -243,7 +243,7 @@ def test_expired_login_is_refused_and_only_the_log_says_why(
         assert not caplog.records
         assert over.check_user("hush") is None
         assert not over.check_client("a", "hush")
-    assert [record.getMessage().split(" mend")[0] for record in caplog.records] == [
+    assert [record.getMessage().split(" fix")[0] for record in caplog.records] == [
         f"login refused reason=expired {kind}=a secret={hashed('hush')[7:15]} expired=2026-11-22"
         for kind in ("user", "client")
     ]

@@ -301,12 +301,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize(
-    ("line", "code", "mend"),
-    [(line, 1, mend) for line, mend in FAILS.items()]
-    + [(line, 2, mend) for line, mend in WRONG.items()],
+    ("line", "code", "fix"),
+    [(line, 1, fix) for line, fix in FAILS.items()]
+    + [(line, 2, fix) for line, fix in WRONG.items()],
 )
 def test_refusal_is_one_line_and_changes_nothing(
-    path: Path, run: Run, line: str, code: int, mend: str
+    path: Path, run: Run, line: str, code: int, fix: str
 ) -> None:
     """1: the file says no; 2: the command line is wrong."""
     content = {
@@ -318,7 +318,7 @@ def test_refusal_is_one_line_and_changes_nothing(
     found, out, err = run(*line.split())
 
     assert (found, out) == (code, "")
-    assert mend in err
+    assert fix in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert "hush" not in err

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from http_network_relay.end.stream import Ack, Stream
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.wire.constants import MIN_WINDOW_BYTES
 from server.config import Config
 from server.limits.pacer import Pacer
@@ -352,7 +352,7 @@ def test_limits_leave_in_order_when_two_threads_raise_them() -> None:
     limits: list[int] = []
     counted, raised = threading.Event(), threading.Event()
 
-    class SlowOutbox(SendQueue):
+    class SlowOutbox(FrameSender):
         def put_ack(self, channel: int, frame: Any) -> None:
             if not counted.is_set():
                 counted.set()

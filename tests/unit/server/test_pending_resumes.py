@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
 from http_network_relay.wire.constants import FLUSH_S, OP_CLOSE, OP_TEXT
 from http_network_relay.wire.controls import parse_control
@@ -19,9 +20,8 @@ from server.config import Config
 from server.legs import pending_resumes as held
 from server.legs.client_leg import ClientLeg
 from server.legs.user_leg import UserLeg
-from server.legs.websocket import ReadEnd
 from server.relay import Relay
-from tests.support.taking import TakingOutlet, take
+from tests.support.taking import queue_lock, take
 
 INTERVAL_S = 20.0
 INSTANCE = "a" * 32
@@ -49,13 +49,12 @@ class FakeTransport:
         self.heard_at = time.monotonic()
         self.aborted = threading.Event()
 
-    def read(self, websocket: Any, on_message: Callable[[str], None], outbox: SendQueue) -> ReadEnd:
-        del websocket, on_message, outbox
+    def receive(self) -> tuple[int, int]:
         self.aborted.wait()
-        return ReadEnd.LOST
+        return OP_CLOSE, ABNORMAL_CLOSURE
 
-    def outlet(self, outbox: SendQueue) -> TakingOutlet:
-        return TakingOutlet(outbox)
+    def start(self, _websocket: object, _outbox: FrameSender) -> None:
+        """Nobody sends: the tests take what waits."""
 
     def finish_sending(self) -> None:
         pass
@@ -65,6 +64,8 @@ class FakeTransport:
 
     def abort(self) -> None:
         self.aborted.set()
+
+    stop = abort
 
 
 # Whom the token lets in.
@@ -112,7 +113,7 @@ def _switching(request: pytest.FixtureRequest) -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-def taken(outbox: SendQueue) -> list[Any]:
+def taken(outbox: FrameSender) -> list[Any]:
     """What waits there: controls as objects, a close as its code."""
     frames: list[Any] = []
     while outbox.has_frames:
@@ -126,7 +127,7 @@ def taken(outbox: SendQueue) -> list[Any]:
     return frames
 
 
-def kinds(outbox: SendQueue) -> list[Any]:
+def kinds(outbox: FrameSender) -> list[Any]:
     return [m["type"] if isinstance(m, dict) else m for m in taken(outbox)]
 
 
@@ -247,7 +248,7 @@ def test_timer_does_not_wait_when_a_lock_is_taken(bench: Bench, name: str) -> No
     user = bench.user()
     say(user, RESUME)
     now = time.monotonic() + held.HELD_RESUME_S
-    with taken_lock(user._opening if name == "_opening" else user.outbox._ready):
+    with taken_lock(user._opening if name == "_opening" else queue_lock(user.outbox)):
         assert now < user.tick(now) < now + 0.1
     for _ in range(2):
         user.tick(now + 0.1)
@@ -335,7 +336,7 @@ def test_leg_is_refused_when_it_says_nothing(bench: Bench, name: str) -> None:
     first_s = Config().handshake_timeout_s
     assert begun + first_s - 1 < user.tick(begun) < begun + first_s + 1
     now = time.monotonic() + first_s
-    with taken_lock(user._opening if name == "_opening" else user.outbox._ready):
+    with taken_lock(user._opening if name == "_opening" else queue_lock(user.outbox)):
         assert now < user.tick(now) < now + 0.1
     user.tick(now + 0.1)
     say(user, {**RESUME, "type": "open"})

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
 from http_network_relay.wire.errors import Refused, TunnelError
 from server.tunnels.observer import TunnelObserver
@@ -539,7 +540,7 @@ def test_record_is_told_before_an_end_can_know(
     """Whoever is told may come back at once: the audit log has the lines in order even then."""
     told: list[str] = []
 
-    class NotingOutbox(SendQueue):
+    class NotingOutbox(FrameSender):
         def __init__(self, name: str) -> None:
             super().__init__()
             self.name = name

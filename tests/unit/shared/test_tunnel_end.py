@@ -19,7 +19,7 @@ from http_network_relay.end.channel import Channel
 from http_network_relay.end.client_end import ClientEnd
 from http_network_relay.end.stream import Ack, Position
 from http_network_relay.end.user_end import UserEnd
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.wire.constants import MAX_DATA_BYTES, MIN_WINDOW_BYTES, OP_BINARY
 from http_network_relay.wire.errors import RelayError, TunnelError
 from tests.support.clock import Clock
@@ -52,13 +52,13 @@ def channel_id(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def outbox() -> SendQueue:
+def outbox() -> FrameSender:
     """Of the leg."""
-    return SendQueue()
+    return FrameSender()
 
 
 @pytest.fixture
-def channel(outbox: SendQueue, channel_id: int) -> Channel:
+def channel(outbox: FrameSender, channel_id: int) -> Channel:
     """The channel."""
     return Channel(outbox, channel_id)
 
@@ -71,7 +71,7 @@ def end(channel: Channel) -> ClientEnd:
     return made
 
 
-def sent(outbox: SendQueue) -> list[Any]:
+def sent(outbox: FrameSender) -> list[Any]:
     """What the leg would write now: bytes, or the control's dict."""
     frames = []
     while outbox.has_frames:
@@ -114,7 +114,7 @@ def test_message_before_open_is_a_tunnel_error(
 
 def test_open_that_comes_after_the_end_is_told() -> None:
     """The dial was too late: close the socket."""
-    end = ClientEnd(Channel(SendQueue(), 1), MIN_WINDOW_BYTES)
+    end = ClientEnd(Channel(FrameSender(), 1), MIN_WINDOW_BYTES)
     end.on_end(GONE)
     assert not end.on_open(100, 0)
     assert end.outbound.credit() == 0
@@ -124,7 +124,7 @@ def test_open_that_comes_after_the_end_is_told() -> None:
 
 
 def test_send_takes_credit_and_stands_in_the_outbox(
-    end: ClientEnd, outbox: SendQueue, channel_id: int
+    end: ClientEnd, outbox: FrameSender, channel_id: int
 ) -> None:
     """All of the window; the head names the channel."""
     assert end.outbound.credit() == 4 * MAX_DATA_BYTES
@@ -159,7 +159,7 @@ def test_producer_without_credit_is_woken(end: ClientEnd, channel: Channel, by: 
     assert results == [1000 if by == "ack" else 0]
 
 
-def test_nothing_is_sent_after_the_end(end: ClientEnd, outbox: SendQueue) -> None:
+def test_nothing_is_sent_after_the_end(end: ClientEnd, outbox: FrameSender) -> None:
     """A producer that was a moment late is silent, not an error."""
     end.on_end(LOST)
     end.outbound.send(b"late")
@@ -172,7 +172,7 @@ def test_nothing_is_sent_after_the_end(end: ClientEnd, outbox: SendQueue) -> Non
 
 
 def test_chunks_come_in_order_then_the_eof_then_nothing(
-    end: ClientEnd, channel: Channel, outbox: SendQueue
+    end: ClientEnd, channel: Channel, outbox: FrameSender
 ) -> None:
     """Small ones may have grown together; eof is b""."""
     end.inbound.on_data(channel, b"one")
@@ -269,12 +269,12 @@ class Target:
 
 
 def test_reader_hands_on_what_is_taken_at_once(
-    end: ClientEnd, channel: Channel, outbox: SendQueue
+    end: ClientEnd, channel: Channel, outbox: FrameSender
 ) -> None:
     """No thread is woken, and what is due is acked and pushed."""
     target = Target(end)
     pushes: list[bool] = []
-    outbox.push = lambda: pushes.append(outbox.has_frames)
+    outbox.push = lambda: pushes.append(outbox.has_frames)  # type: ignore[method-assign]
     end.inbound.on_data(channel, b"abc")
     assert (target.data, target.calls, end.counts[1]) == (b"abc", 1, 3)
     assert not end.inbound._queue
@@ -364,7 +364,7 @@ def test_consumer_waits_while_the_reader_hands_on(end: ClientEnd, channel: Chann
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_end_while_the_reader_hands_on_wakes_the_consumer(
-    end: ClientEnd, channel: Channel, outbox: SendQueue, count: int
+    end: ClientEnd, channel: Channel, outbox: FrameSender, count: int
 ) -> None:
     """What was not taken is handed on first, then it is over; nothing is said any more."""
     target = Target(end)
@@ -405,14 +405,14 @@ def test_eof_while_the_reader_hands_on_is_not_forgotten(end: ClientEnd, channel:
 
 
 def test_ack_goes_out_by_the_leg_that_came_while_the_reader_handed_on(
-    outbox: SendQueue, channel_id: int
+    outbox: FrameSender, channel_id: int
 ) -> None:
     """The old one is deaf; the new one must be pushed."""
-    old, new = Channel(SendQueue(), channel_id), Channel(outbox, channel_id)
+    old, new = Channel(FrameSender(), channel_id), Channel(outbox, channel_id)
     end = UserEnd(old, MIN_WINDOW_BYTES)
     end.on_open(MIN_WINDOW_BYTES, 60)
     pushes: list[bool] = []
-    outbox.push = lambda: pushes.append(outbox.has_frames)
+    outbox.push = lambda: pushes.append(outbox.has_frames)  # type: ignore[method-assign]
 
     def take(data: Any) -> int:
         assert end.detach(old, LOST)
@@ -458,7 +458,7 @@ def test_no_delivery_begins_or_goes_on_after_deliver_directly_none_returned() ->
     """Whenever the reader decided to deliver: the consumer closes its file next."""
     by_reader = 0
     for _ in range(200):
-        channel = Channel(SendQueue(), 1)
+        channel = Channel(FrameSender(), 1)
         end = ClientEnd(channel, MIN_WINDOW_BYTES)
         end.on_open(MIN_WINDOW_BYTES, 0)
         is_closed, late = threading.Event(), threading.Event()
@@ -491,7 +491,7 @@ def test_no_delivery_begins_or_goes_on_after_deliver_directly_none_returned() ->
 # Ends.
 
 
-def test_first_end_counts(end: ClientEnd, outbox: SendQueue) -> None:
+def test_first_end_counts(end: ClientEnd, outbox: FrameSender) -> None:
     """Its reason is the one of the log and the exit code; it is told once."""
     end.reset(RelayError("target_lost", "first"))
     end.reset(RelayError("protocol_error", "second"))
@@ -501,7 +501,7 @@ def test_first_end_counts(end: ClientEnd, outbox: SendQueue) -> None:
     assert [frame["message"] for frame in sent(outbox)] == ["first"]
 
 
-def test_end_that_came_is_not_answered(end: ClientEnd, outbox: SendQueue) -> None:
+def test_end_that_came_is_not_answered(end: ClientEnd, outbox: FrameSender) -> None:
     """A reset is final."""
     end.on_end(GONE)
     end.reset(LOST)
@@ -512,7 +512,7 @@ def test_end_that_came_is_not_answered(end: ClientEnd, outbox: SendQueue) -> Non
     ("code", "kept"), [("user_gone", True), ("target_reset", True), ("target_lost", False)]
 )
 def test_reset_comes_behind_the_data_or_instead_of_it(
-    end: ClientEnd, outbox: SendQueue, code: str, kept: bool
+    end: ClientEnd, outbox: FrameSender, code: str, kept: bool
 ) -> None:
     """Two resets are part of the conversation."""
     end.outbound.send(b"before")
@@ -531,7 +531,7 @@ def finish(end: ClientEnd, channel: Channel) -> None:
 
 
 def test_finished_tunnel_has_no_end_any_more(
-    end: ClientEnd, channel: Channel, outbox: SendQueue
+    end: ClientEnd, channel: Channel, outbox: FrameSender
 ) -> None:
     """A leg that is lost a moment later does not make a clean end unclean."""
     finish(end, channel)
@@ -544,7 +544,7 @@ def test_finished_tunnel_has_no_end_any_more(
 
 
 def test_tunnel_is_not_finished_before_its_last_ack_is_queued(
-    outbox: SendQueue, channel: Channel
+    outbox: FrameSender, channel: Channel
 ) -> None:
     """Who sees it finished closes the leg: that ack must stand before the close."""
     seen: list[bool] = []
@@ -571,7 +571,7 @@ def test_waiting_for_the_end_is_woken_by_it(end: ClientEnd, channel: Channel) ->
     assert not thread.is_alive()
 
 
-def test_change_is_told_without_the_lock(outbox: SendQueue) -> None:
+def test_change_is_told_without_the_lock(outbox: FrameSender) -> None:
     """Who is told may call back at once."""
     told: list[bool] = []
     end: ClientEnd
@@ -596,7 +596,7 @@ def test_change_is_told_without_the_lock(outbox: SendQueue) -> None:
     assert told == [False, True]
 
 
-def test_ack_wakes_nobody_who_has_credit(outbox: SendQueue) -> None:
+def test_ack_wakes_nobody_who_has_credit(outbox: FrameSender) -> None:
     """Most acks come to one who sends on."""
     told: list[int] = []
     end: ClientEnd
@@ -613,7 +613,9 @@ def test_ack_wakes_nobody_who_has_credit(outbox: SendQueue) -> None:
 # The consumer's failure.
 
 
-def test_consumer_that_fails_waits_for_the_producers_end(end: ClientEnd, outbox: SendQueue) -> None:
+def test_consumer_that_fails_waits_for_the_producers_end(
+    end: ClientEnd, outbox: FrameSender
+) -> None:
     """What the target still says is sent; then no eof but a reset is due."""
     end.fail_consumer(RelayError("target_reset", "x"))
     end.outbound.send(b"last words")
@@ -623,7 +625,7 @@ def test_consumer_that_fails_waits_for_the_producers_end(end: ClientEnd, outbox:
 
 
 def test_consumer_that_fails_after_our_eof_resets_at_once(
-    end: ClientEnd, outbox: SendQueue
+    end: ClientEnd, outbox: FrameSender
 ) -> None:
     """Nothing more can come from there."""
     assert end.outbound.send_eof()
@@ -646,7 +648,7 @@ def fast_switching() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fast_switching")
 def test_bytes_keep_their_order_whoever_hands_them_on(
-    end: ClientEnd, channel: Channel, outbox: SendQueue
+    end: ClientEnd, channel: Channel, outbox: FrameSender
 ) -> None:
     """Reader and consumer at once; the reader is given a part, all, nothing, or an error."""
     chances = random.Random(7)
@@ -695,7 +697,7 @@ def test_bytes_keep_their_order_whoever_hands_them_on(
 def test_two_ends_in_six_threads_carry_all_bytes_both_ways_and_finish() -> None:
     """Producer, consumer and reader at each end, under the smallest window."""
     sizes = (700_000, 300_000)
-    outboxes = (SendQueue(), SendQueue())
+    outboxes = (FrameSender(), FrameSender())
     channels = [Channel(outbox, 5) for outbox in outboxes]
     ends = [ClientEnd(channel, MIN_WINDOW_BYTES) for channel in channels]
     taken = [0, 0]

@@ -22,7 +22,7 @@ from http_network_relay.end.client_end import ClientEnd
 from http_network_relay.end.stream import Ack, Position
 from http_network_relay.end.tunnel_end import TunnelEnd
 from http_network_relay.end.user_end import UserEnd
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.wire.constants import MESSAGE_BYTES, MIN_WINDOW_BYTES, OP_BINARY
 from http_network_relay.wire.errors import RelayError, TunnelError
 from tests.support.clock import Clock
@@ -63,7 +63,7 @@ def fast_switching() -> Iterator[None]:
 
 
 def new_channel(channel_id: int = 1) -> Channel:
-    return Channel(SendQueue(), channel_id)
+    return Channel(FrameSender(), channel_id)
 
 
 @pytest.fixture
