@@ -1,6 +1,6 @@
-"""What the end-to-end tests share: reports of failures show the logs of the fixtures' programs."""
+"""What the end-to-end tests share: no coverage of programs, and their logs in reports."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -8,6 +8,17 @@ from tests.support import processes
 from tests.support.processes import Proc
 
 _LINES_SHOWN = 60
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _programs_not_measured() -> Iterator[None]:
+    """Start the programs without coverage, which counts the unit and integration tests alone.
+
+    A measured program also starts late, and these tests measure times.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

@@ -31,7 +31,7 @@ NAMES = st.text("abc", min_size=1, max_size=4)
 ASKED = st.lists(NAMES, min_size=1, max_size=2).map(".".join) | ADDRESSES
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None)
 @given(RULES, RULES, st.lists(st.tuples(NAMES, ASKED, st.integers(1, 4)), max_size=30))
 @example(AccessRule.parse("*:*:*"), AccessRule.parse("a:10.0.0.1:1"), [("a", "10.0.0.1", 1)])
 def test_all_that_is_allowed_is_allowed_by_a_rule_that_covers(
@@ -49,7 +49,7 @@ def test_all_that_is_allowed_is_allowed_by_a_rule_that_covers(
             assert wide.target.allows_address(host, port)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None)
 @given(st.lists(RULES, max_size=6))
 def test_covered_rule_is_found_when_there_is_one(rules: list[AccessRule]) -> None:
     """The same answer as that of comparing each with each."""
