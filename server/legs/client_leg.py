@@ -31,9 +31,11 @@ class ClientLeg(Leg):
         timer: Timer,
         sender: LegSender,
         budget_bytes: int,
+        tunnels_at_most: int,
     ) -> None:
+        """`tunnels_at_most` 0: as many as the budgets give."""
         super().__init__(transport, login, ping_interval_s, timer, sender)
-        self.channels: Channels[Tunnel] = Channels(budget_bytes)
+        self.channels: Channels[Tunnel] = Channels(budget_bytes, tunnels_at_most)
 
     def open(self, tunnel: Tunnel, max_window_bytes: int) -> None:
         """Give the tunnel a channel and queue its `open`. Raises TunnelRefused."""

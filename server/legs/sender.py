@@ -17,6 +17,7 @@ from collections import deque
 from typing import Protocol
 
 from server.logs import ROOT_NAME
+from server.service_thread import ServiceThread
 
 _log = logging.getLogger(f"{ROOT_NAME}.sender")
 
@@ -44,28 +45,28 @@ class Sending(Protocol):
         """Return the number of the leg's socket, which is open until finish() has returned."""
 
 
-class LegSender:
+class LegSender(ServiceThread):
     """Calls send_waiting() of each leg that has called, as often as it takes."""
 
     def __init__(self) -> None:
+        super().__init__("sender:legs")
         # Bounded by the legs: one that has called calls again only when that was served.
         self._calls: deque[tuple[Sending, threading.Event | None]] = deque()
         self._is_stopped = False
         # Whether the thread is about to wait in the selector: a call has to wake it then.
         self._is_idle = False
-        self._thread = threading.Thread(target=self._run, name="sender:legs")
         # The thread's own: legs that end, that wait for their socket, or for a moment.
         self._ending: dict[Sending, threading.Event] = {}
         self._full: set[Sending] = set()
         self._later: list[Sending] = []
 
     def start(self) -> None:
-        """Start the thread; in the process that has the legs, after any fork."""
+        """Start the thread. Call start() in the worker process: no two share the descriptors."""
         self._selector = selectors.DefaultSelector()
         self._wake_r, self._wake_w = socket.socketpair()
         self._wake_w.setblocking(False)
         self._selector.register(self._wake_r, selectors.EVENT_READ)
-        self._thread.start()
+        super().start()
 
     def call(self, leg: Sending) -> None:
         """Have the leg served. Any thread; never waits, takes no lock."""
@@ -87,11 +88,6 @@ class LegSender:
         """Let the thread end behind all calls; after the legs, which have nobody else."""
         self._is_stopped = True
         self._wake()
-
-    def join(self, timeout_s: float) -> None:
-        """Wait until it has ended."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
 
     def _wake(self) -> None:
         # The thread looks at the calls once more between setting this and its wait.
