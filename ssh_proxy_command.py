@@ -660,19 +660,18 @@ def is_secret(text: str) -> bool:
 
 # --- http_network_relay/leg/duplex_socket.py ------------------------------------------------------
 # One socket, TLS or plain, for one reading and one sending thread at once.
-# Who sends is the Outlet's matter. What is guarded here is TLS alone: `_tls_lock` is held for
-# one non-blocking read or write and never across a wait (rule 4 of the design). OpenSSL's
-# connection object must not be entered by two threads (CPython does not guard it), and nothing
-# seen from outside tells when it was.
+# FrameSender decides which thread sends. This class keeps two threads out of OpenSSL's object,
+# which CPython does not: `_tls_lock` is held for one non-blocking read or write, and never across
+# a wait. A race inside OpenSSL shows in no error.
 
 # The largest TLS record: a longer write would hold `_tls_lock` for several of them.
 _TLS_WRITE_BYTES = 16 * 1024
-# Linux and macOS: try, do not wait, whatever the socket's mode. 0: there is no such thing.
+# Linux and macOS: one call without waiting, whatever the socket's mode. 0: not available.
 DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
-# OpenSSL may want the other direction's event (a key update). The other thread may
-# take that event away, so such a wait is short and then tries again.
+# OpenSSL may wait for the other direction (a key update). The other thread may take
+# that event, so such a wait is short, and the call is tried again.
 _CROSS_WAIT_S = 0.05
-# So long without a byte: a stream that was under way has stopped, for now.
+# Without a byte for this long, a stream has paused.
 PAUSE_S = 0.002
 
 
@@ -695,7 +694,7 @@ class DuplexSocket:
         # Plain sockets block in the kernel, where two threads are safe.
         sock.settimeout(0.0 if self._is_tls else None)
         self._tls_lock = threading.Lock()  # Guards the OpenSSL object.
-        # Whether the last read took all that was there. The reader's own.
+        # Whether the last read emptied the kernel's buffer. The reader's own.
         self._is_drained = True
         # Whether OpenSSL has to read before the rest of send_now() can be written.
         self.wants_read = False
@@ -710,7 +709,7 @@ class DuplexSocket:
         if self._is_tls:
             data = self._recv_tls(size, on_pause)
         else:
-            # Before there is a buffer of `size`: an idle leg has none.
+            # Before the buffer of `size` is made: an idle leg has none.
             if on_pause is not None or self._is_drained:
                 self._wait_readable(on_pause)
             data = self._sock.recv(size)
@@ -733,7 +732,7 @@ class DuplexSocket:
 
     def _recv_tls(self, where: Any, on_pause: Callable[[], None] | None = None) -> Any:
         while True:
-            # Try first: bytes that OpenSSL has decrypted already are invisible to poll.
+            # Read before the wait: poll does not see bytes that OpenSSL has decrypted.
             try:
                 with self._tls_lock:
                     if isinstance(where, int):
@@ -756,7 +755,7 @@ class DuplexSocket:
         if not DONT_WAIT:
             return memoryview(header + payload)
         try:
-            # Without joining them: both cross as they are.
+            # In two parts: to join them would copy the payload.
             sent = self._sock.sendmsg((header, payload), (), DONT_WAIT)
         except BlockingIOError:
             sent = 0
@@ -775,7 +774,7 @@ class DuplexSocket:
     def _send_tls(self, view: memoryview, *, waits: bool) -> memoryview | None:
         while view:
             try:
-                # The very same slice after a Want*: OpenSSL insists on it.
+                # The same slice again after a Want*: OpenSSL requires it.
                 with self._tls_lock:
                     sent = self._sock.send(view[:_TLS_WRITE_BYTES])
             except (ssl.SSLWantWriteError, ssl.SSLWantReadError) as exc:
@@ -790,51 +789,49 @@ class DuplexSocket:
         return None
 
     def abort(self) -> None:
-        """Wake both threads for good: their next or present call ends or fails. Any thread."""
+        """Wake both threads: their present call and all later ones end or fail. Any thread."""
         with contextlib.suppress(OSError):  # Not connected any more: nothing waits.
-            # Not SSLSocket.shutdown(), which takes the object away under the threads.
+            # Not SSLSocket.shutdown(), which sets its object to None under the threads.
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Free the descriptor; only when neither thread can enter any more."""
+        """Free the descriptor. Both threads MUST have ended."""
         with contextlib.suppress(OSError):
             self._sock.close()
 
 
 # --- http_network_relay/leg/frame_reader.py -------------------------------------------------------
-# WebSocket frames (RFC 6455, 5.2) that are made and read without the library.
-# Whole messages go out with a header written by hand, and whole messages, pings and pongs are
-# taken off the leg here. All other frames are left to the library, as they came: closes,
-# fragments, and whatever breaks the rules.
+# Whole messages, pings and pongs of a leg, read without a library (RFC 6455, 5.2).
+# All other frames are left to the library, byte for byte: closes, fragments, and bad frames.
 
-# One read takes many small frames, or a large one as long as the last, or most of it; the rest
-# is read to where it stays. From 128 KiB on glibc would map memory for each read anew.
+# One read takes many small frames, or one large frame. The rest of a larger frame is read into
+# its own buffer. From 128 KiB on, glibc maps memory for each read anew.
 _READ_BYTES = 64 * 1024
 _LARGE_BYTES = _READ_BYTES // 2
-# The first byte of what is taken here -> its opcode and largest size.
+# First byte of a frame that is read here -> its opcode and largest size.
 _TAKEN = {
     FIN | OP_TEXT: (OP_TEXT, MAX_MESSAGE_BYTES),
     FIN | OP_BINARY: (OP_BINARY, MAX_MESSAGE_BYTES),
     FIN | OP_PING: (OP_PING, MAX_PING_BYTES),
     FIN | OP_PONG: (OP_PONG, MAX_PING_BYTES),
 }
-# What stands for a size of two or eight bytes: the least size that needs them, and how many.
+# Mark of a longer size -> the least size that needs the mark, and the bytes of the size.
 _LONG_SIZES = {126: (126, 2), 127: (2**16, 8)}
 # First bytes of frames that are whole messages, without an extension's bits.
 _WHOLE = frozenset(FIN | opcode for opcode in (OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG))
 
 
 class FrameReader:
-    """What comes in on a leg. The reader's thread alone uses it."""
+    """Reads the frames of one leg. The leg's reader alone uses it."""
 
     def __init__(self, duplex: DuplexSocket, begun: bytes = b"", *, is_masked: bool) -> None:
         self._duplex = duplex
         self._is_masked = is_masked
-        # Read, and not taken from `_at` on.
+        # Bytes that were read; those before `_at` were taken.
         self._ahead = begun
         self._at = 0
-        # What the next read asks for: after a large frame as much, so that another as long comes
-        # whole, and nothing of the one behind it.
+        # Size of the next read: after a large frame that frame's size, so that one read takes
+        # another frame of this size whole, and nothing behind it.
         self._read_bytes = _READ_BYTES
         # Bytes of an odd frame that the library has still to read; None: all that comes.
         self._odd_bytes: int | None = 0
@@ -842,13 +839,13 @@ class FrameReader:
     def read_message(
         self, on_pause: Callable[[], None] | None = None
     ) -> tuple[int, bytearray | memoryview] | None:
-        """Wait for a frame and take it, if it is a whole message, a ping or a pong.
+        """Wait for a frame, and take it if it is a whole message, a ping or a pong.
 
-        Return its opcode and payload; of a large message that is a view of what was read. None:
-        it is the library's, by read(), and so is the end of the stream. `on_pause`: as in
-        Duplex.recv. Raises OSError.
+        Returns: The opcode and the payload, for a large message a view. None: the caller MUST
+            read() this frame for the library, or the stream has ended.
+        Raises OSError. `on_pause`: as in DuplexSocket.recv.
         """
-        # In one piece: it runs for each message of each leg.
+        # One long method: it runs for each message of each leg.
         if self._odd_bytes != 0:
             return None
         if len(self._ahead) - self._at < 2 and not self._fill(2, on_pause):
@@ -867,7 +864,7 @@ class FrameReader:
             return None
         if count_bytes:
             size = int.from_bytes(self._ahead[self._at + 2 : self._at + 2 + count_bytes], "big")
-            if size < least:  # It would have fitted into a shorter form: an error.
+            if size < least:  # A shorter form has room for the size: an error.
                 self._odd_bytes = None
                 return None
         opcode, most = _TAKEN.get(first, (0, -1))
@@ -879,7 +876,7 @@ class FrameReader:
         key = self._ahead[self._at - 4 : self._at] if self._is_masked else ZERO_KEY
         is_large = size >= _LARGE_BYTES and opcode == OP_BINARY
         if is_large and key == ZERO_KEY and len(self._ahead) - self._at >= size:
-            # As it lies: what was read with it, and is kept as long, is no more than it.
+            # Without a copy: the view keeps alive at most as many other bytes.
             self._at += size
             return opcode, memoryview(self._ahead)[self._at - size : self._at]
         data = self._take(size)
@@ -891,7 +888,7 @@ class FrameReader:
         return opcode, data
 
     def read(self, size: int) -> bytes:
-        """As socket.recv, for the library: bytes of the frame that read_message() left."""
+        """Return bytes that read_message() left to the library; b"" at the end of the stream."""
         if not self._fill(1):
             return b""
         left = self._odd_bytes
@@ -904,7 +901,7 @@ class FrameReader:
     def _fill(self, size: int, on_pause: Callable[[], None] | None = None) -> bool:
         """Have `size` bytes ahead; False if the stream ends before."""
         while len(self._ahead) - self._at < size:
-            # Before the wait: what was taken is not kept by a leg that goes idle.
+            # Before the wait: a leg that becomes idle keeps no bytes that were taken.
             self._ahead, self._at = self._ahead[self._at :], 0
             data = self._duplex.recv(self._read_bytes, on_pause)
             if not data:
@@ -946,8 +943,8 @@ class Frame(NamedTuple):
 def append_merged(queue: deque[Any], data: Any, max_bytes: int = MAX_DATA_BYTES) -> None:
     """Append bytes, merged into a small last piece, of `max_bytes` at most.
 
-    Without it a peer that sends single bytes would make us keep a queue entry, some
-    hundred bytes, for each byte of its window.
+    Otherwise a peer that sends single bytes would cost a queue entry, some hundred bytes, for
+    each byte of its window.
     """
     if queue and len(queue[-1]) + len(data) <= max_bytes:
         last = queue[-1]
@@ -960,7 +957,7 @@ def append_merged(queue: deque[Any], data: Any, max_bytes: int = MAX_DATA_BYTES)
 
 
 class _Channel:
-    """Data and the end of one channel that wait for their turn."""
+    """Data and the end of one channel, which wait for their turn."""
 
     def __init__(self, head: bytes) -> None:
         self.head = head
@@ -972,7 +969,7 @@ class _Channel:
 class SendQueue:
     """A fast lane of fixed slots, then channels by turns, then the close. Any thread.
 
-    What each method does is said where others call it, in FrameSender.
+    FrameSender documents the methods of the same names.
     """
 
     def __init__(self) -> None:
@@ -1018,7 +1015,7 @@ class SendQueue:
     # Data, by turns.
 
     def put_data(self, channel: int, head: bytes, data: Any) -> None:
-        """Queue stream bytes; the caller has made sure that the window allows them."""
+        """Queue stream bytes. The window MUST allow them."""
         with self._lock:
             entry = self._channel_locked(channel, head)
             if entry is not None and not entry.last:
@@ -3431,10 +3428,10 @@ def refusal(endpoint: Endpoint, status: int, headers: Mapping[str, str], body: b
 
 # --- http_network_relay/dial/connection.py --------------------------------------------------------
 # One leg of a client or a proxy command: a WebSocket over websocket-client.
-# The library makes the handshake and reads frames. Its recv() and send() are not used:
-# they answer pings under the send lock, follow redirects with secrets, and bound neither
-# time nor size. Threads: one reader calls receive(), the writer thread drains the outbox,
-# the timer calls tick(); any thread may put into the outbox, close() or abort().
+# The library makes the handshake and reads odd frames. Its recv() and send() are not used: they
+# answer pings under the send lock, and bound neither time nor size. Threads: one reader calls
+# receive(), a writer runs the outbox, the timer calls tick(). Any thread may put into the outbox,
+# close() or abort().
 
 # The whole way from the name lookup to the 101.
 DIAL_SERVER_S = 20.0
@@ -3458,7 +3455,7 @@ def websocket_client() -> Any:
             "the Python module `websocket` here is another package of that name:"
             " `pip uninstall websocket`, then `pip install websocket-client`",
         )
-    # Debian 12's version takes 1012, with which a server restarts, for a broken frame.
+    # For Debian 12's version, a close with 1012 (the server restarts) is a bad frame.
     known = getattr(websocket._abnf, "VALID_CLOSE_STATUS", ())
     if CLOSE_RESTART not in known:
         websocket._abnf.VALID_CLOSE_STATUS = (*known, CLOSE_RESTART)
@@ -3468,8 +3465,8 @@ def websocket_client() -> Any:
 class _HandshakeSocket:
     """What the library gets as a socket: every call ends by one deadline.
 
-    Keeps what was read too far, and survives the library's close(), so that the body
-    of a refusal can be read with every version of the library.
+    Keeps the bytes that were read behind the head, and ignores the library's close(), so that
+    the body of a refusal can be read with every version of the library.
     """
 
     def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
@@ -3490,7 +3487,7 @@ class _HandshakeSocket:
     def recv(self, size: int) -> bytes:
         while not self.buffer:
             try:
-                # Small: the library takes it byte by byte, and each takes the rest along.
+                # Small: the library takes single bytes, and each call copies the rest.
                 self.buffer = self._sock.recv(4096)
             except (BlockingIOError, ssl.SSLWantReadError):
                 self._deadline.wait_ready(self._sock, write=False, what="the server")
@@ -3525,8 +3522,9 @@ def connect(
     deadline = Deadline(DIAL_SERVER_S, is_cancelled)
     sock = dial_server(endpoint, context, environ, deadline)
     shim = _HandshakeSocket(sock, deadline)
-    # Nobody on the way can read what is masked; so it need not be, if the server agrees.
-    is_here = endpoint.is_loopback and far_peer(sock) is None  # And by no proxy elsewhere.
+    # With TLS or on this machine nothing between the two ends reads the bytes: a mask of zero
+    # does, if the server agrees.
+    is_here = endpoint.is_loopback and far_peer(sock) is None  # No proxy on another machine.
     asks_for_zero = endpoint.is_tls or is_here
     if asks_for_zero:
         headers = [*headers, f"{MASK_HEADER}: {MASK_ZERO}"]
@@ -3585,8 +3583,8 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
             f"{where} ended the WebSocket handshake: {printable(exc.strerror or str(exc))}",
         ) from exc
     except Exception as exc:
-        # By what a server answers the library can be brought to raise nearly anything
-        # (IndexError, CookieError, ...); an unattended client must live on.
+        # Some answers make the library raise other errors (IndexError, CookieError, ...). An
+        # unattended client must go on.
         raise RelayError(
             "not_a_relay",
             f"{where} does not speak HTTP: {printable(repr(exc))}; check --server-url",
@@ -3627,12 +3625,12 @@ class Connection:
         self._duplex = DuplexSocket(sock)
         self._reader = FrameReader(self._duplex, begun, is_masked=False)
         self._frames = library.frame_buffer(None, True)
-        # The library reads by this one method; ours bounds a frame.
+        # The library reads by this method alone; ours bounds a frame.
         self._frames.recv_strict = self._read_exactly
         self._messages = MessageReader(self._reader, self.outbox, self._read_odd)
         self._writer: threading.Thread | None = None
         self._keepalive = Keepalive(self.outbox, self._duplex, far_peer(sock), ping_interval_s)
-        # Set by any thread, read by the timer: abort then. Plain assignments.
+        # When the timer aborts the leg. Any thread sets it; a float is read whole.
         self._abort_at = float("inf")
         # Why the leg was given up from here, if it was.
         self.gave_up: RelayError | None = None
@@ -3674,7 +3672,7 @@ class Connection:
         try:
             self.outbox.run()
         except OSError:
-            # The reader sees the same loss and tells.
+            # The reader sees the same loss, and reports it.
             self.abort()
 
     # The timer.
@@ -3692,7 +3690,7 @@ class Connection:
         return min(due_at, self._abort_at)
 
     def give_up(self, error: RelayError) -> None:
-        """End the leg for a reason that only this end knows."""
+        """Abort the leg for a reason that this end alone knows."""
         if self.gave_up is None:
             self.gave_up = error
         self.abort()
@@ -3700,22 +3698,22 @@ class Connection:
     # The end.
 
     def close(self, code: int, reason: str = "", *, flush: bool = True) -> None:
-        """Send a close behind what is queued; the leg is aborted a second later at the latest.
+        """Send a close behind what is queued; a second later the timer aborts the leg.
 
-        The caller wakes the timer, whose clock it is.
+        The caller MUST wake the timer.
         """
         payload = struct.pack("!H", code) + reason.encode("ascii", "replace")[:120]
         self._abort_at = min(self._abort_at, time.monotonic() + FLUSH_S)
         self.outbox.close(Frame(OP_CLOSE, b"", payload), flush=flush)
 
     def abort(self) -> None:
-        """End the leg now: reader and writer wake."""
+        """End the leg now: its reader and its writer wake."""
         self._duplex.abort()
 
     def stop(self) -> None:
-        """End the writer, join it and free the socket. By the reader, or after it ended."""
+        """End and join the writer, free the socket. The reader calls it, or has ended."""
         if self._writer is not None and self.outbox.is_closing:
-            # So that the peer reads why. The writer ends by itself behind the close.
+            # The peer is to read the close, behind which the writer ends.
             self._writer.join(FLUSH_S)
         self.abort()
         self.outbox.stop()

@@ -1,9 +1,9 @@
 """One leg of a client or a proxy command: a WebSocket over websocket-client.
 
-The library makes the handshake and reads frames. Its recv() and send() are not used:
-they answer pings under the send lock, follow redirects with secrets, and bound neither
-time nor size. Threads: one reader calls receive(), the writer thread drains the outbox,
-the timer calls tick(); any thread may put into the outbox, close() or abort().
+The library makes the handshake and reads odd frames. Its recv() and send() are not used: they
+answer pings under the send lock, and bound neither time nor size. Threads: one reader calls
+receive(), a writer runs the outbox, the timer calls tick(). Any thread may put into the outbox,
+close() or abort().
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def websocket_client() -> Any:
             "the Python module `websocket` here is another package of that name:"
             " `pip uninstall websocket`, then `pip install websocket-client`",
         )
-    # Debian 12's version takes 1012, with which a server restarts, for a broken frame.
+    # For Debian 12's version, a close with 1012 (the server restarts) is a bad frame.
     known = getattr(websocket._abnf, "VALID_CLOSE_STATUS", ())
     if CLOSE_RESTART not in known:
         websocket._abnf.VALID_CLOSE_STATUS = (*known, CLOSE_RESTART)
@@ -73,8 +73,8 @@ def websocket_client() -> Any:
 class _HandshakeSocket:
     """What the library gets as a socket: every call ends by one deadline.
 
-    Keeps what was read too far, and survives the library's close(), so that the body
-    of a refusal can be read with every version of the library.
+    Keeps the bytes that were read behind the head, and ignores the library's close(), so that
+    the body of a refusal can be read with every version of the library.
     """
 
     def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
@@ -95,7 +95,7 @@ class _HandshakeSocket:
     def recv(self, size: int) -> bytes:
         while not self.buffer:
             try:
-                # Small: the library takes it byte by byte, and each takes the rest along.
+                # Small: the library takes single bytes, and each call copies the rest.
                 self.buffer = self._sock.recv(4096)
             except (BlockingIOError, ssl.SSLWantReadError):
                 self._deadline.wait_ready(self._sock, write=False, what="the server")
@@ -130,8 +130,9 @@ def connect(
     deadline = Deadline(DIAL_SERVER_S, is_cancelled)
     sock = dial_server(endpoint, context, environ, deadline)
     shim = _HandshakeSocket(sock, deadline)
-    # Nobody on the way can read what is masked; so it need not be, if the server agrees.
-    is_here = endpoint.is_loopback and far_peer(sock) is None  # And by no proxy elsewhere.
+    # With TLS or on this machine nothing between the two ends reads the bytes: a mask of zero
+    # does, if the server agrees.
+    is_here = endpoint.is_loopback and far_peer(sock) is None  # No proxy on another machine.
     asks_for_zero = endpoint.is_tls or is_here
     if asks_for_zero:
         headers = [*headers, f"{MASK_HEADER}: {MASK_ZERO}"]
@@ -190,8 +191,8 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
             f"{where} ended the WebSocket handshake: {printable(exc.strerror or str(exc))}",
         ) from exc
     except Exception as exc:
-        # By what a server answers the library can be brought to raise nearly anything
-        # (IndexError, CookieError, ...); an unattended client must live on.
+        # Some answers make the library raise other errors (IndexError, CookieError, ...). An
+        # unattended client must go on.
         raise RelayError(
             "not_a_relay",
             f"{where} does not speak HTTP: {printable(repr(exc))}; check --server-url",
@@ -232,12 +233,12 @@ class Connection:
         self._duplex = DuplexSocket(sock)
         self._reader = FrameReader(self._duplex, begun, is_masked=False)
         self._frames = library.frame_buffer(None, True)
-        # The library reads by this one method; ours bounds a frame.
+        # The library reads by this method alone; ours bounds a frame.
         self._frames.recv_strict = self._read_exactly
         self._messages = MessageReader(self._reader, self.outbox, self._read_odd)
         self._writer: threading.Thread | None = None
         self._keepalive = Keepalive(self.outbox, self._duplex, far_peer(sock), ping_interval_s)
-        # Set by any thread, read by the timer: abort then. Plain assignments.
+        # When the timer aborts the leg. Any thread sets it; a float is read whole.
         self._abort_at = float("inf")
         # Why the leg was given up from here, if it was.
         self.gave_up: RelayError | None = None
@@ -279,7 +280,7 @@ class Connection:
         try:
             self.outbox.run()
         except OSError:
-            # The reader sees the same loss and tells.
+            # The reader sees the same loss, and reports it.
             self.abort()
 
     # The timer.
@@ -297,7 +298,7 @@ class Connection:
         return min(due_at, self._abort_at)
 
     def give_up(self, error: RelayError) -> None:
-        """End the leg for a reason that only this end knows."""
+        """Abort the leg for a reason that this end alone knows."""
         if self.gave_up is None:
             self.gave_up = error
         self.abort()
@@ -305,22 +306,22 @@ class Connection:
     # The end.
 
     def close(self, code: int, reason: str = "", *, flush: bool = True) -> None:
-        """Send a close behind what is queued; the leg is aborted a second later at the latest.
+        """Send a close behind what is queued; a second later the timer aborts the leg.
 
-        The caller wakes the timer, whose clock it is.
+        The caller MUST wake the timer.
         """
         payload = struct.pack("!H", code) + reason.encode("ascii", "replace")[:120]
         self._abort_at = min(self._abort_at, time.monotonic() + FLUSH_S)
         self.outbox.close(Frame(OP_CLOSE, b"", payload), flush=flush)
 
     def abort(self) -> None:
-        """End the leg now: reader and writer wake."""
+        """End the leg now: its reader and its writer wake."""
         self._duplex.abort()
 
     def stop(self) -> None:
-        """End the writer, join it and free the socket. By the reader, or after it ended."""
+        """End and join the writer, free the socket. The reader calls it, or has ended."""
         if self._writer is not None and self.outbox.is_closing:
-            # So that the peer reads why. The writer ends by itself behind the close.
+            # The peer is to read the close, behind which the writer ends.
             self._writer.join(FLUSH_S)
         self.abort()
         self.outbox.stop()

@@ -1,9 +1,8 @@
 """One socket, TLS or plain, for one reading and one sending thread at once.
 
-Who sends is the Outlet's matter. What is guarded here is TLS alone: `_tls_lock` is held for
-one non-blocking read or write and never across a wait (rule 4 of the design). OpenSSL's
-connection object must not be entered by two threads (CPython does not guard it), and nothing
-seen from outside tells when it was.
+FrameSender decides which thread sends. This class keeps two threads out of OpenSSL's object,
+which CPython does not: `_tls_lock` is held for one non-blocking read or write, and never across
+a wait. A race inside OpenSSL shows in no error.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from typing import Any
 
 # The largest TLS record: a longer write would hold `_tls_lock` for several of them.
 _TLS_WRITE_BYTES = 16 * 1024
-# Linux and macOS: try, do not wait, whatever the socket's mode. 0: there is no such thing.
+# Linux and macOS: one call without waiting, whatever the socket's mode. 0: not available.
 DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
-# OpenSSL may want the other direction's event (a key update). The other thread may
-# take that event away, so such a wait is short and then tries again.
+# OpenSSL may wait for the other direction (a key update). The other thread may take
+# that event, so such a wait is short, and the call is tried again.
 _CROSS_WAIT_S = 0.05
-# So long without a byte: a stream that was under way has stopped, for now.
+# Without a byte for this long, a stream has paused.
 PAUSE_S = 0.002
 
 
@@ -47,7 +46,7 @@ class DuplexSocket:
         # Plain sockets block in the kernel, where two threads are safe.
         sock.settimeout(0.0 if self._is_tls else None)
         self._tls_lock = threading.Lock()  # Guards the OpenSSL object.
-        # Whether the last read took all that was there. The reader's own.
+        # Whether the last read emptied the kernel's buffer. The reader's own.
         self._is_drained = True
         # Whether OpenSSL has to read before the rest of send_now() can be written.
         self.wants_read = False
@@ -62,7 +61,7 @@ class DuplexSocket:
         if self._is_tls:
             data = self._recv_tls(size, on_pause)
         else:
-            # Before there is a buffer of `size`: an idle leg has none.
+            # Before the buffer of `size` is made: an idle leg has none.
             if on_pause is not None or self._is_drained:
                 self._wait_readable(on_pause)
             data = self._sock.recv(size)
@@ -85,7 +84,7 @@ class DuplexSocket:
 
     def _recv_tls(self, where: Any, on_pause: Callable[[], None] | None = None) -> Any:
         while True:
-            # Try first: bytes that OpenSSL has decrypted already are invisible to poll.
+            # Read before the wait: poll does not see bytes that OpenSSL has decrypted.
             try:
                 with self._tls_lock:
                     if isinstance(where, int):
@@ -108,7 +107,7 @@ class DuplexSocket:
         if not DONT_WAIT:
             return memoryview(header + payload)
         try:
-            # Without joining them: both cross as they are.
+            # In two parts: to join them would copy the payload.
             sent = self._sock.sendmsg((header, payload), (), DONT_WAIT)
         except BlockingIOError:
             sent = 0
@@ -127,7 +126,7 @@ class DuplexSocket:
     def _send_tls(self, view: memoryview, *, waits: bool) -> memoryview | None:
         while view:
             try:
-                # The very same slice after a Want*: OpenSSL insists on it.
+                # The same slice again after a Want*: OpenSSL requires it.
                 with self._tls_lock:
                     sent = self._sock.send(view[:_TLS_WRITE_BYTES])
             except (ssl.SSLWantWriteError, ssl.SSLWantReadError) as exc:
@@ -142,12 +141,12 @@ class DuplexSocket:
         return None
 
     def abort(self) -> None:
-        """Wake both threads for good: their next or present call ends or fails. Any thread."""
+        """Wake both threads: their present call and all later ones end or fail. Any thread."""
         with contextlib.suppress(OSError):  # Not connected any more: nothing waits.
-            # Not SSLSocket.shutdown(), which takes the object away under the threads.
+            # Not SSLSocket.shutdown(), which sets its object to None under the threads.
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Free the descriptor; only when neither thread can enter any more."""
+        """Free the descriptor. Both threads MUST have ended."""
         with contextlib.suppress(OSError):
             self._sock.close()

@@ -1,8 +1,6 @@
-"""WebSocket frames (RFC 6455, 5.2) that are made and read without the library.
+"""Whole messages, pings and pongs of a leg, read without a library (RFC 6455, 5.2).
 
-Whole messages go out with a header written by hand, and whole messages, pings and pongs are
-taken off the leg here. All other frames are left to the library, as they came: closes,
-fragments, and whatever breaks the rules.
+All other frames are left to the library, byte for byte: closes, fragments, and bad frames.
 """
 
 from __future__ import annotations
@@ -21,34 +19,34 @@ from http_network_relay.wire.constants import (
 )
 from http_network_relay.wire.frames import FIN, MASK_BIT, ZERO_KEY, mask
 
-# One read takes many small frames, or a large one as long as the last, or most of it; the rest
-# is read to where it stays. From 128 KiB on glibc would map memory for each read anew.
+# One read takes many small frames, or one large frame. The rest of a larger frame is read into
+# its own buffer. From 128 KiB on, glibc maps memory for each read anew.
 _READ_BYTES = 64 * 1024
 _LARGE_BYTES = _READ_BYTES // 2
-# The first byte of what is taken here -> its opcode and largest size.
+# First byte of a frame that is read here -> its opcode and largest size.
 _TAKEN = {
     FIN | OP_TEXT: (OP_TEXT, MAX_MESSAGE_BYTES),
     FIN | OP_BINARY: (OP_BINARY, MAX_MESSAGE_BYTES),
     FIN | OP_PING: (OP_PING, MAX_PING_BYTES),
     FIN | OP_PONG: (OP_PONG, MAX_PING_BYTES),
 }
-# What stands for a size of two or eight bytes: the least size that needs them, and how many.
+# Mark of a longer size -> the least size that needs the mark, and the bytes of the size.
 _LONG_SIZES = {126: (126, 2), 127: (2**16, 8)}
 # First bytes of frames that are whole messages, without an extension's bits.
 _WHOLE = frozenset(FIN | opcode for opcode in (OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG))
 
 
 class FrameReader:
-    """What comes in on a leg. The reader's thread alone uses it."""
+    """Reads the frames of one leg. The leg's reader alone uses it."""
 
     def __init__(self, duplex: DuplexSocket, begun: bytes = b"", *, is_masked: bool) -> None:
         self._duplex = duplex
         self._is_masked = is_masked
-        # Read, and not taken from `_at` on.
+        # Bytes that were read; those before `_at` were taken.
         self._ahead = begun
         self._at = 0
-        # What the next read asks for: after a large frame as much, so that another as long comes
-        # whole, and nothing of the one behind it.
+        # Size of the next read: after a large frame that frame's size, so that one read takes
+        # another frame of this size whole, and nothing behind it.
         self._read_bytes = _READ_BYTES
         # Bytes of an odd frame that the library has still to read; None: all that comes.
         self._odd_bytes: int | None = 0
@@ -56,13 +54,13 @@ class FrameReader:
     def read_message(
         self, on_pause: Callable[[], None] | None = None
     ) -> tuple[int, bytearray | memoryview] | None:
-        """Wait for a frame and take it, if it is a whole message, a ping or a pong.
+        """Wait for a frame, and take it if it is a whole message, a ping or a pong.
 
-        Return its opcode and payload; of a large message that is a view of what was read. None:
-        it is the library's, by read(), and so is the end of the stream. `on_pause`: as in
-        Duplex.recv. Raises OSError.
+        Returns: The opcode and the payload, for a large message a view. None: the caller MUST
+            read() this frame for the library, or the stream has ended.
+        Raises OSError. `on_pause`: as in DuplexSocket.recv.
         """
-        # In one piece: it runs for each message of each leg.
+        # One long method: it runs for each message of each leg.
         if self._odd_bytes != 0:
             return None
         if len(self._ahead) - self._at < 2 and not self._fill(2, on_pause):
@@ -81,7 +79,7 @@ class FrameReader:
             return None
         if count_bytes:
             size = int.from_bytes(self._ahead[self._at + 2 : self._at + 2 + count_bytes], "big")
-            if size < least:  # It would have fitted into a shorter form: an error.
+            if size < least:  # A shorter form has room for the size: an error.
                 self._odd_bytes = None
                 return None
         opcode, most = _TAKEN.get(first, (0, -1))
@@ -93,7 +91,7 @@ class FrameReader:
         key = self._ahead[self._at - 4 : self._at] if self._is_masked else ZERO_KEY
         is_large = size >= _LARGE_BYTES and opcode == OP_BINARY
         if is_large and key == ZERO_KEY and len(self._ahead) - self._at >= size:
-            # As it lies: what was read with it, and is kept as long, is no more than it.
+            # Without a copy: the view keeps alive at most as many other bytes.
             self._at += size
             return opcode, memoryview(self._ahead)[self._at - size : self._at]
         data = self._take(size)
@@ -105,7 +103,7 @@ class FrameReader:
         return opcode, data
 
     def read(self, size: int) -> bytes:
-        """As socket.recv, for the library: bytes of the frame that read_message() left."""
+        """Return bytes that read_message() left to the library; b"" at the end of the stream."""
         if not self._fill(1):
             return b""
         left = self._odd_bytes
@@ -118,7 +116,7 @@ class FrameReader:
     def _fill(self, size: int, on_pause: Callable[[], None] | None = None) -> bool:
         """Have `size` bytes ahead; False if the stream ends before."""
         while len(self._ahead) - self._at < size:
-            # Before the wait: what was taken is not kept by a leg that goes idle.
+            # Before the wait: a leg that becomes idle keeps no bytes that were taken.
             self._ahead, self._at = self._ahead[self._at :], 0
             data = self._duplex.recv(self._read_bytes, on_pause)
             if not data:

@@ -25,8 +25,8 @@ class Frame(NamedTuple):
 def append_merged(queue: deque[Any], data: Any, max_bytes: int = MAX_DATA_BYTES) -> None:
     """Append bytes, merged into a small last piece, of `max_bytes` at most.
 
-    Without it a peer that sends single bytes would make us keep a queue entry, some
-    hundred bytes, for each byte of its window.
+    Otherwise a peer that sends single bytes would cost a queue entry, some hundred bytes, for
+    each byte of its window.
     """
     if queue and len(queue[-1]) + len(data) <= max_bytes:
         last = queue[-1]
@@ -39,7 +39,7 @@ def append_merged(queue: deque[Any], data: Any, max_bytes: int = MAX_DATA_BYTES)
 
 
 class _Channel:
-    """Data and the end of one channel that wait for their turn."""
+    """Data and the end of one channel, which wait for their turn."""
 
     def __init__(self, head: bytes) -> None:
         self.head = head
@@ -51,7 +51,7 @@ class _Channel:
 class SendQueue:
     """A fast lane of fixed slots, then channels by turns, then the close. Any thread.
 
-    What each method does is said where others call it, in FrameSender.
+    FrameSender documents the methods of the same names.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class SendQueue:
     # Data, by turns.
 
     def put_data(self, channel: int, head: bytes, data: Any) -> None:
-        """Queue stream bytes; the caller has made sure that the window allows them."""
+        """Queue stream bytes. The window MUST allow them."""
         with self._lock:
             entry = self._channel_locked(channel, head)
             if entry is not None and not entry.last:

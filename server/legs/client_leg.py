@@ -46,7 +46,7 @@ class ClientLeg(Leg):
         self.outbox.push()
 
     def replace(self, close_code: int) -> None:
-        """A newer leg of the same client is there: end this one at once."""
+        """End this leg at once: a newer leg of the same client is here."""
         self._note("replaced")
         self.end_tunnels("client_replaced")
         self.outbox.close(close_frame(close_code), flush=False)
@@ -93,12 +93,12 @@ class ClientLeg(Leg):
         self.end_tunnels("client_lost")
 
     def end_tunnels(self, code: str) -> None:
-        """Take no tunnel any more, and tell the users of those that are there."""
+        """Refuse new tunnels, and tell the users of all tunnels."""
         for tunnel in self._close_channels():
             tunnel.client_lost(code)
 
     def revoke(self, code: str, message: str) -> None:
-        """As in Leg; nobody is to wait for this client, so its tunnels are reset."""
+        """As in Leg; the tunnels are reset, so that no user waits for this client."""
         for tunnel in self._close_channels():
             tunnel.fail(TunnelError(message, code=code))
         self.end(CLOSE_REVOKED, code)

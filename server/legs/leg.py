@@ -1,9 +1,7 @@
-"""A WebSocket into the server: what all legs share, and ClientLeg, which carries many tunnels.
+"""A WebSocket into the server: what client legs and user legs share.
 
-The handler's thread runs run() and is the leg's reader; the timer ticks. Who puts into the
-outbox sends, or the sender does, and a writer thread from when the socket first would not take
-what there was. Any thread may call end(). The reader never waits for anything but its socket
-(rule 3 of the design).
+The handler's thread runs run() and is the leg's reader. It never waits for anything but its
+socket, until the leg has ended. Any thread may put into the outbox, or call end() and abort().
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from server.logs import ROOT_NAME
 
 _log = logging.getLogger(f"{ROOT_NAME}.leg")
 
-# The timer's next try when a lock was taken.
+# Until the timer's next try, when another thread had the lock.
 RETRY_S = 0.01
 
 _PING = Frame(OP_PING, b"", b"")
@@ -47,13 +45,13 @@ Message = bytes | bytearray | memoryview | str
 class ReadEnd(enum.Enum):
     """Why reading has ended."""
 
-    LOST = "lost"  # the stream ended or failed: nobody is there
-    CLOSED = "closed"  # the peer sent a close frame, and nothing comes after it
-    BROKEN = "broken"  # the peer broke the rules, or we did; a close frame is queued
+    LOST = "lost"  # the stream ended or failed
+    CLOSED = "closed"  # the peer sent a close frame
+    BROKEN = "broken"  # the peer broke the rules, or our code failed; a close frame is queued
 
 
 class Leg:
-    """What both kinds share: reader loop, writer, pings, the end."""
+    """What both kinds share: the read loop, pings, the end."""
 
     def __init__(
         self,
@@ -74,17 +72,17 @@ class Leg:
         now = time.monotonic()
         # Used by the timer's thread alone.
         self._ping_at = now + ping_interval_s
-        # When the leg is shut down hard. A float is read and written whole: no lock.
+        # When the timer aborts the leg. A float is read and written whole: no lock.
         self._abort_at = float("inf")
-        # Why it ends; the first reason stays.
+        # Why the leg ends; the first reason stays.
         self.reason = ""
 
     def run(self, websocket: Any) -> None:
-        """Serve the upgraded WebSocket until the leg has ended and its writer is gone."""
+        """Serve the upgraded WebSocket until the leg has ended and its close was sent."""
         self._transport.start(websocket, self.outbox)
         try:
             ended = self._read()
-            # The tunnels' other ends hear of it before anything here can take time.
+            # First: the tunnels' other ends need not wait for this leg's close.
             self.lost()
             if ended is ReadEnd.LOST:
                 self._transport.abort()
@@ -121,18 +119,18 @@ class Leg:
         self._sender.call(self)
 
     def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
-        """Send a close behind all that is queued; shut down hard after `flush_s`."""
+        """Send a close behind all that is queued; abort the leg after `flush_s`."""
         self._note(reason)
         self.outbox.close(close_frame(close_code))
         self._abort_by(time.monotonic() + flush_s)
 
     def abort(self, reason: str) -> None:
-        """Shut down at once. Never waits."""
+        """End the leg at once. Never waits."""
         self._note(reason)
         self._transport.abort()
 
     def tick(self, now: float) -> float:
-        """For the timer: never writes, never waits for a lock (rule 7)."""
+        """Ping or abort if that is due. For the timer: never writes, never waits for a lock."""
         silent_at = self._transport.heard_at + SILENCE_INTERVALS * self._ping_interval_s
         abort_at = min(silent_at, self._abort_at)
         if now >= abort_at:
@@ -146,7 +144,7 @@ class Leg:
         return min(abort_at, self._ping_at)
 
     def going_away(self, spread_ms: int) -> None:
-        """The server stops soon: say so."""
+        """Tell the peer that the server stops soon."""
         text = encode_control(GoingAway(spread_ms))
         self.outbox.put_leg("going_away", Frame(OP_TEXT, b"", text))
         self.outbox.push()
@@ -159,7 +157,7 @@ class Leg:
         self.reason = self.reason or reason
 
     def _read(self) -> ReadEnd:
-        """Take in messages until the leg ends. What a message raises is caught here alone."""
+        """Act on messages until the leg ends. Errors of a message end here."""
         try:
             while (message := self._transport.receive())[0] != OP_CLOSE:
                 opcode, payload = message
@@ -182,9 +180,9 @@ class Leg:
         raise NotImplementedError
 
     def lost(self) -> None:
-        """The leg is over: tell its tunnels. Again is harmless."""
+        """Tell the leg's tunnels that it is over. May be called again."""
         raise NotImplementedError
 
     def revoke(self, code: str, message: str) -> None:
-        """End what the credentials do not allow any more, and say why. Any thread."""
+        """End the leg, or its tunnel: the credentials do not allow it any more. Any thread."""
         raise NotImplementedError

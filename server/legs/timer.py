@@ -1,6 +1,6 @@
 """The one timer thread of the server: pings, silence and deadlines of all legs.
 
-It sets ping slots and shuts sockets down; it never writes and never waits for a lock.
+The thread sets ping slots and aborts legs. It never writes, and never waits for a lock.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from server.service_thread import ServiceThread
 
 _log = logging.getLogger(f"{ROOT_NAME}.timer")
 
-# Between two rounds at least: what is due within it shares a round. With many legs that costs a
-# third of a round for each, and nothing that is timed here is so urgent.
+# Between two rounds at least: all legs that are due within it share a round. With many legs
+# that costs a third of a round for each, and no deadline here is more urgent.
 _SHORTEST_WAIT_S = 0.05
-# A leg whose tick failed is tried again then.
+# Until a leg whose tick failed is ticked again.
 _AFTER_ERROR_S = 1.0
 
 
@@ -30,23 +30,23 @@ class Timed(Protocol):
     """A leg, as the timer sees it."""
 
     def tick(self, now: float) -> float:
-        """Do what is due; return when to come again, monotonic."""
+        """Act on what is due; return the time of the next tick, monotonic."""
 
 
 class Timer(ServiceThread):
     """Calls tick() of each leg when it is due.
 
-    The cost of a round is that of the legs that are due, however many there are.
+    A round costs as much as the legs that are due, however many legs there are.
     """
 
     def __init__(self) -> None:
         super().__init__("timer:legs")
-        # What other threads say of legs, in order. The timer's thread alone takes.
+        # Calls of other threads, in order. The timer's thread alone takes them.
         self._news: deque[tuple[Callable[[Timed], None], Timed]] = deque()
         self._woken = threading.Event()
         self._is_stopped = False
-        # The thread's own: dates by time, the number of each leg's date, and the legs by these.
-        # A date whose number is gone is outdated; it keeps no leg that is over.
+        # The thread's own: dates by time, the number of each leg's date, and the legs by number.
+        # A date without a leg is outdated. So the heap keeps no leg that is over.
         self._queue: list[tuple[float, int]] = []
         self._dates: dict[Timed, int] = {}
         self._legs: dict[int, Timed] = {}
@@ -57,11 +57,11 @@ class Timer(ServiceThread):
         self._tell(self._tick, leg)
 
     def look(self, leg: Timed) -> None:
-        """A deadline of the leg is new. Nothing if it was not added, or was dropped."""
+        """Ask the leg for its new deadline; nothing if it was not added, or was dropped."""
         self._tell(self._look, leg)
 
     def drop(self, leg: Timed) -> None:
-        """The leg is over."""
+        """Tick the leg no more: it is over."""
         self._tell(self._drop, leg)
 
     def stop(self) -> None:

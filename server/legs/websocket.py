@@ -37,9 +37,9 @@ from http_network_relay.wire.constants import (
 )
 from http_network_relay.wire.errors import LegError
 
-# What wsproto is fed at once, and what is dropped at once after the end.
+# Bytes of one read for wsproto, or of one read that is dropped after the end.
 _RECEIVE_BYTES = 16 * 1024
-# What the kernel may hold unsent: more only delays the keystroke that comes behind it.
+# Bytes that the kernel may hold unsent: more would only delay the keystroke behind them.
 _UNSENT_BYTES = 128 * 1024
 
 
@@ -101,8 +101,8 @@ class HandshakeSocket:
 def prepare_upgrade(environ: dict[str, Any]) -> HandshakeSocket:
     """Leave the library only what it may see: our socket and the handshake's headers.
 
-    Extensions are dropped because it would agree to permessage-deflate; the others
-    because it has no use for secrets.
+    Extensions are dropped because the library would agree to permessage-deflate. The other
+    headers are dropped because they hold secrets.
     """
     asked = environ.get("HTTP_" + MASK_HEADER.upper().replace("-", "_"))
     for name in [name for name in environ if name.startswith("HTTP_")]:
@@ -128,7 +128,7 @@ class Connection:
         self._tune()
 
     def _tune(self) -> None:
-        """Set what a leg wants of TCP; a Unix socket has none of it."""
+        """Set the socket options of TCP; a Unix socket has none."""
         if self._sock.family not in (socket.AF_INET, socket.AF_INET6):
             return
         with contextlib.suppress(OSError):
@@ -219,5 +219,5 @@ class Connection:
 
 
 def close_frame(code: int) -> Frame:
-    """Return a close frame without prose: the code says it all."""
+    """Return a close frame without a reason: the code alone reports the end."""
     return Frame(OP_CLOSE, b"", code.to_bytes(2, "big"))
