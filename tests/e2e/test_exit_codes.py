@@ -13,11 +13,11 @@ import pytest
 
 from tests.support import debian
 from tests.support.certs import Certs
-from tests.support.early import CLIENTS, OFFLINE, Slow
 from tests.support.flows import AT_ONCE_S, Mark, count, lines_since, relay_argv
 from tests.support.ports import free_port
 from tests.support.processes import (
     CLIENT_NAME,
+    CLIENT_SECRET,
     CREDENTIALS,
     TOKEN,
     Finished,
@@ -46,6 +46,8 @@ DIAL_S = 10.0
 # The proxy command's patience with a client that does not answer at all.
 OPEN_S = 15.0
 PROXY_PASSWORD = "pw-Zk3vB9uXn5"
+OFFLINE = "switched-off"
+CLIENTS = {CLIENT_NAME: CLIENT_SECRET, OFFLINE: "cs-of-a-device-that-is-switched-off"}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,35 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
         yield running
         # However all the proxy commands ended, no tunnel is left.
         Mark.now(running)
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Proxy commands whose end takes many seconds."""
+
+    target_is_silent: Pipes
+    client_is_silent: Pipes
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slow]:
+    """Two slow proxy commands on a relay of their own, which nothing else disturbs."""
+    credentials = {**CREDENTIALS, "clients": CLIENTS}
+    with (
+        running_relay(tmp_path_factory.mktemp("slow"), credentials=credentials) as relay,
+        RawClient(relay.url, OFFLINE, CLIENTS[OFFLINE]),
+        black_hole_port() as port,
+        relay.proxy(port) as target_is_silent,
+        relay.proxy(port, name=OFFLINE) as client_is_silent,
+    ):
+        yield Slow(target_is_silent, client_is_silent)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _slow_begins_early(request: pytest.FixtureRequest) -> None:
+    """Begin what takes 15 s before the first test of this file, if a test of this run wants it."""
+    if any("slow" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("slow")
 
 
 def check_failed(done: Finished, status: int, *words: str) -> None:

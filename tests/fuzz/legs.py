@@ -328,13 +328,13 @@ class World:
         """Give the pests' tunnels up; raises Violation where anything of them is left."""
         for tunnel in self._agent._tunnels.alive():
             if tunnel not in self._good_tunnels:
-                link = tunnel.end._link
-                if link and link.outbox is not self._good_run.transport.outbox:
+                channel = tunnel.end._core.channel
+                if channel and channel.outbox is not self._good_run.connection.outbox:
                     raise Violation(f"{tunnel.about} was not told that its leg has ended")
                 tunnel.end.reset(RelayError("user_lost", "the end of the rounds"))
         self._wait(self._left_threads, "threads are left")
         self._target.forget()
-        self._wait(lambda: self._relay._legs[2:], "legs are left")
+        self._wait(lambda: list(self._relay._legs)[2:], "legs are left")
         self._wait(lambda: len(self._relay._registry) - 2, "slots are left")
         leg = self._relay._registry.client_leg("good")
         assert isinstance(leg, ClientLeg)
@@ -344,7 +344,7 @@ class World:
 
     def _left_threads(self) -> set[threading.Thread]:
         # A good leg may have needed a writer by now.
-        good = {f"leg-writer:{leg.label}" for leg in self._relay._legs[:2]}
+        good = {f"leg-writer:{leg.label}" for leg in list(self._relay._legs)[:2]}
         left = set(threading.enumerate()) - self._threads
         return {thread for thread in left if thread.name not in good}
 

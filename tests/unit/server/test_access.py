@@ -456,4 +456,4 @@ def test_client_leg_is_closed_when_it_was_let_in_by_old_credentials(relay: Relay
     assert wire.written == [1008]
     assert user.leg.tunnel is None
     assert not user.leg.outbox.has_frames
-    assert len(relay._held) == 1
+    assert len(relay._pending) == 1
