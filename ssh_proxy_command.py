@@ -29,6 +29,7 @@ if __name__ == "__main__":
 import argparse
 import base64
 import contextlib
+import enum
 import errno
 import functools
 import ipaddress
@@ -291,27 +292,30 @@ class Refused(RelayError):
 SUBPROTOCOL = "http-network-relay.v1"
 CLIENTS_PATH = "/ws_for_clients"
 USERS_PATH = "/ws_for_ssh_proxy_command"
-# On every HTTP answer of the relay, so that a peer can tell it from a proxy's answer.
+# Every HTTP answer of the relay has this header; the answer of a proxy does not.
 RELAY_HEADER = "HTTP-Network-Relay"
 RELAY_HEADER_VALUE = "v1"
 INSTANCE_HEADER = "HTTP-Network-Relay-Instance"
-# On the request of a user leg that comes to resume this tunnel.
+# A user leg that will resume a tunnel names the tunnel in its request.
 TUNNEL_HEADER = "HTTP-Network-Relay-Tunnel"
-# A client or proxy command asks to send frames whose masking key is zero; the server agrees.
+# A client or proxy command asks to send frames with a masking key of zero; the server agrees.
 MASK_HEADER = "HTTP-Network-Relay-Mask"
 MASK_ZERO = "zero"
 
+OP_CONTINUATION = 0x0
 OP_TEXT = 0x1
 OP_BINARY = 0x2
 OP_CLOSE = 0x8
 OP_PING = 0x9
 OP_PONG = 0xA
+# Of a ping or pong (RFC 6455, 5.5).
+MAX_PING_BYTES = 125
 
-# A data message: large enough to spread the cost of a frame, small enough that a
-# keystroke of another tunnel waits for one of them only some milliseconds.
+# A data message: large enough to spread the cost of a frame, and small enough that a
+# keystroke of another tunnel waits only some milliseconds for one message.
 MAX_DATA_BYTES = 64 * 1024
-# What we put into one: with its header it crosses loopback as one segment, of 65,483 bytes,
-# so that its receiver wakes up once; and it is whole pages of a pipe.
+# Senders put this much into one message. With its header the message crosses loopback as one
+# segment of 65,483 bytes, so the receiver wakes up once; the size is whole pages of a pipe.
 MESSAGE_BYTES = 60 * 1024
 # A control: the longest legal `open` is under 2 KiB.
 MAX_CONTROL_BYTES = 4 * 1024
@@ -321,19 +325,19 @@ MAX_CHANNEL = 2**32 - 1
 MAX_MESSAGE_BYTES = CHANNEL_BYTES + MAX_DATA_BYTES
 # Counts travel as JSON numbers, exact up to here in every language.
 MAX_COUNT = 2**53
-# The first window: enough for a fast LAN, and what the server never goes below.
+# The first window: enough for a fast LAN. The server grants no less.
 MIN_WINDOW_BYTES = 256 * 1024
-# The smallest that a receiver goes down to on a thin link: 130 ms at 1 Mbit/s.
+# The smallest window of a receiver on a thin link: 130 ms at 1 Mbit/s.
 LEAST_WINDOW_BYTES = 16 * 1024
 # 4 MiB carry 320 Mbit/s over 100 ms.
 DEFAULT_MAX_WINDOW_BYTES = 4 * 1024 * 1024
-# The largest window that may be set, and what all tunnels of a client leg may have granted.
+# The largest window that may be set, and the sum of all windows of a client leg.
 MAX_WINDOW_BYTES = 64 * 1024 * 1024
 # nginx cuts an idle connection after 60 s, mobile NAT after 30 s.
 DEFAULT_PING_INTERVAL_S = 20.0
-# A link is given up when nothing was heard for this many of one's own ping intervals.
+# A leg is given up after a silence of this many of the own ping intervals.
 SILENCE_INTERVALS = 2.5
-# What is written after an end (a flush, bytes before a reset) has this long.
+# Frames that are sent after an end (a flush, bytes before a reset) have this long.
 FLUSH_S = 1.0
 # A control's sentence for a person.
 MAX_MESSAGE_CHARS = 500
@@ -373,12 +377,12 @@ def frame_header(opcode: int, size: int, key: bytes | None = None) -> bytes:
 
 # --- http_network_relay/wire/controls.py ----------------------------------------------------------
 # The controls of the wire (docs/protocol.md, "Controls"): parsed, checked and encoded.
-# Knows no socket, clock, thread or log. Every control that comes in is checked field by
-# field against one table and copied; nothing unknown passes.
+# No socket, clock, thread or log here. Every control that arrives is checked field by field
+# against one table and copied; unknown fields are dropped.
 
 
 def _count(value: Any) -> int | None:
-    # bool is an int in Python, not on the wire.
+    # type(), since a bool is an int in Python but not on the wire.
     return value if type(value) is int and 0 <= value <= MAX_COUNT else None
 
 
@@ -403,7 +407,7 @@ def _matching(pattern: str) -> Callable[[Any], str | None]:
 
 
 def _prose(value: Any) -> str | None:
-    """A sentence for a person: shortened, with nothing that moves a terminal's cursor."""
+    """Shorten a sentence for a person, without characters that move a terminal's cursor."""
     if not isinstance(value, str):
         return None
     return "".join(c if c.isprintable() else "?" for c in value[:MAX_MESSAGE_CHARS])
@@ -625,17 +629,17 @@ def encode_control(control: Control) -> bytes:
         del fields["user"]
     if "message" in fields:
         fields["message"] = _prose(fields["message"])
-    # Not as \uXXXX: a message of 500 characters must fit into MAX_CONTROL_BYTES.
+    # No \uXXXX escapes: a message of 500 characters must fit into MAX_CONTROL_BYTES.
     return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
 def encode_channel(channel: int) -> bytes:
-    """Return the 4 bytes that stand before the stream bytes on a client leg."""
+    """Return the 4 bytes before the stream bytes of a message on a client leg."""
     return channel.to_bytes(CHANNEL_BYTES, "big")
 
 
 def split_channel(message: bytes | bytearray | memoryview) -> int:
-    """Return the channel of a binary message of a client leg; its bytes follow at 4."""
+    """Return the channel of a binary message on a client leg; the stream bytes begin at 4."""
     if len(message) < CHANNEL_BYTES:
         raise LegError("a binary message is shorter than its channel")
     channel = int.from_bytes(message[:CHANNEL_BYTES], "big")
@@ -645,7 +649,7 @@ def split_channel(message: bytes | bytearray | memoryview) -> int:
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether the whole text has the pattern."""
+    """Whether the pattern matches the whole text."""
     return re.fullmatch(pattern, text) is not None
 
 
@@ -803,12 +807,12 @@ class DuplexSocket:
 # is read to where it stays. From 128 KiB on glibc would map memory for each read anew.
 _READ_BYTES = 64 * 1024
 _LARGE_BYTES = _READ_BYTES // 2
-# The first byte of what is taken here -> its opcode and largest size (RFC 6455, 5.5).
+# The first byte of what is taken here -> its opcode and largest size.
 _TAKEN = {
     FIN | OP_TEXT: (OP_TEXT, MAX_MESSAGE_BYTES),
     FIN | OP_BINARY: (OP_BINARY, MAX_MESSAGE_BYTES),
-    FIN | OP_PING: (OP_PING, 125),
-    FIN | OP_PONG: (OP_PONG, 125),
+    FIN | OP_PING: (OP_PING, MAX_PING_BYTES),
+    FIN | OP_PONG: (OP_PONG, MAX_PING_BYTES),
 }
 # What stands for a size of two or eight bytes: the least size that needs them, and how many.
 _LONG_SIZES = {126: (126, 2), 127: (2**16, 8)}
@@ -828,8 +832,8 @@ class FrameReader:
         # What the next read asks for: after a large frame as much, so that another as long comes
         # whole, and nothing of the one behind it.
         self._read_bytes = _READ_BYTES
-        # How much of the frame that is the library's it has not read yet.
-        self._others = 0
+        # Bytes of an odd frame that the library has still to read; None: all that comes.
+        self._odd_bytes: int | None = 0
 
     def read_message(
         self, on_pause: Callable[[], None] | None = None
@@ -841,30 +845,30 @@ class FrameReader:
         Duplex.recv. Raises OSError.
         """
         # In one piece: it runs for each message of each leg.
-        if self._others:
+        if self._odd_bytes != 0:
             return None
         if len(self._ahead) - self._at < 2 and not self._fill(2, on_pause):
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         first, size = self._ahead[self._at], self._ahead[self._at + 1]
         if first not in _WHOLE or (size >= MASK_BIT) != self._is_masked:
             # From what is not a whole message on, the stream is the library's.
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         size &= ~MASK_BIT
         least, count_bytes = _LONG_SIZES.get(size, (0, 0))
         header_bytes = 2 + count_bytes + (4 if self._is_masked else 0)
         if len(self._ahead) - self._at < header_bytes and not self._fill(header_bytes):
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         if count_bytes:
             size = int.from_bytes(self._ahead[self._at + 2 : self._at + 2 + count_bytes], "big")
             if size < least:  # It would have fitted into a shorter form: an error.
-                self._others = sys.maxsize
+                self._odd_bytes = None
                 return None
         opcode, most = _TAKEN.get(first, (0, -1))
         if size > most:
-            self._others = header_bytes + size
+            self._odd_bytes = header_bytes + size
             return None
         self._at += header_bytes
         self._read_bytes = header_bytes + size if size >= _LARGE_BYTES else _READ_BYTES
@@ -876,7 +880,7 @@ class FrameReader:
             return opcode, memoryview(self._ahead)[self._at - size : self._at]
         data = self._take(size)
         if data is None:
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         if key != ZERO_KEY:
             mask(data, key)
@@ -886,9 +890,11 @@ class FrameReader:
         """As socket.recv, for the library: bytes of the frame that read_message() left."""
         if not self._fill(1):
             return b""
-        data = self._ahead[self._at : self._at + min(size, self._others)]
+        left = self._odd_bytes
+        data = self._ahead[self._at : self._at + (size if left is None else min(size, left))]
         self._at += len(data)
-        self._others -= len(data)
+        if left is not None:
+            self._odd_bytes = left - len(data)
         return data
 
     def _fill(self, size: int, on_pause: Callable[[], None] | None = None) -> bool:
@@ -1056,11 +1062,15 @@ class SendQueue:
             self._is_over = True
             self._clear_locked()
 
-    # What is taken. The three properties need no lock.
+    # What is taken. The properties need no lock.
 
     @property
     def has_frames(self) -> bool:
         return bool(self._fast or self._turns)
+
+    @property
+    def is_closing(self) -> bool:
+        return self._close is not None
 
     @property
     def is_over(self) -> bool:
@@ -1275,6 +1285,11 @@ class FrameSender:
         return self._queue.has_frames
 
     @property
+    def is_closing(self) -> bool:
+        """Whether a close waits or was sent. Needs no lock."""
+        return self._queue.is_closing
+
+    @property
     def is_over(self) -> bool:
         """Whether the close was taken, or stop() called. Needs no lock."""
         return self._queue.is_over
@@ -1369,19 +1384,164 @@ class FrameSender:
         return header, data
 
 
-# --- http_network_relay/settings.py ---------------------------------------------------------------
-# Settings that the client and the proxy command read alike: flag > environment > default.
+# --- http_network_relay/leg/message_reader.py -----------------------------------------------------
+# The messages that come in on one leg; pings and closes are answered on the way.
 
-# Enough for a laptop that changes its network, and a server that is deployed slowly.
-DEFAULT_GRACE_S = 120
-_LONGEST_GRACE_S = 24 * 3600
+# RFC 6455, 7.4.1: codes that stand in no close frame.
+NO_STATUS = 1005
+ABNORMAL_CLOSURE = 1006
+
+
+class MessageReader:
+    """Reads whole messages by `frames`, all other frames by a WebSocket library.
+
+    The leg's reader alone uses it. It never writes: pongs and close replies go through `sender`.
+
+    Args:
+        read_odd: Returns the next frame that `frames` leaves: opcode, payload, and whether it is
+            the last of its message. Raises LegError for a bad one, EOFError at the stream's end.
+    """
+
+    def __init__(
+        self,
+        frames: FrameReader,
+        sender: FrameSender,
+        read_odd: Callable[[], tuple[int, Any, bool]],
+    ) -> None:
+        self._frames = frames
+        self._sender = sender
+        self._read_odd = read_odd
+        # A message in fragments, which some proxies make; opcode 0: there is none.
+        self._parts = bytearray()
+        self._parts_opcode = 0
+
+    def receive(self, on_pause: Callable[[], None] | None = None) -> tuple[int, Any]:
+        """Wait for the next message: (OP_TEXT or OP_BINARY, payload), or (OP_CLOSE, code).
+
+        A lost connection is a close with ABNORMAL_CLOSURE. Calls `on_pause`, if given, when nothing
+        comes for PAUSE_S. Raises LegError.
+        """
+        while True:
+            try:
+                taken = self._frames.read_message(on_pause)
+                opcode, payload, is_last = (*taken, True) if taken else self._read_odd()
+            except (OSError, EOFError):
+                return OP_CLOSE, ABNORMAL_CLOSURE
+            if opcode == OP_PING:
+                if len(payload) > MAX_PING_BYTES:
+                    raise LegError("a ping is too long")
+                self._sender.put_leg("pong", Frame(OP_PONG, b"", payload))
+                self._sender.push()
+            elif opcode == OP_CLOSE:
+                code = payload[:2]
+                self._sender.close(Frame(OP_CLOSE, b"", code), flush=False)
+                return OP_CLOSE, int.from_bytes(code, "big") if code else NO_STATUS
+            elif opcode != OP_PONG:
+                message = self._assemble(opcode, payload, is_last=is_last)
+                if message is not None:
+                    return message
+
+    def _assemble(self, opcode: int, payload: Any, *, is_last: bool) -> tuple[int, Any] | None:
+        if (opcode == OP_CONTINUATION) != bool(self._parts_opcode):
+            raise LegError("a fragment out of place")
+        if opcode != OP_CONTINUATION:
+            if is_last:
+                return opcode, payload
+            self._parts_opcode = opcode
+        self._parts += payload
+        if len(self._parts) > MAX_MESSAGE_BYTES:
+            raise LegError("a message is too long", CLOSE_TOO_BIG)
+        if not is_last:
+            return None
+        message = (self._parts_opcode, bytes(self._parts))
+        self._parts, self._parts_opcode = bytearray(), 0
+        return message
+
+
+# --- http_network_relay/settings.py ---------------------------------------------------------------
+# Tables of settings: one row has the flag, variable, default, range and help of a setting.
+# The command line, the reading, the errors and docs/reference.md follow the rows. A flag has
+# precedence over its variable, and the variable over the default.
+
+
+class Setting(NamedTuple):
+    """One setting: a number if `highest` is not 0, else a text."""
+
+    # Both spellings, if there are two. The flag also names the variable.
+    flag: str
+    # The unit of a number; the word for a text.
+    kind: str
+    help: str
+    default: str = ""
+    lowest: float = 0
+    highest: float = 0
+    is_whole: bool = True
+    # The meaning of 0, if 0 is allowed below `lowest`.
+    zero: str = ""
+    # May also stand in a file, which the flag with "-file" behind it names.
+    is_secret: bool = False
+
+    @property
+    def name(self) -> str:
+        """The attribute of argparse's result."""
+        return self.flag.split()[0][2:].replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return f"HTTP_NETWORK_RELAY_{self.name.upper()}"
+
+    @property
+    def range(self) -> str:
+        """The numbers that are allowed."""
+        zero = f", or 0 for {self.zero}" if self.zero else ""
+        return f"{self.lowest:g} to {self.highest:.15g} {self.kind}{zero}"
+
+    def text(self, given: Mapping[str, str]) -> str:
+        """Return the variable's value, or the default; an empty variable counts as unset."""
+        return given.get(self.variable) or self.default
+
+    def number(self, given: Mapping[str, str]) -> float:
+        """Return the number; raises ConfigError that names flag and variable."""
+        text = self.text(given)
+        try:
+            number = float(text if not self.is_whole or matches("[0-9]{1,15}", text) else "nan")
+        except ValueError:
+            number = float("nan")  # Outside of every range.
+        if not self.lowest <= number <= self.highest and (number or not self.zero):
+            kind = "a whole number" if self.is_whole else "a number"
+            kind = f"must be {kind}, {self.range}, not {text!r}"
+            raise ConfigError(f"{self.flag} ({self.variable}) {kind}")
+        return number
+
+
+SERVER_URL = Setting(
+    "--server_url --server-url", "URL", "such as https://relay.example", "ws://127.0.0.1:8000"
+)
+# Below 0.05 s, the delays of a loaded machine would count as silence. No proxy and no NAT keeps
+# an idle connection for longer than an hour.
+PING_INTERVAL = Setting(
+    "--ping-interval", "seconds", "between pings", f"{DEFAULT_PING_INTERVAL_S:g}", 0.05, 3600, False
+)
+MAX_WINDOW = Setting(
+    "--max-window",
+    "bytes",
+    "largest window of a tunnel and direction",
+    str(DEFAULT_MAX_WINDOW_BYTES),
+    MIN_WINDOW_BYTES,
+    MAX_WINDOW_BYTES,
+)
+# 120 s: enough for a laptop that changes its network, and a server that is deployed slowly.
+RESUME_TIMEOUT = Setting(
+    "--resume-timeout", "seconds", "a tunnel waits so long for a new leg", "120", 0, 24 * 3600
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, without the usage above it."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(formatter_class=_help_formatter, **settings)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_help_formatter, **options)
 
     def error(self, message: str) -> NoReturn:
         raise RelayError("usage", f"{message}; --help lists all arguments")
@@ -1396,75 +1556,59 @@ def _help_formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, width=columns - 2)
 
 
-def read_secret_file(flag: str, path: str) -> str:
-    """Return a file's content without the line end; raises RelayError (usage)."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read(64 * 1024).strip("\r\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = getattr(exc, "strerror", None) or "not a text file"
-        raise RelayError("usage", f"{flag} {path} cannot be read: {reason}") from exc
+def add_settings(
+    parser: argparse.ArgumentParser, rows: Iterable[Setting], action: str = "store"
+) -> None:
+    """Add the flags of the rows; a secret gets one more flag, for its file."""
+    for row in rows:
+        about = f"{row.help}, {row.range}" if row.highest else row.help
+        about += f" ({row.variable}, default: {row.default or 'none'})"
+        word = row.kind.upper().split()[0]
+        parser.add_argument(*row.flag.split(), metavar=word, action=action, help=about)
+        if row.is_secret:
+            about = f"a file that holds the {row.kind} and nothing else"
+            parser.add_argument(f"{row.flag}-file", metavar="FILE", help=about)
 
 
-def ping_interval(flag: str | None, environ: Mapping[str, str]) -> float:
-    """Return the ping interval in seconds, 0.05 to 3600."""
-    text = flag or environ.get("HTTP_NETWORK_RELAY_PING_INTERVAL") or str(DEFAULT_PING_INTERVAL_S)
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.05 <= seconds <= 3600:
-        raise RelayError(
-            "usage",
-            "--ping-interval (HTTP_NETWORK_RELAY_PING_INTERVAL) must be 0.05 to 3600 seconds,"
-            f" not {text!r}",
+def merge_flags(
+    args: argparse.Namespace, rows: Iterable[Setting], environ: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the environment with the flags in the place of their variables."""
+    flags = {row.variable: getattr(args, row.name) for row in rows}
+    return {**environ, **{variable: text for variable, text in flags.items() if text}}
+
+
+def read_secret(row: Setting, args: argparse.Namespace, given: Mapping[str, str]) -> str:
+    """Return a secret: flag > file > variable. Raises ConfigError, which quotes none."""
+    path, secret = getattr(args, f"{row.name}_file"), row.text(given)
+    if path is not None and getattr(args, row.name) is None:
+        try:
+            with open(path, encoding="utf-8") as file:
+                secret = file.read(64 * 1024).strip("\r\n")
+        except (OSError, UnicodeDecodeError) as exc:
+            reason = getattr(exc, "strerror", None) or "not a text file"
+            raise ConfigError(f"{row.flag}-file {path} cannot be read: {reason}") from exc
+    if not is_secret(secret):
+        raise ConfigError(
+            f"{row.flag}-file, {row.flag} or {row.variable} must give a {row.kind} of printable"
+            " ASCII without spaces"
         )
-    return seconds
-
-
-def max_window(flag: str | None, environ: Mapping[str, str]) -> int:
-    """Return the largest window of a tunnel and direction, in bytes."""
-    text = flag or environ.get("HTTP_NETWORK_RELAY_MAX_WINDOW") or str(DEFAULT_MAX_WINDOW_BYTES)
-    # The length first: int() raises for thousands of digits.
-    if (
-        not text.isdecimal()
-        or len(text) > 10
-        or not MIN_WINDOW_BYTES <= int(text) <= MAX_WINDOW_BYTES
-    ):
-        raise RelayError(
-            "usage",
-            f"--max-window (HTTP_NETWORK_RELAY_MAX_WINDOW) must be {MIN_WINDOW_BYTES} to"
-            f" {MAX_WINDOW_BYTES} bytes, not {text!r}",
-        )
-    return int(text)
-
-
-def resume_timeout(flag: str | None, environ: Mapping[str, str]) -> int:
-    """Return for how many seconds a tunnel is kept without a leg; 0: not at all."""
-    text = flag or environ.get("HTTP_NETWORK_RELAY_RESUME_TIMEOUT") or str(DEFAULT_GRACE_S)
-    if not matches(r"[0-9]{1,6}", text) or int(text) > _LONGEST_GRACE_S:
-        raise RelayError(
-            "usage",
-            "--resume-timeout (HTTP_NETWORK_RELAY_RESUME_TIMEOUT) must be 0 to"
-            f" {_LONGEST_GRACE_S} whole seconds, not {text!r}",
-        )
-    return int(text)
+    return secret
 
 
 # --- http_network_relay/timer.py ------------------------------------------------------------------
 # The one timer thread of a process: pings, deadlines, and the signals.
-# It sleeps in poll on a socket pair, into which the interpreter writes a signal's number
-# the moment it comes (signal.set_wakeup_fd). A Python handler would not do: it runs when
-# the main thread next runs, and a signal that comes just before main enters recv() is
-# noticed only when the next byte comes.
+# The timer polls a socket pair, into which the interpreter writes the number of each signal at
+# once (signal.set_wakeup_fd). A Python handler would be too late: it runs when the main thread
+# next runs, which may be inside recv() until the next byte.
 
-# Wall clock against timer: so much later than planned means that the machine slept or
-# the process was stopped.
+# A wait that ends so much later than planned, by the wall clock, means that the machine slept
+# or that the process was stopped.
 _SLEPT_S = 5.0
-# Both clocks are looked at so often, whatever is due: the timer's own stands still while the
-# machine sleeps, and on waking the rest of the wait is still to come.
+# The longest wait, whatever is due: the monotonic clock stands still while the machine sleeps,
+# and afterwards the rest of the wait is still to come.
 _LONGEST_WAIT_S = 2.0
-# What is written into the pair beside signal numbers, which are below.
+# Codes in the pair beside signal numbers, which lie between the two.
 _WAKE = 0
 _STOP = 255
 
@@ -1472,8 +1616,8 @@ _STOP = 255
 class Timer:
     """Calls `tick(now, slept)` when it is due, and `on_signal(number)` for each signal.
 
-    `tick` returns when it wants to be called again. Both run in the timer's thread, and
-    never write to a leg nor wait for a lock.
+    `tick` returns the time of its next call, monotonic. Both run in the timer's thread, and MUST
+    neither write to a leg nor wait for a lock.
     """
 
     def __init__(
@@ -1483,7 +1627,7 @@ class Timer:
     ) -> None:
         self._tick = tick
         self._on_signal = on_signal
-        # From start() to stop(): the timer's side, and the side that is written to.
+        # From start() to stop(): the side that the thread reads, and the side to write to.
         self._pair: tuple[socket.socket, socket.socket] | None = None
         self._thread = threading.Thread(target=self._run, name="timer")
 
@@ -1495,14 +1639,14 @@ class Timer:
         self._thread.start()
         numbers = tuple(signals)
         if numbers:
-            # First: a signal that only the handler got would be lost.
+            # Before the handlers, which would lose a signal.
             signal.set_wakeup_fd(self._pair[1].fileno(), warn_on_full_buffer=False)
         for number in numbers:
-            # Replaces the default action only; the number comes by the socket pair.
+            # Only replaces the default action: the number comes through the socket pair.
             signal.signal(number, lambda _number, _frame: None)
 
     def wake(self) -> None:
-        """Let the timer look anew: something is due sooner than it knows. Never waits."""
+        """Call `tick` now, since something is due sooner than it said. Never waits."""
         self._post(_WAKE)
 
     def stop(self) -> None:
@@ -1520,7 +1664,8 @@ class Timer:
     def _post(self, code: int) -> None:
         pair = self._pair
         if pair is not None:
-            with contextlib.suppress(OSError):  # Full: it is awake. Closed: it has ended.
+            # A full pair wakes the thread anyway; a closed one has no thread any more.
+            with contextlib.suppress(OSError):
                 pair[1].send(bytes((code,)))
 
     def _run(self) -> None:
@@ -1544,37 +1689,37 @@ class Timer:
 # A tunnel's handle on one leg.
 
 
-class Link:
-    """A channel of one leg, as the end of a tunnel uses it. Its identity is what counts.
+class Channel:
+    """One channel of one leg, as the end of a tunnel uses it. Compared by identity.
 
-    `channel` 0 is a user leg's only tunnel. Any thread; it only puts into the outbox.
+    A user leg has one channel, with `channel_id` 0. Any thread; every put_... only queues.
     """
 
-    def __init__(self, outbox: FrameSender, channel: int = 0) -> None:
+    def __init__(self, outbox: FrameSender, channel_id: int = 0) -> None:
         self.outbox = outbox
-        self.channel = channel
-        self._head = encode_channel(channel) if channel else b""
+        self.channel_id = channel_id
+        self._head = encode_channel(channel_id) if channel_id else b""
 
     def put_first(self, control: Control) -> None:
         """Send the channel's first message."""
-        self.outbox.put_first(self.channel, self._text(control))
+        self.outbox.put_first(self.channel_id, self._text(control))
 
     def put_data(self, data: Any) -> None:
         """Send stream bytes, with the next push()."""
-        self.outbox.put_data_now(self.channel, self._head, data)
+        self.outbox.put_data_now(self.channel_id, self._head, data)
 
     def put_ack(self, ack: Ack) -> None:
         """Send an ack, with the next push()."""
-        self.outbox.put_ack(self.channel, self._text(ack))
+        self.outbox.put_ack(self.channel_id, self._text(ack))
 
     def put_eof(self, count: int) -> None:
         """Send an eof, behind the data."""
-        self.outbox.put_eof(self.channel, self._text(Eof(count)))
+        self.outbox.put_eof(self.channel_id, self._text(Eof(count)))
 
     def put_reset(self, error: RelayError) -> None:
         """Send a reset, behind the data where what came before it counts."""
         frame = self._text(Reset(error.code, str(error)))
-        self.outbox.put_end(self.channel, frame, in_turn=takes_turn(error.code))
+        self.outbox.put_end(self.channel_id, frame, in_turn=takes_turn(error.code))
 
     def push(self) -> None:
         """Send data and acks that were put. Hold no lock."""
@@ -1582,10 +1727,10 @@ class Link:
 
     def drop(self) -> None:
         """Delete what waits to be sent."""
-        self.outbox.drop(self.channel)
+        self.outbox.drop(self.channel_id)
 
     def _text(self, control: Control) -> Frame:
-        return Frame(OP_TEXT, b"", encode_control(control._replace(channel=self.channel)))
+        return Frame(OP_TEXT, b"", encode_control(control._replace(channel=self.channel_id)))
 
 
 # --- http_network_relay/end/window.py -------------------------------------------------------------
@@ -2018,531 +2163,616 @@ class Stream:
         return self.out.eof_acked and self.into.eof_acked
 
 
-# --- http_network_relay/end/tunnel_end.py ---------------------------------------------------------
-# One end of a tunnel, between its leg and its two threads.
-# The leg's reader calls the on_... methods, which never wait. A consumer thread takes
-# chunks and hands them on; a producer thread waits for credit and sends. The end outlives
-# its legs: detached, it waits to be resumed on another (docs/protocol.md, "Resume").
+# --- http_network_relay/end/state.py --------------------------------------------------------------
+# Where one end of a tunnel stands: its states, and what both of its directions share.
 
 
-class TunnelEnd:
-    """The thread-safe state of one end.
+class EndState(enum.Enum):
+    """The states of one end of a tunnel (docs/architecture.md, "States")."""
 
-    A method that takes a `link` does nothing if that is not the newest: what comes late
-    on another leg or channel must not count.
+    OPENING = "opening"
+    OPEN = "open"
+    # The leg is lost; a resume may come.
+    DETACHED = "detached"
+    # Both directions have ended cleanly, and both ends know.
+    FINISHED = "finished"
+    # This end has ended the tunnel: a resume is answered with the reason.
+    RESET = "reset"
+    # The peer, the loss of the leg or this program has ended the tunnel; the peer is not told.
+    ENDED = "ended"
+    # Nobody has resumed the tunnel in time.
+    EXPIRED = "expired"
+
+    def __init__(self, word: str) -> None:
+        self.has_error = word in ("reset", "ended", "expired")
+        self.is_over = self.has_error or word == "finished"
+
+
+# Every other change of state is a bug.
+END_TRANSITIONS: dict[EndState, tuple[EndState, ...]] = {
+    EndState.OPENING: (EndState.OPEN, EndState.RESET, EndState.ENDED),
+    # OPEN again: a newer attempt to resume replaces the channel.
+    EndState.OPEN: (
+        EndState.OPEN,
+        EndState.DETACHED,
+        EndState.FINISHED,
+        EndState.RESET,
+        EndState.ENDED,
+    ),
+    EndState.DETACHED: (EndState.OPEN, EndState.RESET, EndState.ENDED, EndState.EXPIRED),
+    # The last ack may have been lost with the user's leg.
+    EndState.FINISHED: (EndState.OPEN,),
+    EndState.RESET: (),
+    EndState.ENDED: (),
+    EndState.EXPIRED: (),
+}
+
+
+class EndCore:
+    """The lock, the state, the streams and the present channel of one end.
+
+    Inbound, Outbound and TunnelEnd work on one core. A single read of a field needs no lock.
+    Only the methods here change a field, and a `_locked` method needs `lock`.
     """
 
     def __init__(
-        self,
-        link: Link,
-        max_window_bytes: int,
-        on_change: Callable[[], None] = lambda: None,
+        self, channel: Channel, max_window_bytes: int, on_change: Callable[[], None]
     ) -> None:
-        # Called, without the lock, when credit came, the leg was lost, or the end came.
-        self._on_change = on_change
-        # Guards all below; woken by whatever a thread of the tunnel waits for. Messages
-        # are put into the link's outbox under it, so that they leave in order.
-        self._changed = threading.Condition()
-        self._stream = Stream(max_window_bytes)
-        # Bytes that wait for the consumer.
-        self._inbound: deque[Any] = deque()
-        # Hands on what the consumer takes without waiting, if there is such a way.
-        self._hand_on: Callable[[Any], int] | None = None
-        # Held while a reader does so: its file stays open meanwhile. Before all other locks.
-        self._inside = threading.Lock()
-        # Who is handing bytes on; those behind them wait for it.
-        self._reader_hands_on = False
-        self._consumer_hands_on = False
-        # None: detached, or being resumed.
-        self._link: Link | None = link
-        self._is_open = False
-        self._grace_s = 0.0
-        # Since when and why it is detached, the last time that it was.
-        self._detached_at = 0.0
+        """`on_change`: called, without the lock, after credit, the leg's loss or the end."""
+        self.on_change = on_change
+        # Guards the whole end. Messages are queued under it, so that they leave in order;
+        # push() comes after the release.
+        self.lock = threading.Lock()
+        # Woken by whatever a thread of the tunnel waits for.
+        self.changed = threading.Condition(self.lock)
+        self.stream = Stream(max_window_bytes)
+        self.state = EndState.OPENING
+        # None without a leg.
+        self.channel: Channel | None = channel
+        self.grace_s = 0.0
+        # Why the tunnel ended before it was finished. The first reason counts.
+        self.ended: RelayError | None = None
+        # Until then bytes that came before the end are still delivered.
+        self.deliver_until = float("inf")
+        # Of the newest loss of a leg.
+        self.detached_at = 0.0
         self._lost: RelayError | None = None
-        self._ended: RelayError | None = None
-        self._deliver_until = float("inf")
-        self._consumer_failed = False
-        self._was_reset_here = False
-        # A reset that waits until what came before it has gone out.
-        self._due_reset: RelayError | None = None
-        # Of the newest `resume` that was accepted.
-        self._attempt = 0
 
-    # What is known. Each is one read; none needs the lock.
-
-    @property
-    def ended(self) -> RelayError | None:
-        """Why the tunnel ended before it was finished, if it did. The first reason."""
-        return self._ended
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether both directions ended cleanly and both ends know."""
-        return self._stream.is_finished
-
-    @property
-    def is_over(self) -> bool:
-        """Finished or ended."""
-        return self._ended is not None or self._stream.is_finished
-
-    @property
-    def is_open(self) -> bool:
-        """Whether `opened` was said. Stays true."""
-        return self._is_open
-
-    @property
-    def is_detached(self) -> bool:
-        """Whether it has no leg, and may be resumed."""
-        return self._link is None and not self.is_over
-
-    @property
-    def has_expired(self) -> bool:
-        """Whether it has ended because nobody resumed it in time."""
-        return self._ended is not None and self._ended is self._lost
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Bytes taken for sending and bytes handed on, for the log."""
-        return self._stream.out.taken, self._stream.into.delivered
-
-    @property
-    def first_limit(self) -> int:
-        """What `open` or `opened` says: the bytes that the peer may send at first."""
-        return self._stream.into.limit
-
-    @property
-    def has_both_eofs(self) -> bool:
-        """Whether our source ended and the peer's eof was handed on; acks may be missing."""
-        return self._stream.out.is_ended and self._stream.into.eof_delivered
-
-    @property
-    def grace_s(self) -> float:
-        """For how long both ends keep the tunnel without a leg."""
-        return self._grace_s
-
-    @property
-    def can_be_asked(self) -> bool:
-        """Whether a resume has an answer: the tunnel lives, has finished, or was ended by us."""
-        has_answer = self._ended is None or self._was_reset_here
-        return self._is_open and self._grace_s > 0 and has_answer
-
-    def is_at(self, link: Link) -> bool:
-        """Whether `link` carries it now."""
-        return self._link is link and not self.is_over
-
-    def detached_bytes(self) -> tuple[float, int] | None:
-        """Return since when it is detached and how much it keeps; None if it is not."""
-        with self._changed:
-            if self._link is not None or self.is_over:
-                return None
-            into = self._stream.into
-            kept = self._stream.out.kept_bytes + into.received - into.delivered
-            return self._detached_at, kept
-
-    def resume_left_s(self) -> float:
-        """Return for how long a resume may still come; ends the tunnel when that is over."""
-        with self._changed:
-            self._expire_locked()
-            return self._resume_left_locked() or 0.0
-
-    def must_stop(self) -> bool:
-        """Whether the time for handing on what came before the end has passed."""
-        with self._changed:
-            self._expire_locked()
-        return self._ended is not None and time.monotonic() >= self._deliver_until
-
-    def deliver_left_s(self) -> float:
-        """Return the seconds that are left of that time; only after the end."""
-        return max(0.0, self._deliver_until - time.monotonic())
-
-    # The leg's reader. Raise TunnelError for what breaks the protocol.
-
-    def on_open(self, limit: int, grace_s: float) -> bool:
-        """Take the peer's first limit; False if the end came first."""
-        with self._changed:
-            if self._ended is not None:
-                return False
-            self._is_open = True
-            self._grace_s = grace_s
-            self._stream.out.limit = limit
+    def is_stale_locked(self, channel: Channel, message: str) -> bool:
+        """Whether a message comes too late to count; raises TunnelError if it comes too early."""
+        assert self.lock.locked()
+        if channel is not self.channel or self.state.has_error:
             return True
-
-    def on_data(self, link: Link, data: Any) -> bool:
-        """Hand stream bytes on, or queue them for the consumer.
-
-        Return whether on_pause() is to be called when nothing more comes.
-        """
-        with self._changed:
-            if self._is_deaf_locked(link, "data"):
-                return False
-            self._stream.into.on_data(len(data), time.monotonic())
-            is_busy = self._consumer_hands_on or self._reader_hands_on or self._inbound
-            if self._hand_on is None or is_busy:
-                append_merged(self._inbound, data)
-                self._changed.notify_all()
-                return False
-            self._reader_hands_on = True
-        # Here and now, if that needs no waiting: another thread costs more.
-        count = self._hand_on_now(data)
-        with self._changed:
-            self._reader_hands_on = False
-            if count < len(data):
-                self._inbound.appendleft(memoryview(data)[count:])
-            if self._has_news_locked():
-                self._changed.notify_all()
-            # More may be on its way, by this thread: only a pause means that all is drained.
-            has_ack, now_link = self._delivered_locked(count, drained=False), self._link
-            owes_ack = self._stream.into.owes_ack
-        if has_ack and now_link is not None:
-            now_link.push()
-        return owes_ack
-
-    def on_pause(self, link: Link) -> None:
-        """Nothing more comes for the moment: send the ack that is due then."""
-        with self._changed:
-            if link is not self._link or self._inbound or not self._stream.into.owes_ack:
-                return
-            has_ack = self._delivered_locked(0, drained=True)
-        if has_ack:
-            link.push()
-
-    def _hand_on_now(self, data: Any) -> int:
-        with self._inside:
-            try:
-                return self._hand_on(data) if self._hand_on is not None else 0
-            except OSError:
-                return 0  # The consumer's thread meets it as well, and tells.
-
-    def on_eof(self, link: Link, count: int) -> None:
-        """Note that no byte follows."""
-        with self._changed:
-            if self._is_deaf_locked(link, "eof"):
-                return
-            self._stream.into.on_eof(count)
-            if self._stream.into.eof_delivered:  # A resume made the peer say it again.
-                self._ack_eof_locked()
-            self._changed.notify_all()
-        link.push()
-        self._on_change()
-
-    def on_ack(self, link: Link, ack: Ack) -> None:
-        """Take an ack in."""
-        with self._changed:
-            if self._is_deaf_locked(link, "ack"):
-                return
-            was_out_of_credit = self._stream.out.credit == 0
-            self._stream.out.on_ack(ack)
-            self._flush_locked()
-            # Who sends on has no need to be woken.
-            is_news = was_out_of_credit or self.is_over
-            if is_news:
-                self._changed.notify_all()
-        link.push()
-        if is_news:
-            self._on_change()
-
-    def on_end(self, error: RelayError, *, deliver_s: float = FLUSH_S) -> None:
-        """End the tunnel without a word to the peer.
-
-        What came before is still handed on if the consumer takes it in `deliver_s`.
-        """
-        with self._changed:
-            if self.is_over:
-                return
-            self._end_locked(error, deliver_s)
-        self._on_change()
-
-    def on_reset(self, link: Link, error: RelayError) -> None:
-        """The peer ended the tunnel."""
-        with self._changed:
-            if link is not self._link or self.is_over:
-                return
-            self._end_locked(error, FLUSH_S)
-        self._on_change()
-
-    def _is_deaf_locked(self, link: Link, what: str) -> bool:
-        if link is not self._link or self._ended is not None:
-            return True
-        if not self._is_open:
-            raise TunnelError(f"{what} before the tunnel was open", link.channel)
+        if self.state is EndState.OPENING:
+            raise TunnelError(f"{message} before the tunnel was open", channel.channel_id)
         return False
 
-    def _end_locked(self, error: RelayError, deliver_s: float) -> None:
-        self._ended = error
-        self._deliver_until = time.monotonic() + deliver_s
-        self._stream.out.forget()
-        self._changed.notify_all()
+    def open_locked(self, limit: int, grace_s: float) -> None:
+        """Take what `open` or `opened` says of the peer."""
+        assert self.lock.locked()
+        self.grace_s = grace_s
+        self.stream.out.limit = limit
+        self._change_locked(EndState.OPEN)
 
-    # The loss of a leg, and the way back.
+    def attach_locked(self, channel: Channel) -> None:
+        """Go on, on `channel`."""
+        assert self.lock.locked()
+        self.channel = channel
+        self._change_locked(EndState.OPEN)
 
-    def detach(self, link: Link, error: RelayError) -> bool:
-        """The leg is lost: wait for a resume, or end with `error` if there can be none.
-
-        Return whether it waits.
-        """
-        with self._changed:
-            if link is not self._link or self.is_over:
-                return False
-            waits = self._is_open and self._grace_s > 0
-            if waits:
-                self._link = None
-                self._detached_at = time.monotonic()
-                self._lost = error
-                self._changed.notify_all()
-            else:
-                self._end_locked(error, FLUSH_S)
-        link.drop()
-        self._on_change()
-        return waits
-
-    def give_up(self, error: RelayError) -> bool:
-        """End a tunnel that waits for a resume; False if it does not wait (any more)."""
-        with self._changed:
-            if self._link is not None or self.is_over:
-                return False
-            self._end_locked(error, FLUSH_S)
-        self._on_change()
+    def detach_locked(self, error: RelayError) -> bool:
+        """Wait for a resume, or end if none can come; return whether the end waits."""
+        assert self.lock.locked()
+        if self.state is not EndState.OPEN or self.grace_s <= 0:
+            self.end_locked(EndState.ENDED, error)
+            return False
+        self.channel = None
+        self.detached_at, self._lost = time.monotonic(), error
+        self._change_locked(EndState.DETACHED)
         return True
 
-    def begin_resume(self) -> Position:
-        """Return what `resume` says; only while detached, so that all legs are deaf."""
-        with self._changed:
-            return self._stream.into.resume()
+    def finish_locked(self) -> None:
+        """Note that an ack of an eof has come or gone; the tunnel is finished after both."""
+        assert self.lock.locked()
+        if self.stream.is_finished and self.state is EndState.OPEN:
+            self._change_locked(EndState.FINISHED)
 
-    def on_resumed(self, link: Link, peer: Position) -> None:
-        """Go on, on `link`, after the peer's `resumed`. Raises TunnelError."""
-        with self._changed:
-            if self.is_over:
-                return
-            self._stream.out.check_resume(peer)
-            self._attach_locked(link, peer)
-        link.push()
-        self._on_change()
+    def end_locked(self, state: EndState, error: RelayError, deliver_s: float = FLUSH_S) -> None:
+        """End with `error`; what came before is delivered for `deliver_s` more."""
+        assert self.lock.locked()
+        # Before the state: a thread without the lock reads the state first.
+        self.ended, self.deliver_until = error, time.monotonic() + deliver_s
+        self.stream.out.forget()
+        self._change_locked(state)
 
-    def accept_resume(self, link: Link, peer: Position, attempt: int) -> None:
-        """Go on, on `link`, and answer `resumed`; the link before hears that it is over.
+    def _change_locked(self, state: EndState) -> None:
+        assert self.lock.locked()
+        assert state in END_TRANSITIONS[self.state], (self.state, state)
+        self.state = state
+        self.changed.notify_all()
 
-        Raises TunnelError for counts that cannot be true, RelayError for a tunnel that
-        has ended with an error and for an attempt that is not the newest, and then
-        changes nothing.
-        """
-        with self._changed:
-            if self._ended is not None:
-                raise RelayError(self._ended.code, str(self._ended))
-            if attempt <= self._attempt:
-                raise RelayError("superseded", "a newer connection has resumed the tunnel")
-            self._stream.out.check_resume(peer)
-            self._attempt = attempt
-            old, self._link = self._link, None
-            link.put_first(Resumed(*self._stream.into.resume()))
-            self._attach_locked(link, peer)
-        link.push()
-        if old is not None:
-            old.put_reset(RelayError("superseded", "the tunnel was resumed on another channel"))
-
-    def _attach_locked(self, link: Link, peer: Position) -> None:
-        self._link = link
-        self._stream.out.resume(peer)
-        self._flush_locked()
-        # What was handed on since the peer was told.
-        drained = not self._inbound
-        ack = self._stream.into.on_delivered(0, time.monotonic(), drained=drained)
-        if ack is not None:
-            link.put_ack(ack)
-        self._changed.notify_all()
-
-    def _expire_locked(self) -> None:
-        """End a tunnel that nobody has resumed in time."""
-        if self._resume_left_locked() == 0.0 and self._lost is not None:
-            self._end_locked(self._lost, 0.0)
-
-    def _resume_left_locked(self) -> float | None:
+    def resume_left_locked(self) -> float | None:
         """Return the seconds that a detached tunnel has left; None if it is not detached."""
-        if self._link is not None or self.is_over:
+        assert self.lock.locked()
+        if self.state is not EndState.DETACHED:
             return None
-        return max(0.0, self._detached_at + self._grace_s - time.monotonic())
+        return max(0.0, self.detached_at + self.grace_s - time.monotonic())
 
-    def _wait_locked(self, is_due: Callable[[], bool], timeout_s: float | None = None) -> None:
+    def expire_locked(self) -> None:
+        """End a tunnel that nobody has resumed in time."""
+        assert self.lock.locked()
+        if self.resume_left_locked() == 0.0 and self._lost is not None:
+            self.end_locked(EndState.EXPIRED, self._lost, 0.0)
+
+    def wait_locked(self, is_due: Callable[[], bool], timeout_s: float | None = None) -> None:
         """Wait for `is_due`, at most `timeout_s`; a detached tunnel may expire meanwhile."""
+        assert self.lock.locked()
         until = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         while not is_due() and (left_s := until - time.monotonic()) > 0:
-            resume_left_s = self._resume_left_locked()
+            resume_left_s = self.resume_left_locked()
             waits = [s for s in (left_s, resume_left_s) if s is not None and s < float("inf")]
-            self._changed.wait(min(waits, default=None))
-            self._expire_locked()
+            self.changed.wait(min(waits, default=None))
+            self.expire_locked()
+
+
+# --- http_network_relay/end/inbound.py ------------------------------------------------------------
+# The bytes that come in at one end of a tunnel: from the leg's reader to the consumer.
+
+
+class Inbound:
+    """Receives stream bytes and delivers them in order; one thread delivers at a time.
+
+    The leg's reader calls the on_... methods, which never wait. It delivers at once what the
+    consumer takes without a wait. The consumer's thread delivers the rest from a queue.
+    """
+
+    def __init__(self, core: EndCore) -> None:
+        self._core = core
+        self._into = core.stream.into
+        # The core's lock guards all below. Bytes that wait for the consumer:
+        self._queue: deque[Any] = deque()
+        # Takes bytes without a wait and returns how many.
+        self._deliver: Callable[[Any], int] | None = None
+        self._reader_delivers = False
+        self._consumer_delivers = False
+
+    # The leg's reader. Raises TunnelError for what breaks the protocol.
+
+    def on_data(self, channel: Channel, data: Any) -> bool:
+        """Deliver stream bytes, or queue them for the consumer.
+
+        Returns:
+            Whether the caller MUST call on_pause() when nothing more comes.
+        """
+        core = self._core
+        with core.lock:
+            if core.is_stale_locked(channel, "data"):
+                return False
+            self._into.on_data(len(data), time.monotonic())
+            is_busy = self._consumer_delivers or self._reader_delivers or self._queue
+            deliver = self._deliver
+            if deliver is None or is_busy:
+                append_merged(self._queue, data)
+                core.changed.notify_all()
+                return False
+            self._reader_delivers = True
+        # A hand-over to the consumer's thread costs more than the delivery.
+        try:
+            count = deliver(data)
+        except OSError:
+            count = 0  # The consumer's thread meets the same error, and reports it.
+        with core.lock:
+            self._reader_delivers = False
+            if count < len(data):
+                self._queue.appendleft(memoryview(data)[count:])
+            if self.has_news_locked() or self._deliver is None:
+                core.changed.notify_all()
+            # More may be on its way, by this thread: only a pause means that all is drained.
+            has_ack, newest = self._count_locked(count, drained=False), core.channel
+            owes_ack = self._into.owes_ack
+        if has_ack and newest is not None:
+            newest.push()
+        return owes_ack
+
+    def on_pause(self, channel: Channel) -> None:
+        """Send the ack that is due when nothing more comes for the moment."""
+        with self._core.lock:
+            is_newest = channel is self._core.channel
+            if not is_newest or self._queue or not self._into.owes_ack:
+                return
+            has_ack = self._count_locked(0, drained=True)
+        if has_ack:
+            channel.push()
+
+    def on_eof(self, channel: Channel, count: int) -> None:
+        """Note that no byte follows."""
+        core = self._core
+        with core.lock:
+            if core.is_stale_locked(channel, "eof"):
+                return
+            self._into.on_eof(count)
+            if self._into.eof_delivered:  # A resume made the peer repeat its eof.
+                self._ack_eof_locked()
+            core.changed.notify_all()
+        channel.push()
+        core.on_change()
 
     # The consumer's thread.
 
+    def deliver_directly(self, deliver: Callable[[Any], int] | None) -> None:
+        """Let the leg's reader deliver through `deliver`, which MUST NOT wait.
+
+        `deliver` returns how many bytes were taken; the rest, and an OSError, are left to the
+        consumer's thread. None ends this; after the return no thread is inside `deliver`.
+        """
+        with self._core.lock:
+            self._deliver = deliver
+            while deliver is None and self._reader_delivers:
+                self._core.changed.wait()
+
     def next_chunk(self) -> Any:
-        """Wait for bytes to hand on; b"" is the eof, None the end of the tunnel."""
-        with self._changed:
-            self._consumer_hands_on = False
-            self._wait_locked(self._has_news_locked)
-            if self._ended is not None and time.monotonic() >= self._deliver_until:
+        """Wait for bytes to deliver; b"" is the eof, None the end of the tunnel.
+
+        The caller MUST call delivered() after each chunk, and delivered_eof() after the eof.
+        """
+        core = self._core
+        with core.lock:
+            self._consumer_delivers = False
+            core.wait_locked(self.has_news_locked)
+            if core.state.has_error and time.monotonic() >= core.deliver_until:
                 return None
-            if self._inbound:
-                self._consumer_hands_on = True
-                return self._inbound.popleft()
+            if self._queue:
+                self._consumer_delivers = True
+                return self._queue.popleft()
             return b"" if self._eof_is_due_locked() else None
 
-    def _has_news_locked(self) -> bool:
-        if self._reader_hands_on:
-            return False  # What comes next would overtake it. That is over in no time.
-        return bool(self._inbound) or self._ended is not None or self._eof_is_due_locked()
+    def has_news_locked(self) -> bool:
+        """Whether next_chunk() would not wait."""
+        assert self._core.lock.locked()
+        if self._reader_delivers:
+            return False  # The next chunk would overtake the reader, who never waits.
+        return bool(self._queue) or self._core.state.has_error or self._eof_is_due_locked()
 
     def _eof_is_due_locked(self) -> bool:
-        into = self._stream.into
-        return into.eof_at is not None and not into.eof_delivered and not self._inbound
-
-    def hand_on_by(self, hand_on: Callable[[Any], int] | None) -> None:
-        """Let the leg's reader hand bytes on, by what never waits and returns how many it took.
-
-        What is not taken, or fails, is left to the consumer's thread. None: not any more; when
-        this returns, nobody is inside.
-        """
-        with self._inside:
-            self._hand_on = hand_on
+        assert self._core.lock.locked()
+        into = self._into
+        return into.eof_at is not None and not into.eof_delivered and not self._queue
 
     def delivered(self, size: int) -> None:
-        """Say that a chunk, of `size` bytes, was handed on; sends the ack that is due."""
-        with self._changed:
-            self._consumer_hands_on = False
-            drained = not self._inbound
-            has_ack, link = self._delivered_locked(size, drained=drained), self._link
-        if has_ack and link is not None:
-            link.push()
-
-    def _delivered_locked(self, size: int, *, drained: bool) -> bool:
-        """Count what was handed on; whether an ack is to be pushed."""
-        into = self._stream.into
-        if self._link is None:
-            into.delivered += size  # The resume, or what follows it, says so.
-            return False
-        ack = into.on_delivered(size, time.monotonic(), drained=drained)
-        if ack is None or self._ended is not None:
-            return False
-        self._link.put_ack(ack)
-        return True
+        """Count a chunk of `size` bytes as delivered; send the ack that is due."""
+        with self._core.lock:
+            self._consumer_delivers = False
+            channel = self._core.channel
+            has_ack = self._count_locked(size, drained=not self._queue)
+        if has_ack and channel is not None:
+            channel.push()
 
     def delivered_eof(self) -> None:
-        """Say that the eof was handed on; its ack goes at once, or when it can."""
-        with self._changed:
+        """Count the eof as delivered; its ack goes at once, or on the next leg."""
+        core = self._core
+        with core.lock:
             self._ack_eof_locked()
-            self._changed.notify_all()
-            link = self._link
-        if link is not None:
-            link.push()
-        self._on_change()
+            core.changed.notify_all()
+            channel = core.channel
+        if channel is not None:
+            channel.push()
+        core.on_change()
+
+    # Any thread.
+
+    def resumed_locked(self) -> None:
+        """Acknowledge what was delivered since this end told the peer its position."""
+        assert self._core.lock.locked()
+        self._count_locked(0, drained=not self._queue)
+
+    def clear(self) -> None:
+        """Free the bytes that wait."""
+        with self._core.lock:
+            self._queue.clear()
+
+    def _count_locked(self, size: int, *, drained: bool) -> bool:
+        """Count delivered bytes; return whether the caller must push an ack."""
+        assert self._core.lock.locked()
+        channel = self._core.channel
+        if channel is None:
+            self._into.delivered += size  # The resume tells the peer, or the ack behind it.
+            return False
+        ack = self._into.on_delivered(size, time.monotonic(), drained=drained)
+        if ack is None or self._core.state.has_error:
+            return False
+        channel.put_ack(ack)
+        return True
 
     def _ack_eof_locked(self) -> None:
-        ack = self._stream.into.on_eof_delivered(time.monotonic())
-        if ack is not None and self._link is not None and self._ended is None:
-            self._link.put_ack(ack)
-            # Only now: who sees the tunnel finished may close the leg behind this ack.
-            self._stream.into.eof_acked = True
+        assert self._core.lock.locked()
+        core, channel = self._core, self._core.channel
+        ack = self._into.on_eof_delivered(time.monotonic())
+        if ack is not None and channel is not None and not core.state.has_error:
+            channel.put_ack(ack)
+            # After the ack: whoever sees the tunnel finished may close the leg behind that ack.
+            self._into.eof_acked = True
+            core.finish_locked()
 
-    def fail_consumer(self, error: RelayError) -> None:
-        """Say that nothing can be handed on any more (the target, not the user).
 
-        The peer learns of it when what the target still had to say was sent.
-        """
-        with self._changed:
-            self._consumer_failed = True
-            is_last = self._stream.out.is_ended
-        if is_last:
-            self.reset(error)
+# --- http_network_relay/end/outbound.py -----------------------------------------------------------
+# The bytes that go out at one end of a tunnel: from the producer to the leg.
+
+
+class Outbound:
+    """Sends stream bytes as far as the credit allows, then the eof or the reset."""
+
+    def __init__(self, core: EndCore) -> None:
+        self._core = core
+        self._out = core.stream.out
+        # The core's lock guards both.
+        self._consumer_failed = False
+        # A reset that waits until the bytes before it have gone out.
+        self._due_reset: RelayError | None = None
+
+    def on_ack(self, channel: Channel, ack: Ack) -> None:
+        """Take an ack in. The leg's reader; raises TunnelError for an impossible one."""
+        core = self._core
+        with core.lock:
+            if core.is_stale_locked(channel, "ack"):
+                return
+            was_out_of_credit = self._out.credit == 0
+            self._out.on_ack(ack)
+            self.flush_locked()
+            if ack.eof:
+                core.finish_locked()
+            # A producer with credit has no need to be woken.
+            is_news = was_out_of_credit or core.state.is_over
+            if is_news:
+                core.changed.notify_all()
+        channel.push()
+        if is_news:
+            core.on_change()
 
     # The producer's thread.
 
     def credit(self) -> int:
         """Return how many bytes to take from the source now; 0: none, or there is no leg."""
-        if self._ended is not None or self._link is None:
-            return 0
-        return self._stream.out.credit
+        return self._out.credit if self._core.state is EndState.OPEN else 0
 
     def wait_credit(self) -> int:
         """Wait until bytes may be taken; return how many, 0 when the tunnel is over."""
-        with self._changed:
-            self._wait_locked(lambda: self.is_over or self.credit() > 0)
+        with self._core.lock:
+            self._core.wait_locked(lambda: self._core.state.is_over or self.credit() > 0)
             return self.credit()
 
     def send(self, data: Any) -> None:
-        """Send bytes, credit() at most. They are kept until the peer has handed them on."""
-        with self._changed:
-            if self._ended is None:
-                self._stream.out.take(data)
-                self._flush_locked()
-            link = self._link
-        if link is not None:
-            link.push()
+        """Send bytes, credit() at most. They are kept until the peer has delivered them."""
+        with self._core.lock:
+            if not self._core.state.has_error:
+                self._out.take(data)
+                self.flush_locked()
+            channel = self._core.channel
+        if channel is not None:
+            channel.push()
 
     def send_eof(self) -> bool:
         """End our direction; False if the consumer failed before, so that a reset is due."""
-        with self._changed:
-            if self._ended is None:
+        with self._core.lock:
+            if not self._core.state.has_error:
                 if self._consumer_failed:
                     return False
-                self._stream.out.end()
-                self._flush_locked()
+                self._out.end()
+                self.flush_locked()
             return True
 
     def wait_sent(self, timeout_s: float) -> None:
-        """Wait until nothing that was taken waits for credit, as it may after a resume."""
-        with self._changed:
-            self._wait_locked(
-                lambda: self.is_over or self._link is None or not self._stream.out.waits_for_credit,
+        """Wait until no taken byte waits for credit, as some may after a resume."""
+        with self._core.lock:
+            self._core.wait_locked(
+                lambda: self._core.state is not EndState.OPEN or not self._out.waits_for_credit,
                 timeout_s,
             )
 
-    def _flush_locked(self) -> None:
-        """Send what the credit allows, and the eof behind the last byte."""
-        link, out = self._link, self._stream.out
-        if link is None:
+    # Any thread.
+
+    def fail_consumer(self) -> bool:
+        """Note that the consumer takes no more; return whether a reset is due at once."""
+        with self._core.lock:
+            self._consumer_failed = True
+            return self._out.is_ended
+
+    def flush_locked(self) -> None:
+        """Queue what the credit allows, and the eof or the reset behind the last byte."""
+        assert self._core.lock.locked()
+        channel, out = self._core.channel, self._out
+        if channel is None:
             return
         while (piece := out.next_piece()) is not None:
-            link.put_data(piece)
+            channel.put_data(piece)
         if (count := out.next_eof()) is not None:
-            link.put_eof(count)
-        if self._due_reset is not None and not out.waits_for_credit:
-            self._reset_locked(self._due_reset, FLUSH_S)
+            channel.put_eof(count)
+        if self._due_reset is not None:
+            self.reset_locked(self._due_reset)
+
+    def reset_locked(self, error: RelayError, deliver_s: float = FLUSH_S) -> None:
+        """Queue a reset and end the tunnel.
+
+        What the target said before its own reset goes out first, after a resume if need be.
+        """
+        assert self._core.lock.locked()
+        channel = self._core.channel
+        is_blocked = channel is None or self._out.waits_for_credit
+        if error.code == "target_reset" and is_blocked:
+            self._due_reset = error
+            return
+        if channel is not None:
+            channel.put_reset(error)
+        self._core.end_locked(EndState.RESET, error, deliver_s)
+
+
+# --- http_network_relay/end/tunnel_end.py ---------------------------------------------------------
+# One end of a tunnel, between its leg and its two threads: what client and proxy command share.
+# The end outlives its legs: a detached end waits for a resume on another leg
+# (docs/protocol.md, "Resume").
+
+
+class TunnelEnd:
+    """The thread-safe state of one end.
+
+    `inbound` and `outbound` are its directions. A method that takes a `channel` does nothing
+    if that is not the newest: what comes late on another leg or channel must not count.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        max_window_bytes: int,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_change`: called, without a lock, after credit, the leg's loss or the end."""
+        self._core = EndCore(channel, max_window_bytes, on_change)
+        self.inbound = Inbound(self._core)
+        self.outbound = Outbound(self._core)
+
+    # Each is one read; none needs the lock.
+
+    @property
+    def ended(self) -> RelayError | None:
+        """Why the tunnel ended before it was finished, if it did. The first reason."""
+        return self._core.ended
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether both directions ended cleanly and both ends know."""
+        return self._core.state is EndState.FINISHED
+
+    @property
+    def is_over(self) -> bool:
+        """Finished or ended."""
+        return self._core.state.is_over
+
+    @property
+    def is_detached(self) -> bool:
+        """Whether the end has no leg, and may be resumed."""
+        return self._core.state is EndState.DETACHED
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Bytes taken for sending and bytes delivered, for the log."""
+        return self._core.stream.out.taken, self._core.stream.into.delivered
+
+    @property
+    def first_limit(self) -> int:
+        """The bytes that the peer may send at first, for `open` or `opened`."""
+        return self._core.stream.into.limit
+
+    @property
+    def grace_s(self) -> float:
+        """For how long both ends keep the tunnel without a leg; 0 until the tunnel is open."""
+        return self._core.grace_s
+
+    # The leg's reader, or whoever opens the tunnel.
+
+    def on_open(self, limit: int, grace_s: float) -> bool:
+        """Take the peer's first limit; False if the end came first."""
+        with self._core.lock:
+            if self._core.state.is_over:
+                return False
+            self._core.open_locked(limit, grace_s)
+            return True
+
+    def on_end(self, error: RelayError) -> None:
+        """End the tunnel without a word to the peer; bytes that came are still delivered."""
+        with self._core.lock:
+            if self._core.state.is_over:
+                return
+            self._core.end_locked(EndState.ENDED, error)
+        self._core.on_change()
+
+    def on_reset(self, channel: Channel, error: RelayError) -> None:
+        """The peer has ended the tunnel."""
+        with self._core.lock:
+            if channel is not self._core.channel or self._core.state.is_over:
+                return
+            self._core.end_locked(EndState.ENDED, error)
+        self._core.on_change()
+
+    def detach(self, channel: Channel, error: RelayError) -> bool:
+        """The leg is lost: wait for a resume, or end with `error` if none can come.
+
+        Returns:
+            Whether the end waits.
+        """
+        with self._core.lock:
+            if channel is not self._core.channel or self._core.state.is_over:
+                return False
+            waits = self._core.detach_locked(error)
+        channel.drop()
+        self._core.on_change()
+        return waits
 
     # Any thread.
 
     def reset(
-        self, error: RelayError, link: Link | None = None, *, deliver_s: float = FLUSH_S
+        self, error: RelayError, channel: Channel | None = None, *, deliver_s: float = FLUSH_S
     ) -> None:
         """End the tunnel with an error and tell the peer; nothing if it is over already.
 
-        What the target had said before it reset goes out first, after a resume if need be.
-        `link`: only if that is still the newest.
+        `channel`: only if that is still the newest.
         """
-        with self._changed:
-            if self.is_over or (link is not None and link is not self._link):
+        core = self._core
+        with core.lock:
+            if core.state.is_over or (channel is not None and channel is not core.channel):
                 return
-            is_blocked = self._link is None or self._stream.out.waits_for_credit
-            if error.code == "target_reset" and is_blocked:
-                self._due_reset = error
-                return
-            self._reset_locked(error, deliver_s)
-        self._on_change()
+            self.outbound.reset_locked(error, deliver_s)
+        core.on_change()
 
-    def _reset_locked(self, error: RelayError, deliver_s: float) -> None:
-        self._was_reset_here = True
-        if self._link is not None:
-            self._link.put_reset(error)
-        self._end_locked(error, deliver_s)
-
-    def forget(self) -> None:
-        """Free all bytes: the tunnel is over and its threads have ended."""
-        with self._changed:
-            self._inbound.clear()
-            self._stream.out.forget()
+    def resume_left_s(self) -> float:
+        """Return for how long a resume may still come; ends a tunnel whose grace is over."""
+        with self._core.lock:
+            self._core.expire_locked()
+            return self._core.resume_left_locked() or 0.0
 
     def wait_over(self, timeout_s: float | None = None) -> None:
         """Wait until the tunnel is finished or ended."""
-        with self._changed:
-            self._wait_locked(lambda: self.is_over, timeout_s)
+        with self._core.lock:
+            self._core.wait_locked(lambda: self._core.state.is_over, timeout_s)
+
+    def _attach_locked(self, channel: Channel, peer: Position) -> None:
+        """Go on, on `channel`, from where the peer stands."""
+        assert self._core.lock.locked()
+        self._core.stream.out.resume(peer)
+        self._core.attach_locked(channel)
+        self.inbound.resumed_locked()
+        self.outbound.flush_locked()
+
+
+# --- http_network_relay/end/user_end.py -----------------------------------------------------------
+# The proxy command's end of a tunnel: asks for a resume when its leg is lost.
+
+
+class UserEnd(TunnelEnd):
+    """The end that resumes."""
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether the tunnel has ended because nobody resumed it in time."""
+        return self._core.state is EndState.EXPIRED
+
+    @property
+    def has_both_eofs(self) -> bool:
+        """Whether our source ended and the peer's eof was delivered; acks may be missing."""
+        return self._core.stream.out.is_ended and self._core.stream.into.eof_delivered
+
+    def begin_resume(self) -> Position:
+        """Return the position for `resume`. Only while detached: all channels are stale then."""
+        with self._core.lock:
+            return self._core.stream.into.resume()
+
+    def on_resumed(self, channel: Channel, peer: Position) -> None:
+        """Go on, on `channel`, after the peer's `resumed`. Raises TunnelError."""
+        with self._core.lock:
+            if self._core.state.is_over:
+                return
+            self._core.stream.out.check_resume(peer)
+            self._attach_locked(channel, peer)
+        channel.push()
+        self._core.on_change()
 
 
 # --- http_network_relay/end/read_coalescer.py -----------------------------------------------------
@@ -3090,9 +3320,6 @@ _AFTER_SLEEP_S = 3.0
 # How often to look whether the way to the server goes out by another address.
 _LOOK_S = 2.0
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
-_OP_CONTINUATION = 0x0
-# RFC 6455, 5.5; the library does not look.
-_MAX_PING_BYTES = 125
 # A `Retry-After` counts up to here: a typo must not park a client for years.
 _MAX_RETRY_AFTER_S = 300.0
 
@@ -3331,10 +3558,8 @@ class Connection:
         self._frames = library.frame_buffer(None, True)
         # The library reads by this one method; ours bounds a frame.
         self._frames.recv_strict = self._read_exactly
-        self._parts = bytearray()  # Of a message in fragments.
-        self._parts_opcode = 0
+        self._messages = MessageReader(self._reader, self.outbox, self._read_odd)
         self._writer: threading.Thread | None = None
-        self._says_goodbye = False  # A close waits in the outbox, or was sent.
         self._ping_interval_s = ping_interval_s
         # The timer's own.
         self._ping_at = time.monotonic() + ping_interval_s
@@ -3358,55 +3583,15 @@ class Connection:
     # The reader.
 
     def receive(self, on_pause: Callable[[], None] | None = None) -> tuple[int, Any]:
-        """Wait for the next message: (OP_TEXT or OP_BINARY, payload), or (OP_CLOSE, code).
+        """As MessageReader.receive()."""
+        return self._messages.receive(on_pause)
 
-        A lost connection is a close without a code (1006). Calls `on_pause`, if given, when
-        nothing comes for PAUSE_S. Raises LegError.
-        """
-        while True:
-            try:
-                opcode, payload, is_last = self._next_frame(on_pause)
-            except (OSError, EOFError):
-                return OP_CLOSE, 1006
-            except self._library.WebSocketException as exc:
-                raise LegError(f"bad frame from the server: {exc}") from exc
-            if opcode == OP_PING:
-                if len(payload) > _MAX_PING_BYTES:
-                    raise LegError("a ping is too long")
-                self.outbox.put_leg("pong", Frame(OP_PONG, b"", payload))
-                self.outbox.push()
-            elif opcode == OP_CLOSE:
-                self._says_goodbye = True
-                self.outbox.close(Frame(OP_CLOSE, b"", payload[:2]), flush=False)
-                return OP_CLOSE, int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
-            elif opcode != OP_PONG:
-                message = self._assemble(opcode, payload, is_last=is_last)
-                if message is not None:
-                    return message
-
-    def _next_frame(self, on_pause: Callable[[], None] | None) -> tuple[int, Any, bool]:
-        taken = self._reader.read_message(on_pause)
-        if taken is not None:
-            return *taken, True
-        frame = self._frames.recv_frame()
+    def _read_odd(self) -> tuple[int, Any, bool]:
+        try:
+            frame = self._frames.recv_frame()
+        except self._library.WebSocketException as exc:
+            raise LegError(f"bad frame from the server: {exc}") from exc
         return frame.opcode, frame.data, bool(frame.fin)
-
-    def _assemble(self, opcode: int, payload: Any, *, is_last: bool) -> tuple[int, Any] | None:
-        """Put fragments together; some proxies make them."""
-        if (opcode == _OP_CONTINUATION) != bool(self._parts_opcode):
-            raise LegError("a fragment out of place")
-        if opcode != _OP_CONTINUATION:
-            if is_last:
-                return opcode, payload
-            self._parts_opcode = opcode
-        self._parts += payload
-        if len(self._parts) > MAX_MESSAGE_BYTES:
-            raise LegError("a message is too long", CLOSE_TOO_BIG)
-        if not is_last:
-            return None
-        message = (self._parts_opcode, bytes(self._parts))
-        self._parts, self._parts_opcode = bytearray(), 0
-        return message
 
     def _read_exactly(self, size: int) -> bytes:
         if size > MAX_MESSAGE_BYTES:
@@ -3481,7 +3666,6 @@ class Connection:
         The caller wakes the timer, whose clock it is.
         """
         payload = struct.pack("!H", code) + reason.encode("ascii", "replace")[:120]
-        self._says_goodbye = True
         self._abort_at = min(self._abort_at, time.monotonic() + FLUSH_S)
         self.outbox.close(Frame(OP_CLOSE, b"", payload), flush=flush)
 
@@ -3491,7 +3675,7 @@ class Connection:
 
     def stop(self) -> None:
         """End the writer, join it and free the socket. By the reader, or after it ended."""
-        if self._writer is not None and self._says_goodbye:
+        if self._writer is not None and self.outbox.is_closing:
             # So that the peer reads why. The writer ends by itself behind the close.
             self._writer.join(FLUSH_S)
         self.abort()
@@ -3576,7 +3760,7 @@ class NextLeg:
         self._end = end
         self._dial = dial
         self._spread_s = spread_s
-        self._transport: Connection | None = None
+        self._connection: Connection | None = None
         self._thread = threading.Thread(target=self._run, name="next-leg")
 
     def start(self, on_up: Callable[[], None]) -> None:
@@ -3592,7 +3776,7 @@ class NextLeg:
             if self._end.is_over:
                 return
             try:
-                self._transport = self._dial()
+                self._connection = self._dial()
             except RelayError as exc:
                 if not exc.is_retryable or time.monotonic() >= until:
                     return
@@ -3604,8 +3788,8 @@ class NextLeg:
     def take(self) -> Connection | None:
         """Wait for the leg, which the caller then owns; None if there is none."""
         self._thread.join()
-        transport, self._transport = self._transport, None
-        return transport
+        connection, self._connection = self._connection, None
+        return connection
 
 
 # --- http_network_relay/proxy_command/stdio.py ----------------------------------------------------
@@ -3734,12 +3918,12 @@ class Pumps:
         self._poll: Any = None
         self._polled: tuple[bool, bool] | None = None
 
-    def start(self, end: TunnelEnd) -> None:
+    def start(self, end: UserEnd) -> None:
         """Start both threads; join() joins them."""
         self._end = end
         with contextlib.suppress(OSError):
             self._quick_stdout = QuickStdout()
-            end.hand_on_by(self._quick_stdout.write)
+            end.inbound.deliver_directly(self._quick_stdout.write)
         # Daemon: a write to stdout cannot be woken, nor on Windows a read of stdin.
         self._up = threading.Thread(target=self._pump_up, name="pump-up", daemon=True)
         self._down = threading.Thread(target=self._pump_down, name="pump-down", daemon=True)
@@ -3780,7 +3964,7 @@ class Pumps:
         end = self._end
         try:
             while not end.is_over and self.exit_code is None:
-                size = min(end.credit(), STDIN_READ_BYTES)
+                size = min(end.outbound.credit(), STDIN_READ_BYTES)
                 if self._wait(want_stdin=size > 0):
                     self._carry(size)
             if not end.is_over:
@@ -3795,11 +3979,11 @@ class Pumps:
             self._is_stdin_enlarged = True
             enlarge_pipe(STDIN)
         if data:
-            self._end.send(data)
+            self._end.outbound.send(data)
             if wait_s := self._gather.wait_s(len(data), size, time.monotonic()):
                 time.sleep(wait_s)
         else:
-            self._end.send_eof()
+            self._end.outbound.send_eof()
         return bool(data)
 
     def _wait(self, *, want_stdin: bool) -> bool:
@@ -3837,7 +4021,7 @@ class Pumps:
             end.wait_over(FLUSH_S)
         else:
             # What was taken before a resume may still wait for its credit.
-            end.wait_sent(GOODBYE_S)
+            end.outbound.wait_sent(GOODBYE_S)
             self._take_the_rest()
         end.reset(RelayError("user_gone", "the proxy user has gone"))
 
@@ -3845,7 +4029,7 @@ class Pumps:
         if CAN_POLL:
             poll = select.poll()
             poll.register(STDIN, select.POLLIN)
-            while (size := self._end.credit()) and poll.poll(0) and self._carry(size):
+            while (size := self._end.outbound.credit()) and poll.poll(0) and self._carry(size):
                 pass
 
     # leg -> stdout
@@ -3853,15 +4037,15 @@ class Pumps:
     def _pump_down(self) -> None:
         end = self._end
         try:
-            while chunk := end.next_chunk():
+            while chunk := end.inbound.next_chunk():
                 write_stdout(chunk)
-                end.delivered(len(chunk))
+                end.inbound.delivered(len(chunk))
             if chunk == b"":
                 self._watches_stdout = False
                 self.wake()
                 self._close_quick_stdout()
                 close_stdout()
-                end.delivered_eof()
+                end.inbound.delivered_eof()
         except BrokenPipeError:
             self.leave(EXIT_SIGPIPE)
         except OSError as exc:
@@ -3870,7 +4054,7 @@ class Pumps:
             self._close_quick_stdout()
 
     def _close_quick_stdout(self) -> None:
-        self._end.hand_on_by(None)
+        self._end.inbound.deliver_directly(None)
         if self._quick_stdout is not None:
             self._quick_stdout.close()
 
@@ -3878,7 +4062,10 @@ class Pumps:
 # --- http_network_relay/proxy_command/settings.py -------------------------------------------------
 # The proxy command's settings: flag > environment > default.
 
-DEFAULT_SERVER_URL = "ws://127.0.0.1:8000" + USERS_PATH
+SECRET_KEY = Setting(
+    "--secret-key", "token", "the token; `ps` shows it: prefer the file", is_secret=True
+)
+SETTINGS = (SERVER_URL, SECRET_KEY, PING_INTERVAL, MAX_WINDOW, RESUME_TIMEOUT)
 
 
 class Settings(NamedTuple):
@@ -3910,81 +4097,41 @@ def make_parser() -> argparse.ArgumentParser:
         " by signal n.",
     )
     parser.add_argument("target_host_identifier", help="the client's name")
-    parser.add_argument("target_ip", help="address or name, as seen from the client")
+    parser.add_argument("target_ip", help="address or name of the target, as the client sees it")
     parser.add_argument("target_port", help="1 to 65535")
-    parser.add_argument("protocol", nargs="?", default="tcp", help="tcp (the default)")
-    parser.add_argument(
-        "--server_url",
-        "--server-url",
-        dest="server_url",
-        metavar="URL",
-        help="[HTTP_NETWORK_RELAY_SERVER_URL] such as https://relay.example",
-    )
-    parser.add_argument(
-        "--secret-key",
-        metavar="TOKEN",
-        help="[HTTP_NETWORK_RELAY_SECRET_KEY] `ps` shows it to other users: prefer the file",
-    )
-    parser.add_argument(
-        "--secret-key-file", metavar="FILE", help="a file that holds the token and nothing else"
-    )
-    parser.add_argument("--ca-file", metavar="FILE", help="trust this private CA as well")
-    parser.add_argument(
-        "--ping-interval",
-        metavar="SECONDS",
-        help="[HTTP_NETWORK_RELAY_PING_INTERVAL] default 20",
-    )
-    parser.add_argument(
-        "--max-window",
-        metavar="BYTES",
-        help="[HTTP_NETWORK_RELAY_MAX_WINDOW] per direction, default 4194304",
-    )
-    parser.add_argument(
-        "--resume-timeout",
-        metavar="SECONDS",
-        help="[HTTP_NETWORK_RELAY_RESUME_TIMEOUT] try so long to come back when the connection is"
-        " lost, default 120, 0: not at all",
-    )
+    parser.add_argument("protocol", nargs="?", default="tcp", help="tcp; may be left out")
+    parser.add_argument("--ca-file", metavar="FILE", help="a private CA to trust as well")
+    add_settings(parser, SETTINGS)
     return parser
 
 
 def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """Return the checked settings: flag > environment > default."""
+    """Return the checked settings; raises RelayError (usage)."""
     args = make_parser().parse_args(argv)
     # Five digits: int() raises for thousands of them.
     port = int(args.target_port) if matches(r"[0-9]{1,5}", args.target_port) else 0
     if not 1 <= port <= 65535:
-        raise RelayError("usage", f"target_port must be 1 to 65535, not {args.target_port!r}")
+        raise ConfigError(f"target_port must be 1 to 65535, not {args.target_port!r}")
     if args.protocol == "udp":
-        raise RelayError("usage", "the protocol udp is not supported yet, only tcp is")
+        raise ConfigError("the protocol udp is not supported yet, only tcp is")
     if args.protocol != "tcp":
-        raise RelayError("usage", f"protocol must be tcp, not {args.protocol!r}")
+        raise ConfigError(f"protocol must be tcp, not {args.protocol!r}")
     if not matches(NAME_PATTERN, args.target_host_identifier):
-        raise RelayError("usage", "target_host_identifier is not a client's name")
+        raise ConfigError("target_host_identifier is not a client's name")
     if not matches(HOST_PATTERN, args.target_ip):
-        raise RelayError("usage", "target_ip is not an address or a name")
-    url = args.server_url or environ.get("HTTP_NETWORK_RELAY_SERVER_URL") or DEFAULT_SERVER_URL
-    endpoint = parse_server_url(url, USERS_PATH)
-    if args.secret_key_file is not None and args.secret_key is None:
-        token = read_secret_file("--secret-key-file", args.secret_key_file)
-    else:
-        token = args.secret_key or environ.get("HTTP_NETWORK_RELAY_SECRET_KEY", "")
-    if not is_secret(token):
-        raise RelayError(
-            "usage",
-            "--secret-key-file, --secret-key or HTTP_NETWORK_RELAY_SECRET_KEY must give a token"
-            " of printable ASCII without spaces",
-        )
+        raise ConfigError("target_ip is not an address or a name")
+    given = merge_flags(args, SETTINGS, environ)
+    endpoint = parse_server_url(SERVER_URL.text(given), USERS_PATH)
     return Settings(
         client=args.target_host_identifier,
         host=args.target_ip,
         port=port,
         endpoint=endpoint,
-        token=token,
+        token=read_secret(SECRET_KEY, args, given),
         context=make_context(args.ca_file) if endpoint.is_tls else None,
-        ping_interval_s=ping_interval(args.ping_interval, environ),
-        max_window_bytes=max_window(args.max_window, environ),
-        grace_s=resume_timeout(args.resume_timeout, environ),
+        ping_interval_s=PING_INTERVAL.number(given),
+        max_window_bytes=int(MAX_WINDOW.number(given)),
+        grace_s=int(RESUME_TIMEOUT.number(given)),
     )
 
 
@@ -4010,13 +4157,13 @@ class Session:
         self._timer = Timer(self._tick, self._on_signal)
         self._pumps = Pumps()
         # What the timer looks at; written by main.
-        self._transport: Connection | None = None
+        self._connection: Connection | None = None
         self._is_pumping = False
         self._answer_by = float("inf")
         self._no_answer = RelayError("open_timeout", "")
         # One tunnel: the end, its link on the present leg, and what `resume` repeats.
-        self._link = Link(FrameSender())
-        self._end = TunnelEnd(self._link, settings.max_window_bytes)
+        self._channel = Channel(FrameSender())
+        self._end = UserEnd(self._channel, settings.max_window_bytes)
         self._opening: Open | None = None
         self._attempt = 0
         self._next_leg: NextLeg | None = None
@@ -4035,8 +4182,8 @@ class Session:
             unused = self._next_leg.take() if self._next_leg is not None else None
             if unused is not None:
                 unused.stop()
-            if self._transport is not None:
-                self._leave(self._transport)
+            if self._connection is not None:
+                self._leave(self._connection)
             self._timer.stop()
 
     # Before the tunnel is open.
@@ -4049,8 +4196,8 @@ class Session:
                 self._open(self._connect())
                 return
             except RelayError as exc:
-                if self._transport is not None:
-                    self._leave(self._transport)
+                if self._connection is not None:
+                    self._leave(self._connection)
                 is_restarting = time.monotonic() < restart_until
                 if exc.code == "server_restart" and not restart_until:
                     restart_until = time.monotonic() + RESTART_S
@@ -4059,11 +4206,11 @@ class Session:
                     raise
             time.sleep(uniform(*RESTART_RETRY_S))
 
-    def _open(self, transport: Connection) -> None:
+    def _open(self, connection: Connection) -> None:
         """Ask for the tunnel and wait for the answer."""
         settings = self._settings
-        self._link = Link(transport.outbox)
-        self._end = TunnelEnd(self._link, settings.max_window_bytes, self._on_change)
+        self._channel = Channel(connection.outbox)
+        self._end = UserEnd(self._channel, settings.max_window_bytes, self._on_change)
         self._opening = Open(
             client=settings.client,
             host=settings.host,
@@ -4074,7 +4221,7 @@ class Session:
             limit=self._end.first_limit,
             grace_s=settings.grace_s,
         )
-        answer = self._ask(transport, self._opening, ANSWER_TIMEOUT_S)
+        answer = self._ask(connection, self._opening, ANSWER_TIMEOUT_S)
         assert isinstance(answer, Opened)  # _ask() returns nothing else for an Open.
         if not self._end.on_open(answer.limit, min(settings.grace_s, answer.grace_s)):
             raise self._end.ended or RelayError("leg_lost", "the tunnel was lost")
@@ -4083,7 +4230,7 @@ class Session:
         """Dial one leg; also in the thread of NextLeg."""
         settings = self._settings
         headers = [f"Authorization: Bearer {settings.token}"]
-        if self._end.is_open and self._opening is not None:
+        if self._end.grace_s and self._opening is not None:
             headers.append(f"{TUNNEL_HEADER}: {self._opening.tunnel_id}")
         return connect(
             settings.endpoint,
@@ -4098,17 +4245,17 @@ class Session:
         """Whether a leg that is being dialled is of no use any more."""
         return self._end.is_over or (self._end.is_detached and not self._end.resume_left_s())
 
-    def _ask(self, transport: Connection, asked: Opening, timeout_s: float) -> Opened | Resumed:
+    def _ask(self, connection: Connection, asked: Opening, timeout_s: float) -> Opened | Resumed:
         """Send a new leg's first message; return its answer. Raises RelayError."""
         is_open = isinstance(asked, Open)
         wanted = Opened if is_open else Resumed
         answer = "opened" if is_open else "resumed"
         self._server_restarts = False
-        self._transport = transport
-        transport.start("user")
-        link = Link(transport.outbox)
-        link.put_first(asked)
-        link.push()
+        self._connection = connection
+        connection.start("user")
+        channel = Channel(connection.outbox)
+        channel.put_first(asked)
+        channel.push()
         who = f"{self._settings.target}: " if is_open else ""
         self._no_answer = RelayError("open_timeout", f"{who}no answer from the client in time")
         self._answer_by = time.monotonic() + timeout_s
@@ -4118,9 +4265,9 @@ class Session:
             if self._end.is_over:
                 raise RelayError("leg_lost", "the tunnel ended meanwhile")
             while True:
-                opcode, payload = transport.receive()
+                opcode, payload = connection.receive()
                 if opcode == OP_CLOSE:
-                    raise self._lost(transport, payload)
+                    raise self._lost(connection, payload)
                 if opcode == OP_BINARY:
                     raise TunnelError(f"data came before {answer}")
                 control = parse_control(decode_text(payload), TO_USER, has_channel=False)
@@ -4151,10 +4298,10 @@ class Session:
         self._is_pumping = True
         pumps.start(end)
         backoff = Backoff(RESUME_CAP_S)
-        while (transport := self._transport) is not None:
+        while (connection := self._connection) is not None:
             begun, counts = time.monotonic(), end.counts
-            self._read(transport)
-            self._leave(transport)
+            self._read(connection)
+            self._leave(connection)
             if not end.is_over:
                 backoff.lasted(time.monotonic() - begun, was_used=end.counts != counts)
                 self._come_back(backoff)
@@ -4174,41 +4321,41 @@ class Session:
         complain(RelayError(ended.code, sentence))
         return EXIT_TUNNEL_LOST
 
-    def _read(self, transport: Connection) -> None:
+    def _read(self, connection: Connection) -> None:
         """Read a leg until the tunnel has ended or the leg is lost."""
-        end, link = self._end, self._link
-        pause = functools.partial(end.on_pause, link)
+        end, channel = self._end, self._channel
+        pause = functools.partial(end.inbound.on_pause, channel)
         on_pause: Callable[[], None] | None = None
         while True:
             try:
-                opcode, payload = transport.receive(on_pause)
+                opcode, payload = connection.receive(on_pause)
                 if opcode == OP_CLOSE:
-                    end.detach(link, self._lost(transport, payload))
+                    end.detach(channel, self._lost(connection, payload))
                     return
                 if opcode == OP_BINARY:
-                    on_pause = pause if end.on_data(link, payload) else None
+                    on_pause = pause if end.inbound.on_data(channel, payload) else None
                 elif self._on_control(payload):
                     return
             except TunnelError as exc:
                 end.reset(RelayError("protocol_error", f"the server broke the protocol: {exc}"))
             except LegError as exc:
-                transport.close(exc.close_code, str(exc), flush=False)
+                connection.close(exc.close_code, str(exc), flush=False)
                 error = RelayError("protocol_error", f"the server broke the protocol: {exc}")
-                end.detach(link, error)
+                end.detach(channel, error)
                 return
 
     def _on_control(self, payload: bytes | bytearray) -> bool:
         """Hand one control to the tunnel; whether the leg has no more to say."""
         control = parse_control(decode_text(payload), TO_USER, has_channel=False)
-        end, link = self._end, self._link
+        end, channel = self._end, self._channel
         if isinstance(control, Ack):
-            end.on_ack(link, control)
+            end.outbound.on_ack(channel, control)
         elif isinstance(control, Eof):
-            end.on_eof(link, control.count)
+            end.inbound.on_eof(channel, control.count)
         elif isinstance(control, Reset):
-            end.on_reset(link, RelayError(control.code, control.message))
+            end.on_reset(channel, RelayError(control.code, control.message))
         elif isinstance(control, Detached):
-            end.detach(link, RelayError(control.code, _detached(control.code)))
+            end.detach(channel, RelayError(control.code, _detached(control.code)))
             return not end.is_over
         elif isinstance(control, GoingAway):
             self._on_going_away(control.spread_ms / 1000)
@@ -4218,40 +4365,40 @@ class Session:
 
     def _on_going_away(self, spread_s: float) -> None:
         self._server_restarts = True
-        transport = self._transport
-        if self._next_leg is None and self._end.grace_s and transport is not None:
+        connection = self._connection
+        if self._next_leg is None and self._end.grace_s and connection is not None:
             self._next_leg = NextLeg(self._end, self._connect, spread_s)
             # The loss of the old leg is what main waits for.
-            self._next_leg.start(on_up=transport.abort)
+            self._next_leg.start(on_up=connection.abort)
 
     def _come_back(self, backoff: Backoff) -> None:
         """Resume on another leg, until it works or the tunnel is over."""
         end = self._end
         next_leg, self._next_leg = self._next_leg, None
-        transport = next_leg.take() if next_leg is not None else None
-        wait_s = 0.0 if transport is not None else backoff.next_s()
+        connection = next_leg.take() if next_leg is not None else None
+        wait_s = 0.0 if connection is not None else backoff.next_s()
         while True:
             end.wait_over(wait_s)
             if end.is_over:
-                if transport is not None:
-                    transport.stop()
+                if connection is not None:
+                    connection.stop()
                 return
             try:
-                self._resume(transport or self._connect())
+                self._resume(connection or self._connect())
                 self._failure = None
                 return
             except RelayError as exc:
-                if self._transport is not None:
-                    self._leave(self._transport)
+                if self._connection is not None:
+                    self._leave(self._connection)
                 # At the very end it is the haste that failed.
                 if self._failure is None or end.resume_left_s():
                     self._failure = exc
                 if not exc.is_retryable:
                     end.on_end(RelayError(exc.code, str(exc)))
                 wait_s = max(backoff.next_s(), exc.retry_after_s or 0.0)
-                transport = None
+                connection = None
 
-    def _resume(self, transport: Connection) -> None:
+    def _resume(self, connection: Connection) -> None:
         self._attempt += 1
         position = self._end.begin_resume()
         assert self._opening is not None  # Only an open tunnel is resumed.
@@ -4263,43 +4410,43 @@ class Session:
             delivered=delivered,
         )
         timeout_s = min(ANSWER_TIMEOUT_S, self._end.resume_left_s())
-        answer = self._ask(transport, asked, timeout_s)
+        answer = self._ask(connection, asked, timeout_s)
         assert isinstance(answer, Resumed)  # _ask() returns nothing else for a Resume.
-        self._link = Link(transport.outbox)
+        self._channel = Channel(connection.outbox)
         peer = Position(answer.received, answer.delivered, answer.limit)
         try:
-            self._end.on_resumed(self._link, peer)
+            self._end.on_resumed(self._channel, peer)
         except TunnelError as exc:
             raise RelayError("protocol_error", f"the client broke the protocol: {exc}") from exc
         if self._end.is_over:  # It expired while we asked.
             raise RelayError("leg_lost", "the tunnel ended meanwhile")
 
-    def _leave(self, transport: Connection) -> None:
+    def _leave(self, connection: Connection) -> None:
         if self._end.is_over:
             # Who ended it has perhaps not come to that, or did not see this leg yet.
-            self._say_goodbye(transport)
-        self._transport = None
-        transport.stop()
+            self._say_goodbye(connection)
+        self._connection = None
+        connection.stop()
 
     def _on_change(self) -> None:
         """Any thread: credit came, the leg was lost, or the tunnel is over."""
         self._pumps.wake()
-        transport = self._transport
-        if self._end.is_over and transport is not None:
-            self._say_goodbye(transport)
+        connection = self._connection
+        if self._end.is_over and connection is not None:
+            self._say_goodbye(connection)
             self._timer.wake()
 
-    def _say_goodbye(self, transport: Connection) -> None:
+    def _say_goodbye(self, connection: Connection) -> None:
         """Close a leg of a tunnel that is over. Any thread; again is harmless."""
         ended = self._end.ended
         if ended is not None and ended.code == "user_gone":
             # Again, for a leg that is just resuming: behind the `resume` it counts.
-            Link(transport.outbox).put_reset(ended)
-        transport.close(CLOSE_NORMAL)
+            Channel(connection.outbox).put_reset(ended)
+        connection.close(CLOSE_NORMAL)
 
-    def _lost(self, transport: Connection, close_code: int) -> RelayError:
-        if transport.gave_up is not None:
-            return transport.gave_up
+    def _lost(self, connection: Connection, close_code: int) -> RelayError:
+        if connection.gave_up is not None:
+            return connection.gave_up
         where = f"the relay {self._settings.endpoint.host}"
         if close_code == CLOSE_RESTART or self._server_restarts:
             return RelayError("server_restart", f"{where} is being restarted")
@@ -4310,13 +4457,13 @@ class Session:
     # The timer's thread: never writes to the leg, never waits for a lock.
 
     def _tick(self, now: float, slept: bool) -> float:
-        transport = self._transport
-        if transport is None:
+        connection = self._connection
+        if connection is None:
             return now + 60.0
         if now >= self._answer_by:
             self._answer_by = float("inf")
-            transport.give_up(self._no_answer)
-        return min(transport.tick(now, slept=slept), self._answer_by)
+            connection.give_up(self._no_answer)
+        return min(connection.tick(now, slept=slept), self._answer_by)
 
     def _on_signal(self, number: int) -> None:
         if not self._is_pumping:

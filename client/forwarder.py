@@ -20,9 +20,9 @@ from typing import Any
 
 from http_network_relay.dial.connect import dial_tcp
 from http_network_relay.dial.deadline import Deadline
-from http_network_relay.end.channel import Link
+from http_network_relay.end.channel import Channel
+from http_network_relay.end.client_end import ClientEnd
 from http_network_relay.end.read_coalescer import ReadCoalescer
-from http_network_relay.end.tunnel_end import TunnelEnd
 from http_network_relay.leg.duplex_socket import DONT_WAIT, wait_ready
 from http_network_relay.rules.target import Host, RuleError, TargetRule, canonical_host
 from http_network_relay.wire.constants import MESSAGE_BYTES
@@ -56,17 +56,17 @@ class Forwarder:
     def __init__(
         self,
         opening: Open,
-        link: Link,
+        channel: Channel,
         max_window_bytes: int,
         grace_s: int,
         allow: tuple[TargetRule, ...],
         on_closed: Callable[[Forwarder], None],
     ) -> None:
         self.key = (opening.user, opening.tunnel_id)
-        self.end = TunnelEnd(link, max_window_bytes)
+        self.end = ClientEnd(channel, max_window_bytes)
         self._opening = opening
         # Where `opened` goes; nothing else, since the tunnel may change its link.
-        self._first_link = link
+        self._first_channel = channel
         self._grace_s = grace_s
         # Empty: whatever is asked.
         self._allow = allow
@@ -123,15 +123,15 @@ class Forwarder:
                 self._refuse(RelayError(_REFUSED_CODES[exc.kind], str(exc)))
             return None
         if DONT_WAIT:
-            self.end.hand_on_by(functools.partial(_send_now, sock))
+            self.end.inbound.deliver_directly(functools.partial(_send_now, sock))
         if not self.end.on_open(self._opening.limit, min(self._grace_s, self._opening.grace_s)):
-            self.end.hand_on_by(None)
+            self.end.inbound.deliver_directly(None)
             sock.close()  # The user went away during the dial.
             return None
         # First: once it is told, another thread may log its end.
         log.info("tunnel opened %s target=%s:%d", self.about, host, port)
-        self._first_link.put_first(Opened(self.end.first_limit, self._grace_s))
-        self._first_link.push()
+        self._first_channel.put_first(Opened(self.end.first_limit, self._grace_s))
+        self._first_channel.push()
         return sock
 
     def _filter(self, asked: Host) -> Callable[[str], bool]:
@@ -143,20 +143,20 @@ class Forwarder:
 
     def _refuse(self, error: RelayError) -> None:
         self.end.on_end(error)
-        refuse(self._first_link, error)
+        refuse(self._first_channel, error)
 
     # Target to leg.
 
     def _read(self, sock: socket.socket) -> None:
         end, gather = self.end, ReadCoalescer(_READ_BYTES)
         try:
-            while size := min(end.wait_credit(), _READ_BYTES):
+            while size := min(end.outbound.wait_credit(), _READ_BYTES):
                 data = sock.recv(size)
                 if data:
-                    end.send(data)
+                    end.outbound.send(data)
                     if wait_s := gather.wait_s(len(data), size, time.monotonic()):
                         time.sleep(wait_s)
-                elif end.send_eof():
+                elif end.outbound.send_eof():
                     break
                 else:
                     end.reset(RelayError("target_reset", "the target closed the connection"))
@@ -186,13 +186,13 @@ class Forwarder:
         sock, end = self._sock, self.end
         assert sock is not None  # Started by _run() after the dial.
         try:
-            while chunk := end.next_chunk():
+            while chunk := end.inbound.next_chunk():
                 if not self._write_chunk(sock, chunk):
                     break
-                end.delivered(len(chunk))
+                end.inbound.delivered(len(chunk))
             if chunk == b"":
                 sock.shutdown(socket.SHUT_WR)
-                end.delivered_eof()
+                end.inbound.delivered_eof()
         except OSError as exc:
             # The reader reads what the target still said, then tells the user.
             end.fail_consumer(_target_error(exc))
@@ -231,7 +231,7 @@ class Forwarder:
             linger_0 = struct.pack("ii", 1, 0)
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_0)
-        self.end.hand_on_by(None)
+        self.end.inbound.deliver_directly(None)
         sock.close()
         down, up = self.end.counts
         reason = ended.code if ended is not None else "eof"
@@ -249,9 +249,9 @@ def _send_now(sock: socket.socket, data: Any) -> int:
     return sock.send(data, DONT_WAIT)
 
 
-def refuse(link: Link, error: RelayError) -> None:
+def refuse(channel: Channel, error: RelayError) -> None:
     """Answer an `open` or `resume` with `refused`."""
-    link.put_first(OpenRefused(error.code, str(error)))
+    channel.put_first(OpenRefused(error.code, str(error)))
 
 
 def _target_error(exc: OSError) -> RelayError:

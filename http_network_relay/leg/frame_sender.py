@@ -146,6 +146,11 @@ class FrameSender:
         return self._queue.has_frames
 
     @property
+    def is_closing(self) -> bool:
+        """Whether a close waits or was sent. Needs no lock."""
+        return self._queue.is_closing
+
+    @property
     def is_over(self) -> bool:
         """Whether the close was taken, or stop() called. Needs no lock."""
         return self._queue.is_over

@@ -145,11 +145,15 @@ class SendQueue:
             self._is_over = True
             self._clear_locked()
 
-    # What is taken. The three properties need no lock.
+    # What is taken. The properties need no lock.
 
     @property
     def has_frames(self) -> bool:
         return bool(self._fast or self._turns)
+
+    @property
+    def is_closing(self) -> bool:
+        return self._close is not None
 
     @property
     def is_over(self) -> bool:

@@ -16,6 +16,7 @@ from http_network_relay.wire.errors import ConfigError, Refused
 from server.access.credentials import Credentials, utc_today
 from server.access.file_watch import FileWatch
 from server.logs import ROOT_NAME
+from server.service_thread import ServiceThread
 
 _log = logging.getLogger(f"{ROOT_NAME}.access")
 
@@ -23,32 +24,22 @@ _log = logging.getLogger(f"{ROOT_NAME}.access")
 _LOOK_S = 1.0
 
 
-class Access:
+class Access(ServiceThread):
     """The credentials in force. `credentials` is replaced whole; reading it needs no lock."""
 
     def __init__(
         self, credentials: Credentials, watch: FileWatch | None, on_change: Callable[[], None]
     ) -> None:
+        super().__init__("credentials")
         self.credentials = credentials
         # None: nothing to follow.
         self._watch = watch
         # Called in the thread: whoever is connected has to be looked at again.
         self._on_change = on_change
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="credentials")
-
-    def start(self) -> None:
-        """Start to follow the file; stop() and join() end that."""
-        self._thread.start()
 
     def stop(self) -> None:
-        """Let the thread end."""
         self._stopped.set()
-
-    def join(self, timeout_s: float) -> None:
-        """Wait until it has ended."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
 
     def check_open(self, user: str, control: Opening) -> str:
         """Return the rule by which this user may open or resume that. Raises Refused."""

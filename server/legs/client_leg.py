@@ -10,8 +10,8 @@ from http_network_relay.wire.constants import CHANNEL_BYTES
 from http_network_relay.wire.controls import FROM_CLIENT, parse_control, split_channel
 from http_network_relay.wire.errors import LegError, TunnelError
 from server.access.credentials import Login
-from server.legs.leg import Helpers, Leg
-from server.legs.websocket import Connection, Message, close_frame
+from server.legs.leg import Helpers, Leg, Message
+from server.legs.websocket import Connection, close_frame
 from server.tunnels.channels import Channels
 from server.tunnels.tunnel import Tunnel
 

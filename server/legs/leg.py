@@ -8,6 +8,7 @@ what there was. Any thread may call end(). The reader never waits for anything b
 
 from __future__ import annotations
 
+import enum
 import logging
 import threading
 import time
@@ -15,13 +16,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import CLOSE_INTERNAL_ERROR
-from http_network_relay.wire.constants import FLUSH_S, OP_PING, OP_TEXT, SILENCE_INTERVALS
-from http_network_relay.wire.controls import GoingAway, encode_control
+from http_network_relay.wire.constants import (
+    FLUSH_S,
+    OP_CLOSE,
+    OP_PING,
+    OP_TEXT,
+    SILENCE_INTERVALS,
+)
+from http_network_relay.wire.controls import GoingAway, decode_text, encode_control
 from http_network_relay.wire.errors import LegError
 from server.access.credentials import Login
-from server.legs.websocket import Connection, Message, ReadEnd, close_frame
+from server.legs.websocket import Connection, close_frame
 from server.logs import ROOT_NAME
 
 _log = logging.getLogger(f"{ROOT_NAME}.leg")
@@ -30,6 +38,18 @@ _log = logging.getLogger(f"{ROOT_NAME}.leg")
 RETRY_S = 0.01
 
 _PING = Frame(OP_PING, b"", b"")
+
+
+# A binary message, or a text.
+Message = bytes | bytearray | memoryview | str
+
+
+class ReadEnd(enum.Enum):
+    """Why reading has ended."""
+
+    LOST = "lost"  # the stream ended or failed: nobody is there
+    CLOSED = "closed"  # the peer sent a close frame, and nothing comes after it
+    BROKEN = "broken"  # the peer broke the rules, or we did; a close frame is queued
 
 
 class Helpers(NamedTuple):
@@ -70,9 +90,9 @@ class Leg:
 
     def run(self, websocket: Any) -> None:
         """Serve the upgraded WebSocket until the leg has ended and its writer is gone."""
-        self._transport.start_sending(self.outbox)
+        self._transport.start(websocket, self.outbox)
         try:
-            ended = self._read(websocket)
+            ended = self._read()
             # The tunnels' other ends hear of it before anything here can take time.
             self.lost()
             if ended is ReadEnd.LOST:
@@ -94,7 +114,7 @@ class Leg:
                 self._writer.join()
             else:
                 self._write()
-            self._transport.abort()
+            self._transport.stop()
             self.outbox.stop()
 
     def send_waiting(self) -> None:
@@ -161,9 +181,12 @@ class Leg:
     def _note(self, reason: str) -> None:
         self.reason = self.reason or reason
 
-    def _read(self, websocket: Any) -> ReadEnd:
+    def _read(self) -> ReadEnd:
+        """Take in messages until the leg ends. What a message raises is caught here alone."""
         try:
-            ended = self._transport.read(websocket, self._on_message, self.outbox)
+            while (message := self._transport.receive())[0] != OP_CLOSE:
+                opcode, payload = message
+                self._on_message(decode_text(payload) if opcode == OP_TEXT else payload)
         except LegError as exc:
             _log.info("leg broke the rules leg=%s error=%s", self.label, exc)
             self._note("protocol_error")
@@ -174,7 +197,8 @@ class Leg:
             self._note("internal_error")
             self.outbox.close(close_frame(CLOSE_INTERNAL_ERROR), flush=False)
             return ReadEnd.BROKEN
-        self._note({"lost": "lost", "closed": "closed", "broken": "protocol_error"}[ended.value])
+        ended = ReadEnd.LOST if message[1] == ABNORMAL_CLOSURE else ReadEnd.CLOSED
+        self._note(ended.value)
         return ended
 
     def _write(self) -> None:

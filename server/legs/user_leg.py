@@ -29,9 +29,9 @@ from http_network_relay.wire.controls import (
 )
 from http_network_relay.wire.errors import Refused, TunnelError
 from server.access.credentials import Login
-from server.legs.leg import RETRY_S, Helpers, Leg
+from server.legs.leg import RETRY_S, Helpers, Leg, Message
 from server.legs.pending_resumes import PENDING_RESUME_S, PendingResumes
-from server.legs.websocket import Connection, Message, close_frame
+from server.legs.websocket import Connection, close_frame
 from server.tunnels.tunnel import Tunnel
 from server.tunnels.tunnel_side import USER_CHANNEL
 

@@ -18,6 +18,7 @@ from server.limits.lifetime import Lifetimes
 from server.limits.paced import Paced
 from server.limits.rate_shaper import RateShaper
 from server.logs import ROOT_NAME
+from server.service_thread import ServiceThread
 
 _log = logging.getLogger(f"{ROOT_NAME}.pacer")
 
@@ -26,10 +27,11 @@ _AFTER_ERROR_S = 1.0
 _NEVER = float("inf")
 
 
-class Pacer:
+class Pacer(ServiceThread):
     """The thread and its notes. Any thread may note what a tunnel does."""
 
     def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__("pacer:tunnels")
         self._clock = clock
         self.shaper = RateShaper(config.bytes_per_s, clock)
         self.lifetimes = Lifetimes(config.idle_timeout_s, config.max_age_s)
@@ -37,7 +39,6 @@ class Pacer:
         self._notes: deque[Callable[[float], None]] = deque()
         self._woken = threading.Event()
         self._is_stopped = False
-        self._thread = threading.Thread(target=self._run, name="pacer:tunnels")
 
     @property
     def is_on(self) -> bool:
@@ -47,17 +48,12 @@ class Pacer:
     def start(self) -> None:
         """Start the thread; in the worker process, after any fork. stop() and join() end it."""
         if self.is_on:
-            self._thread.start()
+            super().start()
 
     def stop(self) -> None:
         """Let the thread end."""
         self._is_stopped = True
         self._woken.set()
-
-    def join(self, timeout_s: float) -> None:
-        """Wait until it has ended."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
 
     # Notes, from any thread.
 

@@ -89,7 +89,7 @@ class Policy:
         )
         self.audit.put("login_failed", kind=kind, name=name or None, address=address, reason=code)
         if is_over:
-            message = "too many logins failed; wait, then fix the secret"
+            message = "too many logins failed; wait, then correct the secret"
         return Refused(code, message)
 
     def leg_up(self, kind: str, name: str, address: str) -> None:

@@ -328,8 +328,8 @@ class World:
         """Give the pests' tunnels up; raises Violation where anything of them is left."""
         for tunnel in self._agent._tunnels.alive():
             if tunnel not in self._good_tunnels:
-                link = tunnel.end._link
-                if link and link.outbox is not self._good_run.transport.outbox:
+                channel = tunnel.end._core.channel
+                if channel and channel.outbox is not self._good_run.connection.outbox:
                     raise Violation(f"{tunnel.about} was not told that its leg has ended")
                 tunnel.end.reset(RelayError("user_lost", "the end of the rounds"))
         self._wait(self._left_threads, "threads are left")

@@ -12,6 +12,7 @@ from unittest import mock
 from client.forwarder import Forwarder
 from client.leg import Leg
 from client.tunnel_table import TunnelTable
+from http_network_relay.end.state import EndState
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
@@ -71,7 +72,9 @@ def view_of(leg: Any, channel: int) -> View:
             return View()
         end = found[0].end
         return View(
-            end.is_open and end.is_at(found[1]), end._stream.out.sent, end._stream.out.eof_sent
+            end._core.state is EndState.OPEN and end.is_at(found[1]),
+            end._core.stream.out.sent,
+            end._core.stream.out.eof_sent,
         )
     is_client = isinstance(leg, ClientLeg)
     tunnel = leg.channels.tunnels.get(channel) if is_client else leg.tunnel
@@ -315,23 +318,25 @@ class _Tunnel(Forwarder):
     def start(self) -> None:
         """In the place of the thread's: dial, and say so."""
         self.end.on_open(self._opening.limit, min(self._grace_s, self._opening.grace_s))
-        self._first_link.put_first(Opened(self.end.first_limit, self._grace_s))
+        self._first_channel.put_first(Opened(self.end.first_limit, self._grace_s))
 
     def advance(self, source: Source) -> None:
         """Do a step of its reader and one of its writer."""
         end = self.end
         if not self.is_echoing():
             return
-        if (size := end.credit()) and source.is_rare(2):
-            end.send(bytes(min(size, 1 + source.number(3000))))
+        if (size := end.outbound.credit()) and source.is_rare(2):
+            end.outbound.send(bytes(min(size, 1 + source.number(3000))))
         elif source.is_rare(8):
-            end.send_eof()
-        if end._has_news_locked():
-            chunk = end.next_chunk()
+            end.outbound.send_eof()
+        with end._core.lock:
+            has_news = end.inbound.has_news_locked()
+        if has_news:
+            chunk = end.inbound.next_chunk()
             if chunk:
-                end.delivered(len(chunk))
+                end.inbound.delivered(len(chunk))
             elif chunk == b"":
-                end.delivered_eof()
+                end.inbound.delivered_eof()
 
     def is_echoing(self) -> bool:
         """Whether it is not over; one that is over is taken out of the table once."""
@@ -367,8 +372,8 @@ def _fuzz_client_legs(source: Source) -> None:
     # The pest knows the good tunnel's id and user, and not its token.
     fields = opening(IDS[0], resume_token="1" * 64)
     good_leg._on_control(encode("open", 1, **fields, user="anna"))
-    good, link = good_leg._channels[1]
-    list(drained(link.outbox))
+    good, channel = good_leg._channels[1]
+    list(drained(channel.outbox))
     known = {**opening("0" * 32), "user": "anna"}
     leg = Leg(_Transport(), tunnels)  # type: ignore[arg-type]
     pest = Pest(leg, known)
@@ -384,20 +389,20 @@ def _fuzz_client_legs(source: Source) -> None:
         for tunnel in tunnels.alive():
             if tunnel is not good:
                 tunnel.advance(source)  # type: ignore[attr-defined]
-        _check_said(leg._transport.outbox, FROM_CLIENT, has_channel=True)
+        _check_said(leg._connection.outbox, FROM_CLIENT, has_channel=True)
         if is_gone:
             # As Leg.serve() does, then; the pest is back on another leg.
             tunnels.detach(leg._channels.values(), RelayError("leg_lost", "lost"))
             leg = Leg(_Transport(), tunnels)  # type: ignore[arg-type]
             pest = Pest(leg, known)
     # Before it is used: a tunnel that was taken away would be waited for without end.
-    assert good.end.is_at(link), "the good tunnel was taken away"
+    assert good.end.is_at(channel), "the good tunnel was taken away"
     good_leg._on_data(encode_channel(1) + b"there")
-    good.end.send(b"back!")
-    assert good.end.next_chunk() == b"there"
-    assert [bytes(f.payload) for f in drained(link.outbox)] == [b"back!"]
+    good.end.outbound.send(b"back!")
+    assert good.end.inbound.next_chunk() == b"there"
+    assert [bytes(f.payload) for f in drained(channel.outbox)] == [b"back!"]
     for tunnel in tunnels.alive():
-        kept = tunnel.end._stream
+        kept = tunnel.end._core.stream
         assert 0 <= kept.into.delivered <= kept.into.received <= kept.into.limit
         assert kept.out.kept_bytes <= kept.out.taken
 

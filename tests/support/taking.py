@@ -9,7 +9,16 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from http_network_relay.leg.duplex_socket import DuplexSocket
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.send_queue import Frame
+
+
+class UnsentFrames(FrameSender):
+    """A sender that is never started, whoever tries: what is put stays, to be taken."""
+
+    def start(self, duplex: DuplexSocket) -> None:
+        """Send nothing."""
 
 
 def take(sender: Any) -> Any:

@@ -29,7 +29,7 @@ SHARED_ROWS = [
 ]
 SERVER_ROWS = [
     *SHARED_ROWS[:3],
-    {"server.logs"},
+    {"server.logs", "server.service_thread"},
     {"server.addresses", "server.log_paths"},
     {"server.config"},
     {"server.tunnels", "server.access", "server.audit"},
@@ -69,6 +69,7 @@ FENCED = {
     "flask_sock": {"server/app.py"},
     "werkzeug": {"server/app.py"},
     "simple_websocket": set(),  # flask-sock builds its objects; one file is handed them.
+    "wsproto": {"server/legs/websocket.py"},
     "gunicorn": {
         "server/__main__.py",
         "server/worker/gunicorn_settings.py",

@@ -152,7 +152,7 @@ def test_every_try_says_who_it_is_and_is_the_same_instance() -> None:
 def test_refusal_is_an_error_line_and_tried_at_the_cap(
     status: str, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody is there to start it again; the operator may mend it."""
+    """Nobody is there to start it again; the operator may correct it."""
     waits, _ = tries(answering(status, code), 3)
     assert waits == [CAP_S] * 3
     assert levels(caplog) == ["ERROR"] * 3

@@ -685,10 +685,10 @@ class Answering:
 def detached_session(grace_s: float = 60.0) -> Any:
     argv = ["lab-1", "127.0.0.1", "22", "--secret-key", "x", "--server-url", "ws://127.0.0.1:1"]
     session: Any = script.Session(script.read_settings(argv, {}))
-    session._end = script.TunnelEnd(session._link, WINDOW, session._on_change)
+    session._end = script.UserEnd(session._channel, WINDOW, session._on_change)
     session._end.on_open(WINDOW, grace_s)
     session._opening = script.Open("lab-1", "127.0.0.1", 22, "tcp", "0" * 32, "", 0, 120)
-    session._end.detach(session._link, script.RelayError("leg_lost", "lost"))
+    session._end.detach(session._channel, script.RelayError("leg_lost", "lost"))
     return session
 
 

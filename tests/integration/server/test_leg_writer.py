@@ -7,20 +7,20 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.leg.send_queue import Frame
-from http_network_relay.wire.codes import CLOSE_RESTART
+from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
 from server.access.credentials import Login
 from server.legs import leg as leg_module
 from server.legs.leg import Helpers, Leg
 from server.legs.sender import LegSender
-from server.legs.websocket import ReadEnd, close_frame
+from server.legs.websocket import close_frame
 from tests.support.pairs import read_frame, tcp_pair
 from tests.support.taking import put_data
 from tests.support.waiting import eventually
@@ -36,17 +36,19 @@ class OneWay:
         self.duplex = DuplexSocket(sock)
         self.heard_at = float("inf")
 
-    def start_sending(self, outbox: FrameSender) -> None:
+    def start(self, _websocket: object, outbox: FrameSender) -> None:
         outbox.start(self.duplex)
 
-    def read(self, *_: Any) -> ReadEnd:
-        return ReadEnd.CLOSED if self.duplex.recv(1) else ReadEnd.LOST
+    def receive(self) -> tuple[int, int]:
+        return OP_CLOSE, CLOSE_NORMAL if self.duplex.recv(1) else ABNORMAL_CLOSURE
 
     def finish_sending(self) -> None:
         self._sock.shutdown(socket.SHUT_WR)
 
     def abort(self) -> None:
         self.duplex.abort()
+
+    stop = abort
 
 
 TESTED = Login("client", "tested", b"")

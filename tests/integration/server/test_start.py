@@ -48,7 +48,7 @@ def failed_start(tmp_path: Path, **options: object) -> tuple[int, list[str]]:
 
 @pytest.mark.parametrize("case", BAD_CREDENTIALS)
 def test_start_fails_with_one_line_when_the_credentials_are_bad(tmp_path: Path, case: str) -> None:
-    """Checked in the master: exit 2, the file and the mend, no worker, no secret."""
+    """Checked in the master: exit 2, the file and the fix, no worker, no secret."""
     status, lines = failed_start(tmp_path, credentials=BAD_CREDENTIALS[case])
     assert status == 2
     assert len(lines) == 1

@@ -436,7 +436,7 @@ def test_fragments_without_end_cost_neither_memory_nor_time() -> None:
     with hand_server(serve) as server, leg(server) as transport:
         opcode, payload = transport.receive()
         assert (opcode, len(payload)) == (OP_BINARY, 60_003)
-        assert len(transport._parts) == 0
+        assert len(transport._messages._parts) == 0
 
 
 def test_lost_connection_is_a_close_without_a_code() -> None:

@@ -13,7 +13,7 @@ import pytest
 import http_network_relay.dial.connect
 from client.config import read_config
 from client.forwarder import Forwarder
-from http_network_relay.end.channel import Link
+from http_network_relay.end.channel import Channel
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.rules.target import TargetRule
 from http_network_relay.wire.errors import RelayError
@@ -70,7 +70,7 @@ def make_tunnel(outbox: FrameSender, host: str, port: int, *allow: str) -> Forwa
         "grace_s": 0,
     }
     rules = tuple(TargetRule.parse(text) for text in allow)
-    return Forwarder(from_dict(opening), Link(outbox, 1), WINDOW, 0, rules, lambda _: None)
+    return Forwarder(from_dict(opening), Channel(outbox, 1), WINDOW, 0, rules, lambda _: None)
 
 
 def first_control(outbox: FrameSender) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import pytest
 
 import server.access.access
 from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.wire.constants import OP_CLOSE, OP_TEXT
 from http_network_relay.wire.errors import ConfigError, Refused
 from server.access.access import Access
@@ -26,7 +27,6 @@ from server.config import Config
 from server.legs.client_leg import ClientLeg
 from server.legs.leg import Leg
 from server.legs.user_leg import UserLeg
-from server.legs.websocket import ReadEnd
 from server.registry import Slot
 from server.relay import Relay
 from tests.support.controls import from_dict
@@ -126,10 +126,10 @@ def test_denied_tells_nothing_of_clients_when_no_rule_matches(access: Access) ->
     assert there.replace(" gw", " no") == not_there
 
 
-def test_everything_is_allowed_when_the_user_is_of_the_seed_form() -> None:
+def test_everything_is_allowed_when_the_user_is_of_the_short_form() -> None:
     """No rule limits a token of the list; what is no address stays refused."""
-    access = Access(credentials(["pu-seed"]), None, lambda: None)
-    login = access.credentials.login_user("pu-seed")
+    access = Access(credentials(["pu-short"]), None, lambda: None)
+    login = access.credentials.login_user("pu-short")
     assert login is not None
     assert access.check_open(login.name, from_dict(asked("gw", "10.1.2.3", 1)))
     assert refusal(access, login.name, "gw", "127.1", 1).code == "target_invalid"
@@ -369,11 +369,11 @@ class Wire:
         self.written: list[Any] = []
         self._is_over = threading.Event()
 
-    def read(self, *_: Any) -> ReadEnd:
+    def receive(self) -> tuple[int, int]:
         self._is_over.wait(5)
-        return ReadEnd.LOST
+        return OP_CLOSE, ABNORMAL_CLOSURE
 
-    def start_sending(self, outbox: FrameSender) -> None:
+    def start(self, _websocket: object, outbox: FrameSender) -> None:
         outbox.start(FrameTaker(self._write))  # type: ignore[arg-type]
 
     def _write(self, frame: Any) -> None:
@@ -392,6 +392,8 @@ class Wire:
 
     def abort(self) -> None:
         self._is_over.set()
+
+    stop = abort
 
 
 OPS = Login("user", "ops", digest_of("pu-ops"))

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from http_network_relay.wire.codes import Code
-from server.addresses import DEFAULT_TRUSTED_PROXIES
 from server.audit import AuditLog
-from server.config import LIMITS, Config
+from server.config import SETTINGS, Config
 from server.limits.policy import Policy, PolicyObserver
 from server.tunnels.tunnel import Tunnel
 from tests.support.controls import from_dict
@@ -26,9 +25,12 @@ def test_page_lists_every_setting_with_its_default() -> None:
     listed = {}
     for flag, variable, _unit, default, _code in rows(section(PAGE, "## Settings")):
         listed[flag.strip("`"), variable.strip("`")] = default.strip("`").split(";")[0]
-    known = {(limit.flag, limit.variable): f"{limit.default:g}" for limit in LIMITS}
-    known["--trusted-proxies", "HTTP_NETWORK_RELAY_TRUSTED_PROXIES"] = DEFAULT_TRUSTED_PROXIES
-    known["--audit-log", "HTTP_NETWORK_RELAY_AUDIT_LOG"] = "off"
+    elsewhere = {"credentials_file", "ping_interval_s", "max_window_bytes"}
+    known = {
+        (row.flag, row.variable): row.default or "off"
+        for field, row in SETTINGS.items()
+        if field not in elsewhere
+    }
     assert listed == known
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
 from http_network_relay.wire.constants import FLUSH_S, OP_CLOSE, OP_TEXT
 from http_network_relay.wire.controls import parse_control
@@ -19,7 +20,6 @@ from server.config import Config
 from server.legs.client_leg import ClientLeg
 from server.legs.pending_resumes import PENDING_RESUME_S
 from server.legs.user_leg import UserLeg
-from server.legs.websocket import ReadEnd
 from server.relay import Relay
 from tests.support.taking import queue_lock, take
 
@@ -49,14 +49,11 @@ class FakeTransport:
         self.heard_at = time.monotonic()
         self.aborted = threading.Event()
 
-    def read(
-        self, websocket: Any, on_message: Callable[[str], None], outbox: FrameSender
-    ) -> ReadEnd:
-        del websocket, on_message, outbox
+    def receive(self) -> tuple[int, int]:
         self.aborted.wait()
-        return ReadEnd.LOST
+        return OP_CLOSE, ABNORMAL_CLOSURE
 
-    def start_sending(self, outbox: FrameSender) -> None:
+    def start(self, _websocket: object, _outbox: FrameSender) -> None:
         """Nobody sends: the tests take what waits."""
 
     def finish_sending(self) -> None:
@@ -67,6 +64,8 @@ class FakeTransport:
 
     def abort(self) -> None:
         self.aborted.set()
+
+    stop = abort
 
 
 # Whom the token lets in.
