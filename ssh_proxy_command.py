@@ -292,13 +292,13 @@ class Refused(RelayError):
 SUBPROTOCOL = "http-network-relay.v1"
 CLIENTS_PATH = "/ws_for_clients"
 USERS_PATH = "/ws_for_ssh_proxy_command"
-# On every HTTP answer of the relay, so that a peer can tell it from a proxy's answer.
+# Every HTTP answer of the relay has this header; the answer of a proxy does not.
 RELAY_HEADER = "HTTP-Network-Relay"
 RELAY_HEADER_VALUE = "v1"
 INSTANCE_HEADER = "HTTP-Network-Relay-Instance"
-# On the request of a user leg that comes to resume this tunnel.
+# A user leg that will resume a tunnel names the tunnel in its request.
 TUNNEL_HEADER = "HTTP-Network-Relay-Tunnel"
-# A client or proxy command asks to send frames whose masking key is zero; the server agrees.
+# A client or proxy command asks to send frames with a masking key of zero; the server agrees.
 MASK_HEADER = "HTTP-Network-Relay-Mask"
 MASK_ZERO = "zero"
 
@@ -311,11 +311,11 @@ OP_PONG = 0xA
 # Of a ping or pong (RFC 6455, 5.5).
 MAX_PING_BYTES = 125
 
-# A data message: large enough to spread the cost of a frame, small enough that a
-# keystroke of another tunnel waits for one of them only some milliseconds.
+# A data message: large enough to spread the cost of a frame, and small enough that a
+# keystroke of another tunnel waits only some milliseconds for one message.
 MAX_DATA_BYTES = 64 * 1024
-# What we put into one: with its header it crosses loopback as one segment, of 65,483 bytes,
-# so that its receiver wakes up once; and it is whole pages of a pipe.
+# Senders put this much into one message. With its header the message crosses loopback as one
+# segment of 65,483 bytes, so the receiver wakes up once; the size is whole pages of a pipe.
 MESSAGE_BYTES = 60 * 1024
 # A control: the longest legal `open` is under 2 KiB.
 MAX_CONTROL_BYTES = 4 * 1024
@@ -325,19 +325,19 @@ MAX_CHANNEL = 2**32 - 1
 MAX_MESSAGE_BYTES = CHANNEL_BYTES + MAX_DATA_BYTES
 # Counts travel as JSON numbers, exact up to here in every language.
 MAX_COUNT = 2**53
-# The first window: enough for a fast LAN, and what the server never goes below.
+# The first window: enough for a fast LAN. The server grants no less.
 MIN_WINDOW_BYTES = 256 * 1024
-# The smallest that a receiver goes down to on a thin link: 130 ms at 1 Mbit/s.
+# The smallest window of a receiver on a thin link: 130 ms at 1 Mbit/s.
 LEAST_WINDOW_BYTES = 16 * 1024
 # 4 MiB carry 320 Mbit/s over 100 ms.
 DEFAULT_MAX_WINDOW_BYTES = 4 * 1024 * 1024
-# The largest window that may be set, and what all tunnels of a client leg may have granted.
+# The largest window that may be set, and the sum of all windows of a client leg.
 MAX_WINDOW_BYTES = 64 * 1024 * 1024
 # nginx cuts an idle connection after 60 s, mobile NAT after 30 s.
 DEFAULT_PING_INTERVAL_S = 20.0
-# A link is given up when nothing was heard for this many of one's own ping intervals.
+# A leg is given up after a silence of this many of the own ping intervals.
 SILENCE_INTERVALS = 2.5
-# What is written after an end (a flush, bytes before a reset) has this long.
+# Frames that are sent after an end (a flush, bytes before a reset) have this long.
 FLUSH_S = 1.0
 # A control's sentence for a person.
 MAX_MESSAGE_CHARS = 500
@@ -377,12 +377,12 @@ def frame_header(opcode: int, size: int, key: bytes | None = None) -> bytes:
 
 # --- http_network_relay/wire/controls.py ----------------------------------------------------------
 # The controls of the wire (docs/protocol.md, "Controls"): parsed, checked and encoded.
-# Knows no socket, clock, thread or log. Every control that comes in is checked field by
-# field against one table and copied; nothing unknown passes.
+# No socket, clock, thread or log here. Every control that arrives is checked field by field
+# against one table and copied; unknown fields are dropped.
 
 
 def _count(value: Any) -> int | None:
-    # bool is an int in Python, not on the wire.
+    # type(), since a bool is an int in Python but not on the wire.
     return value if type(value) is int and 0 <= value <= MAX_COUNT else None
 
 
@@ -407,7 +407,7 @@ def _matching(pattern: str) -> Callable[[Any], str | None]:
 
 
 def _prose(value: Any) -> str | None:
-    """A sentence for a person: shortened, with nothing that moves a terminal's cursor."""
+    """Shorten a sentence for a person, without characters that move a terminal's cursor."""
     if not isinstance(value, str):
         return None
     return "".join(c if c.isprintable() else "?" for c in value[:MAX_MESSAGE_CHARS])
@@ -629,17 +629,17 @@ def encode_control(control: Control) -> bytes:
         del fields["user"]
     if "message" in fields:
         fields["message"] = _prose(fields["message"])
-    # Not as \uXXXX: a message of 500 characters must fit into MAX_CONTROL_BYTES.
+    # No \uXXXX escapes: a message of 500 characters must fit into MAX_CONTROL_BYTES.
     return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
 def encode_channel(channel: int) -> bytes:
-    """Return the 4 bytes that stand before the stream bytes on a client leg."""
+    """Return the 4 bytes before the stream bytes of a message on a client leg."""
     return channel.to_bytes(CHANNEL_BYTES, "big")
 
 
 def split_channel(message: bytes | bytearray | memoryview) -> int:
-    """Return the channel of a binary message of a client leg; its bytes follow at 4."""
+    """Return the channel of a binary message on a client leg; the stream bytes begin at 4."""
     if len(message) < CHANNEL_BYTES:
         raise LegError("a binary message is shorter than its channel")
     channel = int.from_bytes(message[:CHANNEL_BYTES], "big")
@@ -649,7 +649,7 @@ def split_channel(message: bytes | bytearray | memoryview) -> int:
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether the whole text has the pattern."""
+    """Whether the pattern matches the whole text."""
     return re.fullmatch(pattern, text) is not None
 
 
@@ -1459,18 +1459,89 @@ class MessageReader:
 
 
 # --- http_network_relay/settings.py ---------------------------------------------------------------
-# Settings that the client and the proxy command read alike: flag > environment > default.
+# Tables of settings: one row has the flag, variable, default, range and help of a setting.
+# The command line, the reading, the errors and docs/reference.md follow the rows. A flag has
+# precedence over its variable, and the variable over the default.
 
-# Enough for a laptop that changes its network, and a server that is deployed slowly.
-DEFAULT_GRACE_S = 120
-_LONGEST_GRACE_S = 24 * 3600
+
+class Setting(NamedTuple):
+    """One setting: a number if `highest` is not 0, else a text."""
+
+    # Both spellings, if there are two. The flag also names the variable.
+    flag: str
+    # The unit of a number; the word for a text.
+    kind: str
+    help: str
+    default: str = ""
+    lowest: float = 0
+    highest: float = 0
+    is_whole: bool = True
+    # The meaning of 0, if 0 is allowed below `lowest`.
+    zero: str = ""
+    # May also stand in a file, which the flag with "-file" behind it names.
+    is_secret: bool = False
+
+    @property
+    def name(self) -> str:
+        """The attribute of argparse's result."""
+        return self.flag.split()[0][2:].replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return f"HTTP_NETWORK_RELAY_{self.name.upper()}"
+
+    @property
+    def range(self) -> str:
+        """The numbers that are allowed."""
+        zero = f", or 0 for {self.zero}" if self.zero else ""
+        return f"{self.lowest:g} to {self.highest:.15g} {self.kind}{zero}"
+
+    def text(self, given: Mapping[str, str]) -> str:
+        """Return the variable's value, or the default; an empty variable counts as unset."""
+        return given.get(self.variable) or self.default
+
+    def number(self, given: Mapping[str, str]) -> float:
+        """Return the number; raises ConfigError that names flag and variable."""
+        text = self.text(given)
+        try:
+            number = float(text if not self.is_whole or matches("[0-9]{1,15}", text) else "nan")
+        except ValueError:
+            number = float("nan")  # Outside of every range.
+        if not self.lowest <= number <= self.highest and (number or not self.zero):
+            kind = "a whole number" if self.is_whole else "a number"
+            kind = f"must be {kind}, {self.range}, not {text!r}"
+            raise ConfigError(f"{self.flag} ({self.variable}) {kind}")
+        return number
+
+
+SERVER_URL = Setting(
+    "--server_url --server-url", "URL", "such as https://relay.example", "ws://127.0.0.1:8000"
+)
+# Below 0.05 s, the delays of a loaded machine would count as silence. No proxy and no NAT keeps
+# an idle connection for longer than an hour.
+PING_INTERVAL = Setting(
+    "--ping-interval", "seconds", "between pings", f"{DEFAULT_PING_INTERVAL_S:g}", 0.05, 3600, False
+)
+MAX_WINDOW = Setting(
+    "--max-window",
+    "bytes",
+    "largest window of a tunnel and direction",
+    str(DEFAULT_MAX_WINDOW_BYTES),
+    MIN_WINDOW_BYTES,
+    MAX_WINDOW_BYTES,
+)
+# 120 s: enough for a laptop that changes its network, and a server that is deployed slowly.
+RESUME_TIMEOUT = Setting(
+    "--resume-timeout", "seconds", "a tunnel waits so long for a new leg", "120", 0, 24 * 3600
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, without the usage above it."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(formatter_class=_help_formatter, **settings)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_help_formatter, **options)
 
     def error(self, message: str) -> NoReturn:
         raise RelayError("usage", f"{message}; --help lists all arguments")
@@ -1485,59 +1556,44 @@ def _help_formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, width=columns - 2)
 
 
-def read_secret_file(flag: str, path: str) -> str:
-    """Return a file's content without the line end; raises RelayError (usage)."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read(64 * 1024).strip("\r\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = getattr(exc, "strerror", None) or "not a text file"
-        raise RelayError("usage", f"{flag} {path} cannot be read: {reason}") from exc
+def add_settings(
+    parser: argparse.ArgumentParser, rows: Iterable[Setting], action: str = "store"
+) -> None:
+    """Add the flags of the rows; a secret gets one more flag, for its file."""
+    for row in rows:
+        about = f"{row.help}, {row.range}" if row.highest else row.help
+        about += f" ({row.variable}, default: {row.default or 'none'})"
+        word = row.kind.upper().split()[0]
+        parser.add_argument(*row.flag.split(), metavar=word, action=action, help=about)
+        if row.is_secret:
+            about = f"a file that holds the {row.kind} and nothing else"
+            parser.add_argument(f"{row.flag}-file", metavar="FILE", help=about)
 
 
-def ping_interval(flag: str | None, environ: Mapping[str, str]) -> float:
-    """Return the ping interval in seconds, 0.05 to 3600."""
-    text = flag or environ.get("HTTP_NETWORK_RELAY_PING_INTERVAL") or str(DEFAULT_PING_INTERVAL_S)
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.05 <= seconds <= 3600:
-        raise RelayError(
-            "usage",
-            "--ping-interval (HTTP_NETWORK_RELAY_PING_INTERVAL) must be 0.05 to 3600 seconds,"
-            f" not {text!r}",
+def merge_flags(
+    args: argparse.Namespace, rows: Iterable[Setting], environ: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the environment with the flags in the place of their variables."""
+    flags = {row.variable: getattr(args, row.name) for row in rows}
+    return {**environ, **{variable: text for variable, text in flags.items() if text}}
+
+
+def read_secret(row: Setting, args: argparse.Namespace, given: Mapping[str, str]) -> str:
+    """Return a secret: flag > file > variable. Raises ConfigError, which quotes none."""
+    path, secret = getattr(args, f"{row.name}_file"), row.text(given)
+    if path is not None and getattr(args, row.name) is None:
+        try:
+            with open(path, encoding="utf-8") as file:
+                secret = file.read(64 * 1024).strip("\r\n")
+        except (OSError, UnicodeDecodeError) as exc:
+            reason = getattr(exc, "strerror", None) or "not a text file"
+            raise ConfigError(f"{row.flag}-file {path} cannot be read: {reason}") from exc
+    if not is_secret(secret):
+        raise ConfigError(
+            f"{row.flag}-file, {row.flag} or {row.variable} must give a {row.kind} of printable"
+            " ASCII without spaces"
         )
-    return seconds
-
-
-def max_window(flag: str | None, environ: Mapping[str, str]) -> int:
-    """Return the largest window of a tunnel and direction, in bytes."""
-    text = flag or environ.get("HTTP_NETWORK_RELAY_MAX_WINDOW") or str(DEFAULT_MAX_WINDOW_BYTES)
-    # The length first: int() raises for thousands of digits.
-    if (
-        not text.isdecimal()
-        or len(text) > 10
-        or not MIN_WINDOW_BYTES <= int(text) <= MAX_WINDOW_BYTES
-    ):
-        raise RelayError(
-            "usage",
-            f"--max-window (HTTP_NETWORK_RELAY_MAX_WINDOW) must be {MIN_WINDOW_BYTES} to"
-            f" {MAX_WINDOW_BYTES} bytes, not {text!r}",
-        )
-    return int(text)
-
-
-def resume_timeout(flag: str | None, environ: Mapping[str, str]) -> int:
-    """Return for how many seconds a tunnel is kept without a leg; 0: not at all."""
-    text = flag or environ.get("HTTP_NETWORK_RELAY_RESUME_TIMEOUT") or str(DEFAULT_GRACE_S)
-    if not matches(r"[0-9]{1,6}", text) or int(text) > _LONGEST_GRACE_S:
-        raise RelayError(
-            "usage",
-            "--resume-timeout (HTTP_NETWORK_RELAY_RESUME_TIMEOUT) must be 0 to"
-            f" {_LONGEST_GRACE_S} whole seconds, not {text!r}",
-        )
-    return int(text)
+    return secret
 
 
 # --- http_network_relay/timer.py ------------------------------------------------------------------
@@ -3691,7 +3747,10 @@ def warn(message: str) -> None:
 # --- http_network_relay/proxy_command/settings.py -------------------------------------------------
 # The proxy command's settings: flag > environment > default.
 
-DEFAULT_SERVER_URL = "ws://127.0.0.1:8000" + USERS_PATH
+SECRET_KEY = Setting(
+    "--secret-key", "token", "the token; `ps` shows it: prefer the file", is_secret=True
+)
+SETTINGS = (SERVER_URL, SECRET_KEY, PING_INTERVAL, MAX_WINDOW, RESUME_TIMEOUT)
 
 
 class Settings(NamedTuple):
@@ -3723,81 +3782,41 @@ def make_parser() -> argparse.ArgumentParser:
         " by signal n.",
     )
     parser.add_argument("target_host_identifier", help="the client's name")
-    parser.add_argument("target_ip", help="address or name, as seen from the client")
+    parser.add_argument("target_ip", help="address or name of the target, as the client sees it")
     parser.add_argument("target_port", help="1 to 65535")
-    parser.add_argument("protocol", nargs="?", default="tcp", help="tcp (the default)")
-    parser.add_argument(
-        "--server_url",
-        "--server-url",
-        dest="server_url",
-        metavar="URL",
-        help="[HTTP_NETWORK_RELAY_SERVER_URL] such as https://relay.example",
-    )
-    parser.add_argument(
-        "--secret-key",
-        metavar="TOKEN",
-        help="[HTTP_NETWORK_RELAY_SECRET_KEY] `ps` shows it to other users: prefer the file",
-    )
-    parser.add_argument(
-        "--secret-key-file", metavar="FILE", help="a file that holds the token and nothing else"
-    )
-    parser.add_argument("--ca-file", metavar="FILE", help="trust this private CA as well")
-    parser.add_argument(
-        "--ping-interval",
-        metavar="SECONDS",
-        help="[HTTP_NETWORK_RELAY_PING_INTERVAL] default 20",
-    )
-    parser.add_argument(
-        "--max-window",
-        metavar="BYTES",
-        help="[HTTP_NETWORK_RELAY_MAX_WINDOW] per direction, default 4194304",
-    )
-    parser.add_argument(
-        "--resume-timeout",
-        metavar="SECONDS",
-        help="[HTTP_NETWORK_RELAY_RESUME_TIMEOUT] try so long to come back when the connection is"
-        " lost, default 120, 0: not at all",
-    )
+    parser.add_argument("protocol", nargs="?", default="tcp", help="tcp; may be left out")
+    parser.add_argument("--ca-file", metavar="FILE", help="a private CA to trust as well")
+    add_settings(parser, SETTINGS)
     return parser
 
 
 def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """Return the checked settings: flag > environment > default."""
+    """Return the checked settings; raises RelayError (usage)."""
     args = make_parser().parse_args(argv)
     # Five digits: int() raises for thousands of them.
     port = int(args.target_port) if matches(r"[0-9]{1,5}", args.target_port) else 0
     if not 1 <= port <= 65535:
-        raise RelayError("usage", f"target_port must be 1 to 65535, not {args.target_port!r}")
+        raise ConfigError(f"target_port must be 1 to 65535, not {args.target_port!r}")
     if args.protocol == "udp":
-        raise RelayError("usage", "the protocol udp is not supported yet, only tcp is")
+        raise ConfigError("the protocol udp is not supported yet, only tcp is")
     if args.protocol != "tcp":
-        raise RelayError("usage", f"protocol must be tcp, not {args.protocol!r}")
+        raise ConfigError(f"protocol must be tcp, not {args.protocol!r}")
     if not matches(NAME_PATTERN, args.target_host_identifier):
-        raise RelayError("usage", "target_host_identifier is not a client's name")
+        raise ConfigError("target_host_identifier is not a client's name")
     if not matches(HOST_PATTERN, args.target_ip):
-        raise RelayError("usage", "target_ip is not an address or a name")
-    url = args.server_url or environ.get("HTTP_NETWORK_RELAY_SERVER_URL") or DEFAULT_SERVER_URL
-    endpoint = parse_server_url(url, USERS_PATH)
-    if args.secret_key_file is not None and args.secret_key is None:
-        token = read_secret_file("--secret-key-file", args.secret_key_file)
-    else:
-        token = args.secret_key or environ.get("HTTP_NETWORK_RELAY_SECRET_KEY", "")
-    if not is_secret(token):
-        raise RelayError(
-            "usage",
-            "--secret-key-file, --secret-key or HTTP_NETWORK_RELAY_SECRET_KEY must give a token"
-            " of printable ASCII without spaces",
-        )
+        raise ConfigError("target_ip is not an address or a name")
+    given = merge_flags(args, SETTINGS, environ)
+    endpoint = parse_server_url(SERVER_URL.text(given), USERS_PATH)
     return Settings(
         client=args.target_host_identifier,
         host=args.target_ip,
         port=port,
         endpoint=endpoint,
-        token=token,
+        token=read_secret(SECRET_KEY, args, given),
         context=make_context(args.ca_file) if endpoint.is_tls else None,
-        ping_interval_s=ping_interval(args.ping_interval, environ),
-        max_window_bytes=max_window(args.max_window, environ),
-        grace_s=resume_timeout(args.resume_timeout, environ),
+        ping_interval_s=PING_INTERVAL.number(given),
+        max_window_bytes=int(MAX_WINDOW.number(given)),
+        grace_s=int(RESUME_TIMEOUT.number(given)),
     )
 
 

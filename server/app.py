@@ -155,7 +155,7 @@ def _authenticate_client(relay: Relay) -> Login:
     login = relay.credentials.login_client(name, secret)
     if login is None:
         message = "the client's name or secret is wrong"
-        raise relay.guard.failed_login("client", name, _address(relay), message)
+        raise relay.policy.failed_login("client", name, _address(relay), message)
     return login
 
 
@@ -163,7 +163,7 @@ def _authenticate_user(relay: Relay) -> Login:
     login = relay.credentials.login_user(_authorization("bearer"))
     if login is None:
         message = "the proxy user's token is wrong"
-        raise relay.guard.failed_login("user", "", _address(relay), message)
+        raise relay.policy.failed_login("user", "", _address(relay), message)
     return login
 
 
@@ -176,7 +176,7 @@ def _id_header(header: str) -> str:
 
 def _address(relay: Relay) -> str:
     """Return the address that the request comes from; a trusted proxy may name it."""
-    return relay.guard.address(request.remote_addr, request.headers.get("X-Forwarded-For", ""))
+    return relay.policy.address(request.remote_addr, request.headers.get("X-Forwarded-For", ""))
 
 
 def _refusal_response(relay: Relay, error: Refused) -> Response:

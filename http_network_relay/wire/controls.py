@@ -1,7 +1,7 @@
 """The controls of the wire (docs/protocol.md, "Controls"): parsed, checked and encoded.
 
-Knows no socket, clock, thread or log. Every control that comes in is checked field by
-field against one table and copied; nothing unknown passes.
+No socket, clock, thread or log here. Every control that arrives is checked field by field
+against one table and copied; unknown fields are dropped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from http_network_relay.wire.errors import LegError, TunnelError
 
 
 def _count(value: Any) -> int | None:
-    # bool is an int in Python, not on the wire.
+    # type(), since a bool is an int in Python but not on the wire.
     return value if type(value) is int and 0 <= value <= MAX_COUNT else None
 
 
@@ -51,7 +51,7 @@ def _matching(pattern: str) -> Callable[[Any], str | None]:
 
 
 def _prose(value: Any) -> str | None:
-    """A sentence for a person: shortened, with nothing that moves a terminal's cursor."""
+    """Shorten a sentence for a person, without characters that move a terminal's cursor."""
     if not isinstance(value, str):
         return None
     return "".join(c if c.isprintable() else "?" for c in value[:MAX_MESSAGE_CHARS])
@@ -273,17 +273,17 @@ def encode_control(control: Control) -> bytes:
         del fields["user"]
     if "message" in fields:
         fields["message"] = _prose(fields["message"])
-    # Not as \uXXXX: a message of 500 characters must fit into MAX_CONTROL_BYTES.
+    # No \uXXXX escapes: a message of 500 characters must fit into MAX_CONTROL_BYTES.
     return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
 def encode_channel(channel: int) -> bytes:
-    """Return the 4 bytes that stand before the stream bytes on a client leg."""
+    """Return the 4 bytes before the stream bytes of a message on a client leg."""
     return channel.to_bytes(CHANNEL_BYTES, "big")
 
 
 def split_channel(message: bytes | bytearray | memoryview) -> int:
-    """Return the channel of a binary message of a client leg; its bytes follow at 4."""
+    """Return the channel of a binary message on a client leg; the stream bytes begin at 4."""
     if len(message) < CHANNEL_BYTES:
         raise LegError("a binary message is shorter than its channel")
     channel = int.from_bytes(message[:CHANNEL_BYTES], "big")
@@ -293,7 +293,7 @@ def split_channel(message: bytes | bytearray | memoryview) -> int:
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether the whole text has the pattern."""
+    """Whether the pattern matches the whole text."""
     return re.fullmatch(pattern, text) is not None
 
 

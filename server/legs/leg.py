@@ -65,13 +65,12 @@ class Leg:
     def __init__(
         self,
         transport: Connection,
-        label: str,
+        login: Login,
         ping_interval_s: float,
         helpers: Helpers,
     ) -> None:
-        self.label = label
-        # Who was let in; set before the leg is served.
-        self.login: Login | None = None
+        self.login = login
+        self.label = login.name
         self.outbox = FrameSender(call=self._call_sender)
         self._transport = transport
         self._ping_interval_s = ping_interval_s

@@ -23,7 +23,7 @@ from server.logs import ROOT_NAME
 from server.tunnels.observer import TunnelObserver
 from server.tunnels.tunnel import Tunnel
 
-_log = logging.getLogger(f"{ROOT_NAME}.guard")
+_log = logging.getLogger(f"{ROOT_NAME}.policy")
 
 
 class Policy:
@@ -95,14 +95,14 @@ class PolicyObserver(TunnelObserver[Tunnel]):
 
     def __init__(
         self,
-        guard: Policy,
+        policy: Policy,
         control: Opening,
         user: str,
         address: str,
         rule: str | None = None,
     ) -> None:
-        self.is_paced = guard.pacer.is_pacing
-        self._guard = guard
+        self.is_paced = policy.pacer.shaper.is_on
+        self._policy = policy
         self._user = user
         self._is_resume = isinstance(control, Resume)
         self._fields = _asked(control, user, address, rule)
@@ -110,33 +110,35 @@ class PolicyObserver(TunnelObserver[Tunnel]):
 
     def first_credit(self, is_up: bool, wanted: int) -> int:
         """As in Record."""
-        return self._guard.pacer.first_credit(self._user, is_up, wanted)
+        return self._policy.pacer.shaper.first_credit(self._user, is_up, wanted)
 
     def started(self, tunnel: Tunnel) -> None:
         """As in Record."""
-        self._guard.pacer.started(self._user, tunnel)
+        self._policy.pacer.started(self._user, tunnel)
 
     def accepted(self, tunnel: Tunnel) -> None:
         """As in Record."""
         event = "tunnel_resumed" if self._is_resume else "tunnel_opened"
-        self._guard.audit.put(event, **self._fields)
-        self._guard.pacer.opened(tunnel)
+        self._policy.audit.put(event, **self._fields)
+        self._policy.pacer.accepted(tunnel)
 
-    def hungry(self, tunnel: Tunnel, is_up: bool) -> None:
+    def credit_headroom(self, tunnel: Tunnel, is_up: bool) -> None:
         """As in Record."""
-        self._guard.pacer.hungry(tunnel, is_up)
+        self._policy.pacer.credit_headroom(tunnel, is_up)
 
     def ended(self, tunnel: Tunnel, reason: str) -> None:
         """As in Record."""
-        guard = self._guard
-        guard.limits.forget(self._user, tunnel)
-        guard.pacer.ended(tunnel)
+        policy = self._policy
+        policy.limits.forget(self._user, tunnel)
+        policy.pacer.ended(tunnel)
         if not tunnel.is_opened:
-            guard.audit.put("tunnel_refused", **self._fields, reason=reason)
+            policy.audit.put("tunnel_refused", **self._fields, reason=reason)
             return
         up, down = (flow.forwarded - flow.begun_at for flow in (tunnel.up, tunnel.down))
         secs = round(time.monotonic() - self._started_at, 3)
-        guard.audit.put("tunnel_closed", **self._fields, up=up, down=down, secs=secs, reason=reason)
+        policy.audit.put(
+            "tunnel_closed", **self._fields, up=up, down=down, secs=secs, reason=reason
+        )
 
 
 def _asked(control: Opening, user: str, address: str, rule: str | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from http_network_relay.wire.errors import ConfigError
 from server.access.form import parse_credentials
 from server.access.json_lines import JsonError, parse_json
 from server.addresses import block_of, parse_networks, source_address
-from server.config import LIMITS, TRUSTED_PROXIES_VARIABLE, Config
+from server.config import SETTINGS, TRUSTED_PROXIES, Config
 from tests.fuzz.source import Source, control
 from tests.support.controls import as_dict, encode, from_dict
 from tests.support.programs import load
@@ -230,19 +230,15 @@ def fuzz_settings(data: bytes) -> None:
         with contextlib.suppress(PACKAGE.RelayError):
             PACKAGE.proxy_for(endpoint, {name: proxy, "no_proxy": no_proxy})
     PACKAGE.bypasses_proxy(url[:60], 443, no_proxy)
-    for check in ("ping_interval", "max_window", "resume_timeout"):
-        _outcome(
-            PACKAGE.RelayError,
-            getattr(PACKAGE, check),
-            value,
-            {},
-        )
-        _outcome(script.RelayError, getattr(script, check), value, {})
+    for name in ("PING_INTERVAL", "MAX_WINDOW", "RESUME_TIMEOUT"):
+        for module in _WIRES:
+            row = getattr(module, name)
+            _outcome(module.RelayError, row.number, {row.variable: value})
     words = [word for word in (no_proxy, proxy, value, url) if not word.startswith("-")]
     environ = {"HTTP_NETWORK_RELAY_SECRET_KEY": value, "HTTP_NETWORK_RELAY_SERVER_URL": "ws://h"}
     _outcome(script.RelayError, script.read_settings, words, environ)
-    for limit in LIMITS:
-        config = Config.from_env({limit.variable: value, TRUSTED_PROXIES_VARIABLE: no_proxy})
+    for limit in SETTINGS.values():
+        config = Config.from_env({limit.variable: value, TRUSTED_PROXIES.variable: no_proxy})
         _outcome(ConfigError, config.validate)
 
 

@@ -334,7 +334,7 @@ class World:
                 tunnel.end.reset(RelayError("user_lost", "the end of the rounds"))
         self._wait(self._left_threads, "threads are left")
         self._target.forget()
-        self._wait(lambda: self._relay._legs[2:], "legs are left")
+        self._wait(lambda: list(self._relay._legs)[2:], "legs are left")
         self._wait(lambda: len(self._relay._registry) - 2, "slots are left")
         leg = self._relay._registry.client_leg("good")
         assert isinstance(leg, ClientLeg)
@@ -344,7 +344,7 @@ class World:
 
     def _left_threads(self) -> set[threading.Thread]:
         # A good leg may have needed a writer by now.
-        good = {f"leg-writer:{leg.label}" for leg in self._relay._legs[:2]}
+        good = {f"leg-writer:{leg.label}" for leg in list(self._relay._legs)[:2]}
         left = set(threading.enumerate()) - self._threads
         return {thread for thread in left if thread.name not in good}
 

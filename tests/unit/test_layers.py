@@ -35,7 +35,7 @@ SERVER_ROWS = [
     {"server.tunnels", "server.access", "server.audit"},
     {"server.limits"},
     {"server.legs", "server.registry"},
-    {"server.relay"},
+    {"server.relay", "server.live_legs", "server.tunnel_opener"},
     {"server.app"},
     {"server.worker"},
     {"server.__main__", "server.access.command", "wsgi", "gunicorn.conf"},

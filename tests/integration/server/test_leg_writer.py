@@ -16,6 +16,7 @@ from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
+from server.access.credentials import Login
 from server.legs import leg as leg_module
 from server.legs.leg import Helpers, Leg
 from server.legs.sender import LegSender
@@ -50,6 +51,9 @@ class OneWay:
     stop = abort
 
 
+TESTED = Login("client", "tested", b"")
+
+
 class LegWithoutTunnels(Leg):
     def lost(self) -> None:
         """It has no tunnels."""
@@ -62,7 +66,7 @@ class Served:
         self.near, self.far = tcp_pair()
         self.far.settimeout(10)
         helpers = Helpers(lambda _: None, sender.call if sender is not None else lambda _: None)
-        self.leg = LegWithoutTunnels(OneWay(self.near), "tested", 20.0, helpers)  # type: ignore[arg-type]
+        self.leg = LegWithoutTunnels(OneWay(self.near), TESTED, 20.0, helpers)  # type: ignore[arg-type]
         self.outbox = self.leg.outbox
         self._reader = threading.Thread(target=self.leg.run, args=(None,))
         self._reader.start()
@@ -122,7 +126,7 @@ def test_no_writer_is_needed_for_what_the_socket_takes(served: Served) -> None:
 def test_what_was_put_before_the_leg_is_served_is_sent(sender: LegSender) -> None:
     """Between the upgrade and run() a client can be reached already."""
     near, far = tcp_pair()
-    leg = LegWithoutTunnels(OneWay(near), "tested", 20.0, Helpers(lambda _: None, sender.call))  # type: ignore[arg-type]
+    leg = LegWithoutTunnels(OneWay(near), TESTED, 20.0, Helpers(lambda _: None, sender.call))  # type: ignore[arg-type]
     leg.outbox.put_first(1, text("early"))
     leg.outbox.push()
     reader = threading.Thread(target=leg.run, args=(None,))

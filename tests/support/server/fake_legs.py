@@ -47,9 +47,9 @@ class FakeUserLeg:
 class FakeClientLeg:
     """A client's leg without a socket."""
 
-    def __init__(self, budget: int = 64 * MIB) -> None:
+    def __init__(self, budget: int = 64 * MIB, tunnels_at_most: int = 0) -> None:
         self.outbox = FrameSender()
-        self.channels: Channels[Any] = Channels(budget)
+        self.channels: Channels[Any] = Channels(budget, tunnels_at_most)
         self.label = "gw"
 
 

@@ -126,10 +126,10 @@ def test_denied_tells_nothing_of_clients_when_no_rule_matches(access: Access) ->
     assert there.replace(" gw", " no") == not_there
 
 
-def test_everything_is_allowed_when_the_user_is_of_the_seed_form() -> None:
+def test_everything_is_allowed_when_the_user_is_of_the_short_form() -> None:
     """No rule limits a token of the list; what is no address stays refused."""
-    access = Access(credentials(["pu-seed"]), None, lambda: None)
-    login = access.credentials.login_user("pu-seed")
+    access = Access(credentials(["pu-short"]), None, lambda: None)
+    login = access.credentials.login_user("pu-short")
     assert login is not None
     assert access.check_open(login.name, from_dict(asked("gw", "10.1.2.3", 1)))
     assert refusal(access, login.name, "gw", "127.1", 1).code == "target_invalid"
@@ -456,4 +456,4 @@ def test_client_leg_is_closed_when_it_was_let_in_by_old_credentials(relay: Relay
     assert wire.written == [1008]
     assert user.leg.tunnel is None
     assert not user.leg.outbox.has_frames
-    assert len(relay._held) == 1
+    assert len(relay._pending) == 1

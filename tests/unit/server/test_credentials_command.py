@@ -154,12 +154,12 @@ def test_rotation_ends_the_old_secrets_at_once_when_told_so(path: Path, run: Run
     assert credentials.may_open("ops", "lab", "lan", 22)
 
 
-def test_seed_form_is_kept_until_an_edit_needs_another(path: Path, run: Run) -> None:
+def test_short_form_is_kept_until_an_edit_needs_another(path: Path, run: Run) -> None:
     """Adding a client converts nothing; a token with a name becomes an object, its login stays."""
-    seed = {"clients": {"a": "plain-a"}, "proxy_users": ["tok-1", "tok-2"]}
-    write(path, seed)
+    short = {"clients": {"a": "plain-a"}, "proxy_users": ["tok-1", "tok-2"]}
+    write(path, short)
     run("add-client", "b")
-    assert read(path)["proxy_users"] == seed["proxy_users"]
+    assert read(path)["proxy_users"] == short["proxy_users"]
     assert read(path)["clients"]["a"] == "plain-a"
     before = load_credentials(str(path))
     logins = [before.login_user(token) for token in ("tok-1", "tok-2")]
@@ -176,7 +176,7 @@ def test_seed_form_is_kept_until_an_edit_needs_another(path: Path, run: Run) -> 
     assert read(path)["clients"]["a"]["secrets"][0] == "plain-a"
 
 
-def test_seed_token_is_revoked_by_the_name_that_logs_have(path: Path, run: Run) -> None:
+def test_short_form_token_is_revoked_by_the_name_that_logs_have(path: Path, run: Run) -> None:
     """The list stays a list."""
     write(path, {"clients": {"a": "x"}, "proxy_users": ["tok-1", "tok-2"]})
     name = load_credentials(str(path)).check_user("tok-1")

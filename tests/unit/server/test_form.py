@@ -62,9 +62,9 @@ GOOD: dict[str, Any] = {
     "all": ISSUE,
     "empty": {"clients": {}, "proxy_users": []},
     "empty by name": {"clients": {}, "proxy_users": {}},
-    "seed": {"clients": {"a": "x", "b": "x"}, "proxy_users": ["y", "z"]},
-    "seed, hashed": {"clients": {"a": hashed("x")}, "proxy_users": [hashed("y")]},
-    "seed, client and token equal": {"clients": {"a": "x"}, "proxy_users": ["x"]},
+    "short": {"clients": {"a": "x", "b": "x"}, "proxy_users": ["y", "z"]},
+    "short, hashed": {"clients": {"a": hashed("x")}, "proxy_users": [hashed("y")]},
+    "short, client and token equal": {"clients": {"a": "x"}, "proxy_users": ["x"]},
     "expired client": with_client({"secrets": ["x"], "expires": "2020-01-01"}),
     "everything before the first client": {
         "clients": {},

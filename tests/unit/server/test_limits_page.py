@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from http_network_relay.wire.codes import Code
-from server.addresses import DEFAULT_TRUSTED_PROXIES
 from server.audit import AuditLog
-from server.config import LIMITS, Config
+from server.config import SETTINGS, Config
 from server.limits.policy import Policy, PolicyObserver
 from server.tunnels.tunnel import Tunnel
 from tests.support.controls import from_dict
@@ -26,9 +25,12 @@ def test_page_lists_every_setting_with_its_default() -> None:
     listed = {}
     for flag, variable, _unit, default, _code in rows(section(PAGE, "## Settings")):
         listed[flag.strip("`"), variable.strip("`")] = default.strip("`").split(";")[0]
-    known = {(limit.flag, limit.variable): f"{limit.default:g}" for limit in LIMITS}
-    known["--trusted-proxies", "HTTP_NETWORK_RELAY_TRUSTED_PROXIES"] = DEFAULT_TRUSTED_PROXIES
-    known["--audit-log", "HTTP_NETWORK_RELAY_AUDIT_LOG"] = "off"
+    elsewhere = {"credentials_file", "ping_interval_s", "max_window_bytes"}
+    known = {
+        (row.flag, row.variable): row.default or "off"
+        for field, row in SETTINGS.items()
+        if field not in elsewhere
+    }
     assert listed == known
 
 
@@ -79,22 +81,22 @@ def test_audit_lines_of_the_page_have_the_fields_of_the_code() -> None:
     shown = [json.loads(line) for line in block.splitlines()]
     assert [event["event"] for event in shown[-1:]] == ["lost"]  # The writer's own.
 
-    guard = Policy(Config())
-    guard.audit = Noting()
-    guard.leg_up("client", "gw", "a")
-    guard.leg_down("client", "gw", "a", "lost", 1.0)
-    guard.failed_login("client", "gw", "a", "")
-    guard.refused(from_dict(OPEN), "u", "a", "client_offline")
+    policy = Policy(Config())
+    policy.audit = Noting()
+    policy.leg_up("client", "gw", "a")
+    policy.leg_down("client", "gw", "a", "lost", 1.0)
+    policy.failed_login("client", "gw", "a", "")
+    policy.refused(from_dict(OPEN), "u", "a", "client_offline")
     for first, answer in (
         (OPEN, {"type": "opened", "limit": 300_000, "grace_s": 0}),
         (RESUME, {"type": "resumed", "received": 0, "delivered": 0, "limit": 300_000}),
     ):
         leg = FakeClientLeg()
-        record = PolicyObserver(guard, from_dict(first), "u", "a")
-        tunnel = Tunnel(leg, FakeUserLeg(), from_dict(first), "u", "*", record=record)
+        record = PolicyObserver(policy, from_dict(first), "u", "a")
+        tunnel = Tunnel(leg, FakeUserLeg(), from_dict(first), "u", "*", observer=record)
         with leg.channels.lock:
             tunnel.assign_locked(CAP)
         tunnel.on_client_control(from_dict(answer))
         tunnel.user_lost()
-    written = {event["event"]: list(event) for event in guard.audit.events}
+    written = {event["event"]: list(event) for event in policy.audit.events}
     assert {event["event"]: list(event) for event in shown[:-1]} == written

@@ -45,9 +45,9 @@ class Ends:
         self.client_leg, self.user_leg = bench.client_leg, FakeUserLeg()
         self.user, self.client = Stream(CAP), Stream(CAP)
         control = {**OPEN, "tunnel_id": f"{number:032x}", "limit": MIN_WINDOW_BYTES}
-        record = PolicyObserver(bench.guard, from_dict(control), user, "addr")
+        record = PolicyObserver(bench.policy, from_dict(control), user, "addr")
         self.tunnel = Tunnel(
-            self.client_leg, self.user_leg, from_dict(control), user, "*", record=record
+            self.client_leg, self.user_leg, from_dict(control), user, "*", observer=record
         )
         with self.client_leg.channels.lock:
             frame = self.tunnel.assign_locked(CAP)
@@ -122,19 +122,19 @@ class Ends:
 
 
 class Bench:
-    """A guard whose pacer is looked at by hand."""
+    """A policy whose pacer is looked at by hand."""
 
     def __init__(self, **settings: Any) -> None:
         self.clock = Clock()
         config = Config(**settings)
-        self.guard = Policy(config)
-        self.guard.pacer = Pacer(config, clock=self.clock)
+        self.policy = Policy(config)
+        self.policy.pacer = Pacer(config, clock=self.clock)
         self.client_leg = FakeClientLeg()
         self.tunnels: list[Ends] = []
 
-    def open(self, user: str = "u") -> Ends:
+    def open(self, user: str = "u", client_leg: FakeClientLeg | None = None) -> Ends:
         # A client's leg of its own for each: its outbox is then read by one.
-        self.client_leg = FakeClientLeg()
+        self.client_leg = client_leg or FakeClientLeg()
         self.tunnels.append(Ends(self, user, len(self.tunnels)))
         return self.tunnels[-1]
 
@@ -145,7 +145,7 @@ class Bench:
             # Until nothing moves at this moment.
             while True:
                 before = [dict(ends.arrived) for ends in self.tunnels]
-                self.guard.pacer.look()
+                self.policy.pacer.look()
                 for ends in self.tunnels:
                     ends.read()
                     ends.pass_on()
@@ -275,7 +275,7 @@ def test_credit_is_given_back_when_the_client_refuses() -> None:
         )
         assert [m["type"] for m in taken(user_leg.outbox)] == ["refused"]
         bench.run(0.05)
-    assert not bench.guard.pacer._meters
+    assert not bench.policy.pacer.shaper._meters
 
 
 def test_resume_begins_where_the_end_stands_when_its_user_owes_too_much() -> None:
@@ -290,7 +290,7 @@ def test_resume_begins_where_the_end_stands_when_its_user_owes_too_much() -> Non
     (resumed,) = taken(user_leg.outbox)
     assert resumed["limit"] == RESUMED["received"]
     bench.clock.advance(20)
-    bench.guard.pacer.look()
+    bench.policy.pacer.look()
     for outbox, stands in ((client_leg.outbox, RESUME), (user_leg.outbox, RESUMED)):
         (ack,) = taken(outbox)
         assert (ack["type"], ack["delivered"]) == ("ack", stands["delivered"])
@@ -338,17 +338,16 @@ def test_pacer_keeps_nothing_of_tunnels_that_ended() -> None:
     for number in range(50):
         bench.open(f"user-{number}").tunnel.user_lost()
     bench.run(2)
-    assert not bench.guard.pacer._entries
-    assert not bench.guard.pacer._meters
-    assert len(bench.guard.pacer._purses) == 0
-    assert len(bench.guard.pacer._ages) == 50
+    assert not bench.policy.pacer.lifetimes._entries
+    assert not bench.policy.pacer.shaper._entries
+    assert not bench.policy.pacer.shaper._meters
+    assert len(bench.policy.pacer.shaper._tokens) == 0
+    assert len(bench.policy.pacer.lifetimes._ages) == 50
 
 
 def test_limits_leave_in_order_when_two_threads_raise_them() -> None:
     """An ack that is counted but not yet queued holds the pacer up: else a limit would fall."""
     bench = Bench(bytes_per_s=RATE)
-    ends = bench.open()
-    ends.read()
     limits: list[int] = []
     counted, raised = threading.Event(), threading.Event()
 
@@ -365,7 +364,10 @@ def test_limits_leave_in_order_when_two_threads_raise_them() -> None:
         ends.tunnel.raise_limit(False, 1000)
         raised.set()
 
-    ends.client_leg.outbox = SlowOutbox()
+    client_leg = FakeClientLeg()
+    client_leg.outbox = SlowOutbox()
+    ends = bench.open(client_leg=client_leg)
+    ends.read()
     thread = threading.Thread(target=raise_limit)
     thread.start()
     ack = {"type": "ack", "delivered": 0, "limit": MIN_WINDOW_BYTES, "eof": False}
@@ -422,8 +424,8 @@ def test_age_goes_on_when_a_tunnel_is_resumed() -> None:
     bench.run(10, 0.5)
     leg = FakeClientLeg()
     control = {**RESUME, "tunnel_id": f"{0:032x}"}
-    record = PolicyObserver(bench.guard, from_dict(control), "u", "addr")
-    tunnel = Tunnel(leg, FakeUserLeg(), from_dict(control), "u", "*", record=record)
+    record = PolicyObserver(bench.policy, from_dict(control), "u", "addr")
+    tunnel = Tunnel(leg, FakeUserLeg(), from_dict(control), "u", "*", observer=record)
     with leg.channels.lock:
         tunnel.assign_locked(CAP)
     resumed = {"type": "resumed", "received": 0, "delivered": 0, "limit": 300_000}
@@ -437,8 +439,8 @@ def test_age_goes_on_when_a_tunnel_is_resumed() -> None:
 def unanswered(bench: Bench, control: dict[str, Any]) -> tuple[Tunnel, FakeClientLeg, FakeUserLeg]:
     """A tunnel whose client says nothing, but has read that it is asked."""
     client_leg, user_leg = FakeClientLeg(), FakeUserLeg()
-    record = PolicyObserver(bench.guard, from_dict(control), "u", "addr")
-    tunnel = Tunnel(client_leg, user_leg, from_dict(control), "u", "*", record=record)
+    record = PolicyObserver(bench.policy, from_dict(control), "u", "addr")
+    tunnel = Tunnel(client_leg, user_leg, from_dict(control), "u", "*", observer=record)
     with client_leg.channels.lock:
         tunnel.assign_locked(CAP)
     return tunnel, client_leg, user_leg
@@ -459,7 +461,7 @@ def test_tunnel_ends_when_its_client_never_answers(code: str, first: dict[str, A
     assert [end["type"] for end in taken(client_leg.outbox)] == (
         ["reset"] if first is OPEN else ["detached"]
     )
-    assert not bench.guard.pacer._ages
+    assert not bench.policy.pacer.lifetimes._ages
 
 
 def test_age_counts_from_the_open_when_the_client_takes_its_time() -> None:
@@ -472,7 +474,7 @@ def test_age_counts_from_the_open_when_the_client_takes_its_time() -> None:
     assert not tunnel.is_over
     bench.run(2, 0.5)
     assert tunnel.is_over
-    assert list(bench.guard.pacer._ages.values()) == [1000.5]
+    assert list(bench.policy.pacer.lifetimes._ages.values()) == [1000.5]
 
 
 def test_resume_of_an_old_tunnel_is_judged_when_the_client_has_accepted_it() -> None:

@@ -464,8 +464,7 @@ def test_attempt_is_logged_and_no_token_when_a_tunnel_is_resumed(
 
 def test_client_is_full_when_it_has_as_many_tunnels_as_it_may_have() -> None:
     """One that ends makes room at once, and a `resume` does not count beside its own channel."""
-    client = FakeClientLeg()
-    client.channels.tunnels_at_most = 2
+    client = FakeClientLeg(tunnels_at_most=2)
     first = Pair(client=client)
     Pair(client=client, first={**OPEN, "tunnel_id": "cd" * 16})
     newcomer = {**OPEN, "tunnel_id": "ef" * 16}
@@ -495,7 +494,7 @@ def test_record_is_told_of_the_start_and_of_the_end_once() -> None:
     for answer in ("opened", "refused"):
         client = FakeClientLeg()
         tunnel = Tunnel(
-            client, FakeUserLeg(), from_dict(dict(OPEN)), "token-x", "*", record=Noting()
+            client, FakeUserLeg(), from_dict(dict(OPEN)), "token-x", "*", observer=Noting()
         )
         with client.channels.lock:
             tunnel.assign_locked(CAP)
@@ -562,7 +561,7 @@ def test_record_is_told_before_an_end_can_know(
 
     client, user = FakeClientLeg(), FakeUserLeg()
     client.outbox, user.outbox = NotingOutbox("client"), NotingOutbox("user")
-    tunnel = Tunnel(client, user, from_dict(dict(OPEN)), "token-x", "*", record=Noting())
+    tunnel = Tunnel(client, user, from_dict(dict(OPEN)), "token-x", "*", observer=Noting())
     with client.channels.lock:
         tunnel.assign_locked(CAP)
     tunnel.on_client_control(from_dict({"type": "opened", "limit": 300_000, "grace_s": 0}))
