@@ -1685,6 +1685,54 @@ class Timer:
             slept = time.time() - planned > _SLEPT_S
 
 
+# --- http_network_relay/end/channel.py ------------------------------------------------------------
+# A tunnel's handle on one leg.
+
+
+class Channel:
+    """One channel of one leg, as the end of a tunnel uses it. Compared by identity.
+
+    A user leg has one channel, with `channel_id` 0. Any thread; every put_... only queues.
+    """
+
+    def __init__(self, outbox: FrameSender, channel_id: int = 0) -> None:
+        self.outbox = outbox
+        self.channel_id = channel_id
+        self._head = encode_channel(channel_id) if channel_id else b""
+
+    def put_first(self, control: Control) -> None:
+        """Send the channel's first message."""
+        self.outbox.put_first(self.channel_id, self._text(control))
+
+    def put_data(self, data: Any) -> None:
+        """Send stream bytes, with the next push()."""
+        self.outbox.put_data_now(self.channel_id, self._head, data)
+
+    def put_ack(self, ack: Ack) -> None:
+        """Send an ack, with the next push()."""
+        self.outbox.put_ack(self.channel_id, self._text(ack))
+
+    def put_eof(self, count: int) -> None:
+        """Send an eof, behind the data."""
+        self.outbox.put_eof(self.channel_id, self._text(Eof(count)))
+
+    def put_reset(self, error: RelayError) -> None:
+        """Send a reset, behind the data where what came before it counts."""
+        frame = self._text(Reset(error.code, str(error)))
+        self.outbox.put_end(self.channel_id, frame, in_turn=takes_turn(error.code))
+
+    def push(self) -> None:
+        """Send data and acks that were put. Hold no lock."""
+        self.outbox.push()
+
+    def drop(self) -> None:
+        """Delete what waits to be sent."""
+        self.outbox.drop(self.channel_id)
+
+    def _text(self, control: Control) -> Frame:
+        return Frame(OP_TEXT, b"", encode_control(control._replace(channel=self.channel_id)))
+
+
 # --- http_network_relay/end/window.py -------------------------------------------------------------
 # How large the window of a stream is (docs/protocol.md, "The receiver's window").
 # No I/O, no clock, no thread: the caller says what time it is.
@@ -2115,54 +2163,6 @@ class Stream:
         return self.out.eof_acked and self.into.eof_acked
 
 
-# --- http_network_relay/end/channel.py ------------------------------------------------------------
-# A tunnel's handle on one leg.
-
-
-class Channel:
-    """One channel of one leg, as the end of a tunnel uses it. Compared by identity.
-
-    A user leg has one channel, with `channel_id` 0. Any thread; every put_... only queues.
-    """
-
-    def __init__(self, outbox: FrameSender, channel_id: int = 0) -> None:
-        self.outbox = outbox
-        self.channel_id = channel_id
-        self._head = encode_channel(channel_id) if channel_id else b""
-
-    def put_first(self, control: Control) -> None:
-        """Send the channel's first message."""
-        self.outbox.put_first(self.channel_id, self._text(control))
-
-    def put_data(self, data: Any) -> None:
-        """Send stream bytes, with the next push()."""
-        self.outbox.put_data_now(self.channel_id, self._head, data)
-
-    def put_ack(self, ack: Ack) -> None:
-        """Send an ack, with the next push()."""
-        self.outbox.put_ack(self.channel_id, self._text(ack))
-
-    def put_eof(self, count: int) -> None:
-        """Send an eof, behind the data."""
-        self.outbox.put_eof(self.channel_id, self._text(Eof(count)))
-
-    def put_reset(self, error: RelayError) -> None:
-        """Send a reset, behind the data where what came before it counts."""
-        frame = self._text(Reset(error.code, str(error)))
-        self.outbox.put_end(self.channel_id, frame, in_turn=takes_turn(error.code))
-
-    def push(self) -> None:
-        """Send data and acks that were put. Hold no lock."""
-        self.outbox.push()
-
-    def drop(self) -> None:
-        """Delete what waits to be sent."""
-        self.outbox.drop(self.channel_id)
-
-    def _text(self, control: Control) -> Frame:
-        return Frame(OP_TEXT, b"", encode_control(control._replace(channel=self.channel_id)))
-
-
 # --- http_network_relay/end/state.py --------------------------------------------------------------
 # Where one end of a tunnel stands: its states, and what both of its directions share.
 
@@ -2211,8 +2211,7 @@ END_TRANSITIONS: dict[EndState, tuple[EndState, ...]] = {
 class EndCore:
     """The lock, the state, the streams and the present channel of one end.
 
-    Inbound, Outbound and TunnelEnd work on one core. A single read of a field needs no lock.
-    Only the methods here change a field, and a `_locked` method needs `lock`.
+    A single read of a field needs no lock. Only the methods here change a field.
     """
 
     def __init__(
@@ -2229,6 +2228,7 @@ class EndCore:
         self.state = EndState.OPENING
         # None without a leg.
         self.channel: Channel | None = channel
+        # For how long both ends keep the tunnel without a leg; 0 until the tunnel is open.
         self.grace_s = 0.0
         # Why the tunnel ended before it was finished. The first reason counts.
         self.ended: RelayError | None = None
@@ -2237,6 +2237,11 @@ class EndCore:
         # Of the newest loss of a leg.
         self.detached_at = 0.0
         self._lost: RelayError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the tunnel is finished or has ended."""
+        return self.state.is_over
 
     def is_stale_locked(self, channel: Channel, message: str) -> bool:
         """Whether a message comes too late to count; raises TunnelError if it comes too early."""
@@ -2611,11 +2616,11 @@ class Outbound:
 # (docs/protocol.md, "Resume").
 
 
-class TunnelEnd:
-    """The thread-safe state of one end.
+class TunnelEnd(EndCore):
+    """The thread-safe state of one end, and its two directions.
 
-    `inbound` and `outbound` are its directions. A method that takes a `channel` does nothing
-    if that is not the newest: what comes late on another leg or channel must not count.
+    A method that takes a `channel` does nothing if that is not the newest: what comes late
+    on another leg or channel must not count.
     """
 
     def __init__(
@@ -2624,73 +2629,57 @@ class TunnelEnd:
         max_window_bytes: int,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_change`: called, without a lock, after credit, the leg's loss or the end."""
-        self._core = EndCore(channel, max_window_bytes, on_change)
-        self.inbound = Inbound(self._core)
-        self.outbound = Outbound(self._core)
+        super().__init__(channel, max_window_bytes, on_change)
+        self.inbound = Inbound(self)
+        self.outbound = Outbound(self)
 
-    # Each is one read; none needs the lock.
-
-    @property
-    def ended(self) -> RelayError | None:
-        """Why the tunnel ended before it was finished, if it did. The first reason."""
-        return self._core.ended
+    # One read each; none needs the lock.
 
     @property
     def is_finished(self) -> bool:
         """Whether both directions ended cleanly and both ends know."""
-        return self._core.state is EndState.FINISHED
-
-    @property
-    def is_over(self) -> bool:
-        """Finished or ended."""
-        return self._core.state.is_over
+        return self.state is EndState.FINISHED
 
     @property
     def is_detached(self) -> bool:
         """Whether the end has no leg, and may be resumed."""
-        return self._core.state is EndState.DETACHED
+        return self.state is EndState.DETACHED
 
     @property
     def counts(self) -> tuple[int, int]:
         """Bytes taken for sending and bytes delivered, for the log."""
-        return self._core.stream.out.taken, self._core.stream.into.delivered
+        return self.stream.out.taken, self.stream.into.delivered
 
     @property
     def first_limit(self) -> int:
         """The bytes that the peer may send at first, for `open` or `opened`."""
-        return self._core.stream.into.limit
-
-    @property
-    def grace_s(self) -> float:
-        """For how long both ends keep the tunnel without a leg; 0 until the tunnel is open."""
-        return self._core.grace_s
+        return self.stream.into.limit
 
     # The leg's reader, or whoever opens the tunnel.
 
     def on_open(self, limit: int, grace_s: float) -> bool:
         """Take the peer's first limit; False if the end came first."""
-        with self._core.lock:
-            if self._core.state.is_over:
+        with self.lock:
+            if self.is_over:
                 return False
-            self._core.open_locked(limit, grace_s)
+            self.open_locked(limit, grace_s)
             return True
 
     def on_end(self, error: RelayError) -> None:
         """End the tunnel without a word to the peer; bytes that came are still delivered."""
-        with self._core.lock:
-            if self._core.state.is_over:
+        with self.lock:
+            if self.is_over:
                 return
-            self._core.end_locked(EndState.ENDED, error)
-        self._core.on_change()
+            self.end_locked(EndState.ENDED, error)
+        self.on_change()
 
     def on_reset(self, channel: Channel, error: RelayError) -> None:
         """The peer has ended the tunnel."""
-        with self._core.lock:
-            if channel is not self._core.channel or self._core.state.is_over:
+        with self.lock:
+            if channel is not self.channel or self.is_over:
                 return
-            self._core.end_locked(EndState.ENDED, error)
-        self._core.on_change()
+            self.end_locked(EndState.ENDED, error)
+        self.on_change()
 
     def detach(self, channel: Channel, error: RelayError) -> bool:
         """The leg is lost: wait for a resume, or end with `error` if none can come.
@@ -2698,12 +2687,12 @@ class TunnelEnd:
         Returns:
             Whether the end waits.
         """
-        with self._core.lock:
-            if channel is not self._core.channel or self._core.state.is_over:
+        with self.lock:
+            if channel is not self.channel or self.is_over:
                 return False
-            waits = self._core.detach_locked(error)
+            waits = self.detach_locked(error)
         channel.drop()
-        self._core.on_change()
+        self.on_change()
         return waits
 
     # Any thread.
@@ -2715,29 +2704,28 @@ class TunnelEnd:
 
         `channel`: only if that is still the newest.
         """
-        core = self._core
-        with core.lock:
-            if core.state.is_over or (channel is not None and channel is not core.channel):
+        with self.lock:
+            if self.is_over or (channel is not None and channel is not self.channel):
                 return
             self.outbound.reset_locked(error, deliver_s)
-        core.on_change()
+        self.on_change()
 
     def resume_left_s(self) -> float:
         """Return for how long a resume may still come; ends a tunnel whose grace is over."""
-        with self._core.lock:
-            self._core.expire_locked()
-            return self._core.resume_left_locked() or 0.0
+        with self.lock:
+            self.expire_locked()
+            return self.resume_left_locked() or 0.0
 
     def wait_over(self, timeout_s: float | None = None) -> None:
         """Wait until the tunnel is finished or ended."""
-        with self._core.lock:
-            self._core.wait_locked(lambda: self._core.state.is_over, timeout_s)
+        with self.lock:
+            self.wait_locked(lambda: self.is_over, timeout_s)
 
     def _attach_locked(self, channel: Channel, peer: Position) -> None:
         """Go on, on `channel`, from where the peer stands."""
-        assert self._core.lock.locked()
-        self._core.stream.out.resume(peer)
-        self._core.attach_locked(channel)
+        assert self.lock.locked()
+        self.stream.out.resume(peer)
+        self.attach_locked(channel)
         self.inbound.resumed_locked()
         self.outbound.flush_locked()
 
@@ -2750,29 +2738,24 @@ class UserEnd(TunnelEnd):
     """The end that resumes."""
 
     @property
-    def has_expired(self) -> bool:
-        """Whether the tunnel has ended because nobody resumed it in time."""
-        return self._core.state is EndState.EXPIRED
-
-    @property
     def has_both_eofs(self) -> bool:
         """Whether our source ended and the peer's eof was delivered; acks may be missing."""
-        return self._core.stream.out.is_ended and self._core.stream.into.eof_delivered
+        return self.stream.out.is_ended and self.stream.into.eof_delivered
 
     def begin_resume(self) -> Position:
         """Return the position for `resume`. Only while detached: all channels are stale then."""
-        with self._core.lock:
-            return self._core.stream.into.resume()
+        with self.lock:
+            return self.stream.into.resume()
 
     def on_resumed(self, channel: Channel, peer: Position) -> None:
         """Go on, on `channel`, after the peer's `resumed`. Raises TunnelError."""
-        with self._core.lock:
-            if self._core.state.is_over:
+        with self.lock:
+            if self.is_over:
                 return
-            self._core.stream.out.check_resume(peer)
+            self.stream.out.check_resume(peer)
             self._attach_locked(channel, peer)
         channel.push()
-        self._core.on_change()
+        self.on_change()
 
 
 # --- http_network_relay/end/read_coalescer.py -----------------------------------------------------
@@ -4401,7 +4384,7 @@ class Carrier:
             return self._wakeup.exit_code
         ended = end.ended or RelayError("leg_lost", "the tunnel was lost")
         sentence = f"{self._settings.target}: {ended}"
-        if end.has_expired:
+        if end.state is EndState.EXPIRED:
             sentence += f"; not resumed within {end.grace_s:.0f} s"
             sentence += f": {self._failure}" if self._failure is not None else ""
         complain(RelayError(ended.code, sentence))

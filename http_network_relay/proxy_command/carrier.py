@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from http_network_relay.dial.backoff import Backoff
 from http_network_relay.dial.connection import Connection
+from http_network_relay.end.state import EndState
 from http_network_relay.end.stream import Position
 from http_network_relay.end.user_end import UserEnd
 from http_network_relay.proxy_command.leg import Leg, dial_leg
@@ -97,7 +98,7 @@ class Carrier:
             return self._wakeup.exit_code
         ended = end.ended or RelayError("leg_lost", "the tunnel was lost")
         sentence = f"{self._settings.target}: {ended}"
-        if end.has_expired:
+        if end.state is EndState.EXPIRED:
             sentence += f"; not resumed within {end.grace_s:.0f} s"
             sentence += f": {self._failure}" if self._failure is not None else ""
         complain(RelayError(ended.code, sentence))

@@ -721,7 +721,7 @@ def test_tunnel_that_ends_while_the_resume_is_answered_is_not_read_for_ever(how:
         if how == "user_gone":
             carrier._end.reset(GONE)
         else:
-            carrier._end._core.grace_s = 0.0
+            carrier._end.grace_s = 0.0
             assert carrier._end.resume_left_s() == 0.0
 
     try:

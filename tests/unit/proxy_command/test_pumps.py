@@ -741,7 +741,7 @@ def test_what_came_goes_to_stdout_without_a_leg(make_desk: Callable[..., Desk]) 
     lose(desk)
     assert read_exactly(desk.stdout_r, len(data)) == data
     assert os.read(desk.stdout_r, 1) == b""
-    eventually(lambda: desk.end.counts[1] == len(data) and desk.end._core.stream.into.eof_delivered)
+    eventually(lambda: desk.end.counts[1] == len(data) and desk.end.stream.into.eof_delivered)
     position = come_back(desk)
     assert (position.received, position.delivered) == (len(data), len(data))
     desk.end.inbound.on_eof(desk.channel, len(data))
@@ -764,8 +764,8 @@ def test_user_who_goes_away_without_a_leg_ends_the_tunnel_at_once(
         os.close(desk.stdout_r)
     if how == "epipe":
         desk.end.inbound._queue.append(b"x")  # Came before the loss, and is written now.
-        with desk.end._core.changed:
-            desk.end._core.changed.notify_all()
+        with desk.end.changed:
+            desk.end.changed.notify_all()
     desk.pumps.join(5.0)
     assert time.monotonic() - begun < 0.9
     assert desk.end.is_over
