@@ -328,7 +328,7 @@ class World:
         """Give the pests' tunnels up; raises Violation where anything of them is left."""
         for tunnel in self._agent._tunnels.alive():
             if tunnel not in self._good_tunnels:
-                channel = tunnel.end._core.channel
+                channel = tunnel.end.channel
                 if channel and channel.outbox is not self._good_run.connection.outbox:
                     raise Violation(f"{tunnel.about} was not told that its leg has ended")
                 tunnel.end.reset(RelayError("user_lost", "the end of the rounds"))

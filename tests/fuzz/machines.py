@@ -72,9 +72,9 @@ def view_of(leg: Any, channel: int) -> View:
             return View()
         end = found[0].end
         return View(
-            end._core.state is EndState.OPEN and end.is_at(found[1]),
-            end._core.stream.out.sent,
-            end._core.stream.out.eof_sent,
+            end.state is EndState.OPEN and end.is_at(found[1]),
+            end.stream.out.sent,
+            end.stream.out.eof_sent,
         )
     is_client = isinstance(leg, ClientLeg)
     tunnel = leg.channels.tunnels.get(channel) if is_client else leg.tunnel
@@ -329,7 +329,7 @@ class _Tunnel(Forwarder):
             end.outbound.send(bytes(min(size, 1 + source.number(3000))))
         elif source.is_rare(8):
             end.outbound.send_eof()
-        with end._core.lock:
+        with end.lock:
             has_news = end.inbound.has_news_locked()
         if has_news:
             chunk = end.inbound.next_chunk()
@@ -402,7 +402,7 @@ def _fuzz_client_legs(source: Source) -> None:
     assert good.end.inbound.next_chunk() == b"there"
     assert [bytes(f.payload) for f in drained(channel.outbox)] == [b"back!"]
     for tunnel in tunnels.alive():
-        kept = tunnel.end._core.stream
+        kept = tunnel.end.stream
         assert 0 <= kept.into.delivered <= kept.into.received <= kept.into.limit
         assert kept.out.kept_bytes <= kept.out.taken
 
