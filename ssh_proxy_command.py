@@ -29,6 +29,7 @@ if __name__ == "__main__":
 import argparse
 import base64
 import contextlib
+import enum
 import errno
 import functools
 import ipaddress
@@ -46,13 +47,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from enum import Enum
+from typing import Any, Literal, NamedTuple, NoReturn, Union
 from urllib.parse import unquote, urlsplit
 
 # --- http_network_relay/wire/codes.py -------------------------------------------------------------
-# Every code that a peer, a person or an operator may see, and what follows from each.
-#
-# The codes are those of docs/protocol.md, "Codes"; the local ones stand last.
+# Every code that a peer, a person or an operator may read, and what follows from the code.
+# One table for all three programs. docs/protocol.md, "Codes", says when each code is sent.
 
 CLOSE_NORMAL = 1000
 CLOSE_PROTOCOL_ERROR = 1002
@@ -64,6 +65,7 @@ CLOSE_RESTART = 1012
 CLOSE_REPLACED_BY_SELF = 4408
 CLOSE_REPLACED_BY_OTHER = 4409
 
+# Exit codes of the proxy command.
 EXIT_CLEAN = 0
 EXIT_TUNNEL_LOST = 1
 EXIT_USAGE = 2
@@ -73,99 +75,162 @@ EXIT_TARGET = 5
 EXIT_SERVER = 6
 EXIT_DENIED = 7
 EXIT_SIGNAL_BASE = 128
-# What EPIPE on stdout counts as, on every system: 128 + SIGPIPE.
+# EPIPE on stdout counts as 128 + SIGPIPE on every system.
 EXIT_SIGPIPE = 141
 
-# code -> (exit code, a new try may help)
-ERRORS: dict[str, tuple[int, bool]] = {
+# Which programs may say a code on the wire: server, client, proxy command.
+_S, _C, _SC = ("server",), ("client",), ("server", "client")
+_SP, _CP = ("server", "proxy command"), ("client", "proxy command")
+_ALL = ("server", "client", "proxy command")
+_AGAIN = "try again in a moment"
+_CONNECT = "connect again"
+
+
+class _Row(NamedTuple):
+    """The properties of a code, as the class Code explains them."""
+
+    text: str
+    exit_code: int
+    said_by: tuple[str, ...] = ()
+    hint: str = ""
+    is_retryable: bool = False
+    http_status: int = 0
+    retry_after_s: int = 0
+    takes_turn: bool = False
+
+
+class Code(str, Enum):
+    """A code: a `str` on the wire and in logs, with its properties.
+
+    Attributes:
+        exit_code: How the proxy command exits.
+        said_by: The programs that may say the code on the wire; empty for a local code.
+        hint: What a proxy user can try; empty if the sentence says enough.
+        is_retryable: Whether a new try may help.
+        http_status: The HTTP status before the upgrade; 0 if there is none.
+        retry_after_s: The value of Retry-After; 0 if there is none.
+        takes_turn: Whether the end waits behind the channel's data (docs/protocol.md, "Order").
+    """
+
+    exit_code: int
+    said_by: tuple[str, ...]
+    hint: str
+    is_retryable: bool
+    http_status: int
+    retry_after_s: int
+    takes_turn: bool
+
+    def __new__(cls, *row: Any) -> Code:
+        """Make a member from its row, which Enum passes field by field."""
+        self = str.__new__(cls, row[0])
+        self._value_ = row[0]
+        for name, value in _Row(*row)._asdict().items():
+            if name != "text":
+                setattr(self, name, value)
+        return self
+
+    # Enum's own would show the member's name in log lines.
+    __str__ = str.__str__
+    __format__ = str.__format__  # type: ignore[assignment]
+
+    # fmt: off
     # HTTP answers before the upgrade.
-    "bad_request": (EXIT_SERVER, False),
-    "unauthorized": (EXIT_UNAUTHORIZED, False),
-    "forbidden": (EXIT_UNAUTHORIZED, False),
-    "not_found": (EXIT_SERVER, False),
-    "version_unsupported": (EXIT_SERVER, False),
-    "head_timeout": (EXIT_SERVER, True),
-    "too_many": (EXIT_SERVER, True),
-    "head_too_large": (EXIT_SERVER, False),
-    "wrong_worker": (EXIT_SERVER, False),
-    "busy": (EXIT_SERVER, True),
-    "server_restart": (EXIT_SERVER, True),
-    # `refused`
-    "client_unknown": (EXIT_CLIENT_OFFLINE, False),
-    "client_offline": (EXIT_CLIENT_OFFLINE, True),
-    "user_full": (EXIT_SERVER, True),
-    "client_full": (EXIT_SERVER, True),
-    "too_many_opens": (EXIT_SERVER, True),
-    "no_open": (EXIT_SERVER, True),
-    "unknown_tunnel": (EXIT_TUNNEL_LOST, False),
-    "denied": (EXIT_DENIED, False),
-    "denied_by_client": (EXIT_DENIED, False),
-    "protocol_unsupported": (EXIT_USAGE, False),
-    "target_invalid": (EXIT_USAGE, False),
-    "target_refused": (EXIT_TARGET, False),
-    "target_unreachable": (EXIT_TARGET, False),
-    "target_timeout": (EXIT_TARGET, False),
-    "target_unknown": (EXIT_TARGET, False),
-    # `reset` and `detached`
-    "protocol_error": (EXIT_TUNNEL_LOST, False),
-    "user_gone": (EXIT_TUNNEL_LOST, False),
-    "target_reset": (EXIT_TUNNEL_LOST, False),
-    "target_lost": (EXIT_TUNNEL_LOST, False),
-    "client_stopped": (EXIT_TUNNEL_LOST, False),
-    "superseded": (EXIT_TUNNEL_LOST, False),
-    "revoked": (EXIT_UNAUTHORIZED, False),
-    "idle_timeout": (EXIT_TUNNEL_LOST, False),
-    "max_age": (EXIT_TUNNEL_LOST, False),
-    "user_lost": (EXIT_TUNNEL_LOST, False),
-    "client_lost": (EXIT_TUNNEL_LOST, True),
-    "client_replaced": (EXIT_TUNNEL_LOST, True),
-    # Local: seen by this end alone.
-    "usage": (EXIT_USAGE, False),
-    "server_unreachable": (EXIT_SERVER, True),
-    "tls_failed": (EXIT_SERVER, True),
-    "proxy_failed": (EXIT_SERVER, True),
-    "not_a_relay": (EXIT_SERVER, True),
-    "server_failed": (EXIT_SERVER, True),
-    "leg_lost": (EXIT_TUNNEL_LOST, True),
-    "open_timeout": (EXIT_TARGET, True),
-    "internal_error": (EXIT_TUNNEL_LOST, False),
-}
-
-
-class HttpAnswer(NamedTuple):
-    status: int
-    retry_after_s: int | None = None
-
-
-# code -> how it is answered before the upgrade.
-HTTP_ANSWERS: dict[str, HttpAnswer] = {
-    "bad_request": HttpAnswer(400),
-    "unauthorized": HttpAnswer(401),
-    "forbidden": HttpAnswer(403),
-    "not_found": HttpAnswer(404),
-    "version_unsupported": HttpAnswer(426),
-    "head_timeout": HttpAnswer(408),
-    # As long as a client waits anyway whose secret is wrong.
-    "too_many": HttpAnswer(429, 30),
-    "head_too_large": HttpAnswer(431),
-    "internal_error": HttpAnswer(500),
-    "wrong_worker": HttpAnswer(500),
+    BAD_REQUEST = _Row("bad_request", EXIT_SERVER, _S, http_status=400)
+    UNAUTHORIZED = _Row("unauthorized", EXIT_UNAUTHORIZED, _S,
+        "check the token (--secret-key-file) with the relay's operator", http_status=401)
+    FORBIDDEN = _Row("forbidden", EXIT_UNAUTHORIZED, _S, http_status=403)
+    NOT_FOUND = _Row("not_found", EXIT_SERVER, _S, "check --server-url", http_status=404)
+    VERSION_UNSUPPORTED = _Row("version_unsupported", EXIT_SERVER, _S, http_status=426)
+    HEAD_TIMEOUT = _Row("head_timeout", EXIT_SERVER, _S, is_retryable=True, http_status=408)
+    # A client whose secret is wrong waits as long anyway.
+    TOO_MANY = _Row("too_many", EXIT_SERVER, _S, is_retryable=True, http_status=429,
+        retry_after_s=30)
+    HEAD_TOO_LARGE = _Row("head_too_large", EXIT_SERVER, _S, http_status=431)
+    WRONG_WORKER = _Row("wrong_worker", EXIT_SERVER, _S, http_status=500)
     # Legs last for hours, but a failing peer gives its slot back within seconds.
-    "busy": HttpAnswer(503, 5),
+    BUSY = _Row("busy", EXIT_SERVER, _SC, _AGAIN, is_retryable=True, http_status=503,
+        retry_after_s=5)
     # A rolling restart has the next worker listening already.
-    "server_restart": HttpAnswer(503, 1),
-}
+    SERVER_RESTART = _Row("server_restart", EXIT_SERVER, _S, _AGAIN, is_retryable=True,
+        http_status=503, retry_after_s=1)
+    # `refused`
+    CLIENT_UNKNOWN = _Row("client_unknown", EXIT_CLIENT_OFFLINE, _S,
+        "check the name with the relay's operator")
+    CLIENT_OFFLINE = _Row("client_offline", EXIT_CLIENT_OFFLINE, _S,
+        "is the device switched on and its client running?", is_retryable=True)
+    USER_FULL = _Row("user_full", EXIT_SERVER, _S, is_retryable=True)
+    CLIENT_FULL = _Row("client_full", EXIT_SERVER, _S, is_retryable=True)
+    TOO_MANY_OPENS = _Row("too_many_opens", EXIT_SERVER, _S, is_retryable=True)
+    NO_OPEN = _Row("no_open", EXIT_SERVER, _S, is_retryable=True)
+    UNKNOWN_TUNNEL = _Row("unknown_tunnel", EXIT_TUNNEL_LOST, _C)
+    DENIED = _Row("denied", EXIT_DENIED, _S, "ask the relay's operator for a rule that allows it")
+    DENIED_BY_CLIENT = _Row("denied_by_client", EXIT_DENIED, _C,
+        "ask the device's owner: its client was started with --allow")
+    PROTOCOL_UNSUPPORTED = _Row("protocol_unsupported", EXIT_USAGE, _C)
+    TARGET_INVALID = _Row("target_invalid", EXIT_USAGE, _SC)
+    TARGET_REFUSED = _Row("target_refused", EXIT_TARGET, _C,
+        "does the service run there, on that port?")
+    TARGET_UNREACHABLE = _Row("target_unreachable", EXIT_TARGET, _C,
+        "is the address right, as seen from the device?")
+    TARGET_TIMEOUT = _Row("target_timeout", EXIT_TARGET, _C,
+        "is the address right, as seen from the device, and no firewall between?")
+    TARGET_UNKNOWN = _Row("target_unknown", EXIT_TARGET, _C,
+        "is the name right, as seen from the device?")
+    # `reset` and `detached`
+    PROTOCOL_ERROR = _Row("protocol_error", EXIT_TUNNEL_LOST, _ALL,
+        "upgrade the older one of the relay's programs")
+    USER_GONE = _Row("user_gone", EXIT_TUNNEL_LOST, _SP, takes_turn=True)
+    TARGET_RESET = _Row("target_reset", EXIT_TUNNEL_LOST, _C, "the target's own log may say why",
+        takes_turn=True)
+    TARGET_LOST = _Row("target_lost", EXIT_TUNNEL_LOST, _C, "connect again when the target is back")
+    CLIENT_STOPPED = _Row("client_stopped", EXIT_TUNNEL_LOST, _C,
+        "connect again when the client runs again")
+    SUPERSEDED = _Row("superseded", EXIT_TUNNEL_LOST, _C)
+    REVOKED = _Row("revoked", EXIT_UNAUTHORIZED, _S, "ask the relay's operator")
+    IDLE_TIMEOUT = _Row("idle_timeout", EXIT_TUNNEL_LOST, _S)
+    MAX_AGE = _Row("max_age", EXIT_TUNNEL_LOST, _S)
+    USER_LOST = _Row("user_lost", EXIT_TUNNEL_LOST, _S)
+    CLIENT_LOST = _Row("client_lost", EXIT_TUNNEL_LOST, _S, _CONNECT, is_retryable=True)
+    CLIENT_REPLACED = _Row("client_replaced", EXIT_TUNNEL_LOST, _S, _CONNECT, is_retryable=True)
+    # A bug of the program that says so; in an HTTP answer, of the server.
+    INTERNAL_ERROR = _Row("internal_error", EXIT_TUNNEL_LOST, _CP, http_status=500)
+    # Local codes, never on the wire.
+    USAGE = _Row("usage", EXIT_USAGE)
+    SERVER_UNREACHABLE = _Row("server_unreachable", EXIT_SERVER,
+        hint="check the network and --server-url", is_retryable=True)
+    TLS_FAILED = _Row("tls_failed", EXIT_SERVER, is_retryable=True)
+    PROXY_FAILED = _Row("proxy_failed", EXIT_SERVER,
+        hint="check the proxy settings (https_proxy, no_proxy)", is_retryable=True)
+    NOT_A_RELAY = _Row("not_a_relay", EXIT_SERVER, is_retryable=True)
+    SERVER_FAILED = _Row("server_failed", EXIT_SERVER, is_retryable=True)
+    LEG_LOST = _Row("leg_lost", EXIT_TUNNEL_LOST, hint=_CONNECT, is_retryable=True)
+    OPEN_TIMEOUT = _Row("open_timeout", EXIT_TARGET,
+        hint="try again; the log of the client on the device says more", is_retryable=True)
+    # fmt: on
 
-# These ends take their turn behind the channel's data (docs/protocol.md, "Order").
-ENDS_IN_TURN = frozenset({"user_gone", "target_reset"})
+
+def takes_turn(text: str) -> bool:
+    """Whether an end of this code waits behind the channel's data."""
+    row = find_code(text)
+    return row is not None and row.takes_turn
+
+
+def find_code(text: str) -> Code | None:
+    """Return the row of a code; None for a code of a newer peer."""
+    # Not Code(text): an error costs more than a look-up.
+    return Code._value2member_map_.get(text)  # type: ignore[return-value]
 
 
 # --- http_network_relay/wire/errors.py ------------------------------------------------------------
 # The errors of all three programs: one root, few classes.
+# str() of each is a sentence for a person. The code is for programs, logs and peers; a code
+# of a newer peer need not be in the table of codes.py.
+
+DialFailure = Literal["refused", "unreachable", "timeout", "unknown", "denied", "cancelled"]
 
 
 class RelayError(Exception):
-    """Something failed that has a code; `str()` is a sentence for a person."""
+    """An error that has a code."""
 
     def __init__(self, code: str, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -175,57 +240,50 @@ class RelayError(Exception):
 
     @property
     def exit_code(self) -> int:
-        """The proxy command's exit code; an unknown code of a newer peer counts as a loss."""
-        return ERRORS.get(self.code, (EXIT_TUNNEL_LOST, False))[0]
+        """The proxy command's exit code; an unknown code counts as a lost tunnel."""
+        row = find_code(self.code)
+        return EXIT_TUNNEL_LOST if row is None else row.exit_code
 
     @property
     def is_retryable(self) -> bool:
         """Whether a new try may help."""
-        return ERRORS.get(self.code, (EXIT_TUNNEL_LOST, False))[1]
+        row = find_code(self.code)
+        return row is not None and row.is_retryable
 
 
-class DialError(Exception):
-    """A TCP dial failed: `kind` is refused, unreachable, timeout, unknown, denied or cancelled."""
+class DialError(RelayError):
+    """A dial failed. The code is that of the way to the server; the client maps `kind`."""
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, kind: DialFailure, message: str) -> None:
+        super().__init__(Code.SERVER_UNREACHABLE, message)
         self.kind = kind
 
 
-class LegError(Exception):
+class LegError(RelayError):
     """The peer broke the leg's rules; the leg ends with `close_code`."""
 
     def __init__(self, message: str, close_code: int = CLOSE_PROTOCOL_ERROR) -> None:
-        super().__init__(message)
+        super().__init__(Code.PROTOCOL_ERROR, message)
         self.close_code = close_code
 
 
-class TunnelError(Exception):
+class TunnelError(RelayError):
     """The peer broke one tunnel's rules; that tunnel is reset, the leg goes on."""
 
-    def __init__(self, message: str, channel: int = 0, code: str = "protocol_error") -> None:
-        super().__init__(message)
+    def __init__(self, message: str, channel: int = 0, code: str = Code.PROTOCOL_ERROR) -> None:
+        super().__init__(code, message)
         self.channel = channel
-        self.code = code
 
 
 class ConfigError(RelayError):
-    """A setting or a file is wrong; the message names it and the mend."""
+    """A setting or a file is wrong; the message names the setting and the fix."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("config", message)
+        super().__init__(Code.USAGE, message)
 
 
-class TunnelRefused(RelayError):
-    """An `open` or `resume` that does not become a tunnel: answered with `refused`."""
-
-
-class HttpRefusal(RelayError):
-    """A request that is answered with an HTTP error; `code` is in HTTP_ANSWERS."""
-
-    @property
-    def answer(self) -> HttpAnswer:
-        return HTTP_ANSWERS[self.code]
+class Refused(RelayError):
+    """The server admits no leg or opens no tunnel: an HTTP answer, or `refused`."""
 
 
 # --- http_network_relay/wire/constants.py ---------------------------------------------------------
@@ -234,27 +292,30 @@ class HttpRefusal(RelayError):
 SUBPROTOCOL = "http-network-relay.v1"
 CLIENTS_PATH = "/ws_for_clients"
 USERS_PATH = "/ws_for_ssh_proxy_command"
-# On every HTTP answer of the relay, so that a peer can tell it from a proxy's answer.
+# Every HTTP answer of the relay has this header; the answer of a proxy does not.
 RELAY_HEADER = "HTTP-Network-Relay"
 RELAY_HEADER_VALUE = "v1"
 INSTANCE_HEADER = "HTTP-Network-Relay-Instance"
-# On the request of a user leg that comes to resume this tunnel.
+# A user leg that will resume a tunnel names the tunnel in its request.
 TUNNEL_HEADER = "HTTP-Network-Relay-Tunnel"
-# A client or proxy command asks to send frames whose masking key is zero; the server agrees.
+# A client or proxy command asks to send frames with a masking key of zero; the server agrees.
 MASK_HEADER = "HTTP-Network-Relay-Mask"
 MASK_ZERO = "zero"
 
+OP_CONTINUATION = 0x0
 OP_TEXT = 0x1
 OP_BINARY = 0x2
 OP_CLOSE = 0x8
 OP_PING = 0x9
 OP_PONG = 0xA
+# Of a ping or pong (RFC 6455, 5.5).
+MAX_PING_BYTES = 125
 
-# A data message: large enough to spread the cost of a frame, small enough that a
-# keystroke of another tunnel waits for one of them only some milliseconds.
+# A data message: large enough to spread the cost of a frame, and small enough that a
+# keystroke of another tunnel waits only some milliseconds for one message.
 MAX_DATA_BYTES = 64 * 1024
-# What we put into one: with its header it crosses loopback as one segment, of 65,483 bytes,
-# so that its receiver wakes up once; and it is whole pages of a pipe.
+# Senders put this much into one message. With its header the message crosses loopback as one
+# segment of 65,483 bytes, so the receiver wakes up once; the size is whole pages of a pipe.
 MESSAGE_BYTES = 60 * 1024
 # A control: the longest legal `open` is under 2 KiB.
 MAX_CONTROL_BYTES = 4 * 1024
@@ -264,19 +325,19 @@ MAX_CHANNEL = 2**32 - 1
 MAX_MESSAGE_BYTES = CHANNEL_BYTES + MAX_DATA_BYTES
 # Counts travel as JSON numbers, exact up to here in every language.
 MAX_COUNT = 2**53
-# The first window: enough for a fast LAN, and what the server never goes below.
+# The first window: enough for a fast LAN. The server grants no less.
 MIN_WINDOW_BYTES = 256 * 1024
-# The smallest that a receiver goes down to on a thin link: 130 ms at 1 Mbit/s.
+# The smallest window of a receiver on a thin link: 130 ms at 1 Mbit/s.
 LEAST_WINDOW_BYTES = 16 * 1024
 # 4 MiB carry 320 Mbit/s over 100 ms.
 DEFAULT_MAX_WINDOW_BYTES = 4 * 1024 * 1024
-# The largest window that may be set, and what all tunnels of a client leg may have granted.
+# The largest window that may be set, and the sum of all windows of a client leg.
 MAX_WINDOW_BYTES = 64 * 1024 * 1024
 # nginx cuts an idle connection after 60 s, mobile NAT after 30 s.
 DEFAULT_PING_INTERVAL_S = 20.0
-# A link is given up when nothing was heard for this many of one's own ping intervals.
+# A leg is given up after a silence of this many of the own ping intervals.
 SILENCE_INTERVALS = 2.5
-# What is written after an end (a flush, bytes before a reset) has this long.
+# Frames that are sent after an end (a flush, bytes before a reset) have this long.
 FLUSH_S = 1.0
 # A control's sentence for a person.
 MAX_MESSAGE_CHARS = 500
@@ -316,13 +377,12 @@ def frame_header(opcode: int, size: int, key: bytes | None = None) -> bytes:
 
 # --- http_network_relay/wire/controls.py ----------------------------------------------------------
 # The controls of the wire (docs/protocol.md, "Controls"): parsed, checked and encoded.
-#
-# Knows no socket, clock, thread or log. Every control that comes in is checked field by
-# field against one table and copied; nothing unknown passes.
+# No socket, clock, thread or log here. Every control that arrives is checked field by field
+# against one table and copied; unknown fields are dropped.
 
 
 def _count(value: Any) -> int | None:
-    # bool is an int in Python, not on the wire.
+    # type(), since a bool is an int in Python but not on the wire.
     return value if type(value) is int and 0 <= value <= MAX_COUNT else None
 
 
@@ -347,17 +407,114 @@ def _matching(pattern: str) -> Callable[[Any], str | None]:
 
 
 def _prose(value: Any) -> str | None:
-    """A sentence for a person: shortened, with nothing that moves a terminal's cursor."""
+    """Shorten a sentence for a person, without characters that move a terminal's cursor."""
     if not isinstance(value, str):
         return None
     return "".join(c if c.isprintable() else "?" for c in value[:MAX_MESSAGE_CHARS])
 
 
-_code = _matching(r"[a-z][a-z_]{0,63}")
-_seconds = _whole(0, 10**6)
+class Open(NamedTuple):
+    """The proxy user asks for a tunnel; the server adds `user` on the way to the client."""
+
+    client: str
+    host: str
+    port: int
+    protocol: str
+    tunnel_id: str
+    resume_token: str
+    limit: int
+    grace_s: int
+    user: str = ""
+    channel: int = 0
+
+
+class Resume(NamedTuple):
+    """The proxy user asks to go on with a tunnel: the fields of its Open, and the counts."""
+
+    client: str
+    host: str
+    port: int
+    protocol: str
+    tunnel_id: str
+    resume_token: str
+    limit: int
+    grace_s: int
+    attempt: int
+    received: int
+    delivered: int
+    user: str = ""
+    channel: int = 0
+
+
+class Opened(NamedTuple):
+    """The client has opened the tunnel."""
+
+    limit: int
+    grace_s: int
+    channel: int = 0
+
+
+class Resumed(NamedTuple):
+    """The client goes on with the tunnel."""
+
+    received: int
+    delivered: int
+    limit: int
+    channel: int = 0
+
+
+class OpenRefused(NamedTuple):
+    """An `open` or `resume` makes no tunnel; on the wire the type is `refused`."""
+
+    code: str
+    message: str
+    channel: int = 0
+
+
+class Ack(NamedTuple):
+    """The receiver has delivered bytes, and its eof perhaps; the sender's new limit."""
+
+    delivered: int
+    limit: int
+    eof: bool
+    channel: int = 0
+
+
+class Eof(NamedTuple):
+    """The sender's stream has ended after `count` bytes."""
+
+    count: int  # type: ignore[assignment]  # The wire's name hides tuple.count().
+    channel: int = 0
+
+
+class Reset(NamedTuple):
+    """One end has ended the tunnel with an error."""
+
+    code: str
+    message: str
+    channel: int = 0
+
+
+class Detached(NamedTuple):
+    """The other end's leg is lost; the tunnel may be resumed."""
+
+    code: str
+    channel: int = 0
+
+
+class GoingAway(NamedTuple):
+    """The server stops soon: peers return within `spread_ms`. Concerns the leg, no channel."""
+
+    spread_ms: int
+    channel: int = 0
+
+
+Opening = Union[Open, Resume]
+Control = Union[Open, Resume, Opened, Resumed, OpenRefused, Ack, Eof, Reset, Detached, GoingAway]
 
 _Check = Callable[[Any], Any]
-_OPEN: dict[str, _Check] = {
+# A field has the same check in each type. A check returns the value, or None for a bad one.
+_CHECKS: dict[str, _Check] = {
     "client": _matching(NAME_PATTERN),
     "host": _matching(HOST_PATTERN),
     "port": _whole(1, 65535),
@@ -365,24 +522,36 @@ _OPEN: dict[str, _Check] = {
     "tunnel_id": _matching(r"[0-9a-f]{32}"),
     "resume_token": _matching(r"[0-9a-f]{64}"),
     "limit": _count,
-    "grace_s": _seconds,
+    "grace_s": _whole(0, 10**6),
+    "attempt": _count,
+    "received": _count,
+    "delivered": _count,
+    "eof": _flag,
+    "count": _count,
+    "code": _matching(r"[a-z][a-z_]{0,63}"),
+    "message": _prose,
+    "spread_ms": _whole(0, 10**6),
 }
-_REASON: dict[str, _Check] = {"code": _code, "message": _prose}
-# One row a type: field -> check that returns the value, or None for a bad one.
+# The server adds this field on the way to a client.
+_user = _matching(r"[!-~]{1,128}")
+TYPES: dict[str, type[Any]] = {
+    "open": Open,
+    "opened": Opened,
+    "refused": OpenRefused,
+    "ack": Ack,
+    "eof": Eof,
+    "reset": Reset,
+    "detached": Detached,
+    "going_away": GoingAway,
+    "resume": Resume,
+    "resumed": Resumed,
+}
+# One row a type: its fields on every leg, in the order of its class, with their checks.
 FIELDS: dict[str, dict[str, _Check]] = {
-    "open": _OPEN,
-    "opened": {"limit": _count, "grace_s": _seconds},
-    "refused": _REASON,
-    "ack": {"delivered": _count, "limit": _count, "eof": _flag},
-    "eof": {"count": _count},
-    "reset": _REASON,
-    "detached": {"code": _code},
-    "going_away": {"spread_ms": _whole(0, 10**6)},
-    "resume": {**_OPEN, "attempt": _count, "received": _count, "delivered": _count},
-    "resumed": {"received": _count, "delivered": _count, "limit": _count},
+    kind: {name: _CHECKS[name] for name in made._fields if name in _CHECKS}
+    for kind, made in TYPES.items()
 }
-# Fields that the server adds on the way to a client.
-_ADDED_BY_SERVER: dict[str, _Check] = {"user": _matching(r"[!-~]{1,128}")}
+_NAMES: dict[type[Any], str] = {made: kind for kind, made in TYPES.items()}
 
 FROM_USER: frozenset[str] = frozenset({"open", "resume", "ack", "eof", "reset"})
 FROM_CLIENT: frozenset[str] = frozenset({"opened", "resumed", "refused", "ack", "eof", "reset"})
@@ -393,11 +562,22 @@ LEG_TYPES: frozenset[str] = frozenset({"going_away"})
 _channel = _whole(1, MAX_CHANNEL)
 
 
-def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> dict[str, Any]:
-    """Return a new dict with `type`, `channel` (on a client leg) and the known fields.
+def type_of(control: Control) -> str:
+    """Return the control's type, as the wire names it."""
+    return _NAMES[type(control)]
 
-    `legal` is what may come from this side. Unknown fields are ignored. Raises
-    LegError or TunnelError as docs/protocol.md, "Errors", tells them apart.
+
+def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> Control:
+    """Return the control that a text message is.
+
+    Args:
+        text: The message; fields that are not known are ignored.
+        legal: The types that may come from this side.
+        has_channel: Whether the message came on a client leg.
+
+    Raises:
+        LegError: The leg ends (docs/protocol.md, "Errors").
+        TunnelError: The tunnel of `channel` ends.
     """
     if len(text) > MAX_CONTROL_BYTES or len(text.encode("utf-8", "replace")) > MAX_CONTROL_BYTES:
         raise LegError(f"a control is longer than {MAX_CONTROL_BYTES} bytes", CLOSE_TOO_BIG)
@@ -408,23 +588,24 @@ def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> dic
     kind = raw.get("type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in FIELDS:
         raise LegError("a control has no known type")
-    control: dict[str, Any] = {"type": kind}
+    channel = 0
     if has_channel and kind not in LEG_TYPES:
-        channel = _channel(raw.get("channel"))
-        if channel is None:
+        found = _channel(raw.get("channel"))
+        if found is None:
             raise LegError(f"{kind} has no valid channel")
-        control["channel"] = channel
-    channel = control.get("channel", 0)
+        channel = found
     if kind not in legal:
         raise TunnelError(f"{kind} does not come from this side", channel)
     checks = FIELDS[kind]
-    if has_channel and kind in ("open", "resume"):
-        checks = {**checks, **_ADDED_BY_SERVER}
+    if has_channel and "client" in checks:
+        checks = {**checks, "user": _user}
+    values: list[Any] = []
     for name, check in checks.items():
         value = check(raw.get(name))
         if value is None:
             raise TunnelError(f"{kind} has a missing or bad field {name}", channel)
-        control[name] = value
+        values.append(value)
+    control: Control = TYPES[kind](*values, channel=channel)
     return control
 
 
@@ -436,25 +617,29 @@ def decode_text(payload: bytes | bytearray) -> str:
         raise LegError("a text message is not UTF-8", CLOSE_NOT_UTF8) from exc
 
 
-def encode_control(kind: str, channel: int = 0, **fields: Any) -> bytes:
-    """Return the JSON of a control; `channel` 0 leaves that field out (a user leg)."""
-    control: dict[str, Any] = {"type": kind}
-    if channel:
-        control["channel"] = channel
+def encode_control(control: Control) -> bytes:
+    """Return a control's JSON. Channel 0 (a user leg) and an empty user are left out."""
+    fields: dict[str, Any] = {"type": type_of(control)}
+    if control.channel:
+        fields["channel"] = control.channel
+    fields.update(control._asdict())
+    if not control.channel:
+        del fields["channel"]
+    if not fields.get("user", True):
+        del fields["user"]
     if "message" in fields:
         fields["message"] = _prose(fields["message"])
-    control.update(fields)
-    # Not as \uXXXX: a message of 500 characters must fit into MAX_CONTROL_BYTES.
-    return json.dumps(control, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    # No \uXXXX escapes: a message of 500 characters must fit into MAX_CONTROL_BYTES.
+    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
 def encode_channel(channel: int) -> bytes:
-    """Return the 4 bytes that stand before the stream bytes on a client leg."""
+    """Return the 4 bytes before the stream bytes of a message on a client leg."""
     return channel.to_bytes(CHANNEL_BYTES, "big")
 
 
 def split_channel(message: bytes | bytearray | memoryview) -> int:
-    """Return the channel of a binary message of a client leg; its bytes follow at 4."""
+    """Return the channel of a binary message on a client leg; the stream bytes begin at 4."""
     if len(message) < CHANNEL_BYTES:
         raise LegError("a binary message is shorter than its channel")
     channel = int.from_bytes(message[:CHANNEL_BYTES], "big")
@@ -464,7 +649,7 @@ def split_channel(message: bytes | bytearray | memoryview) -> int:
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether the whole text has the pattern."""
+    """Whether the pattern matches the whole text."""
     return re.fullmatch(pattern, text) is not None
 
 
@@ -475,7 +660,6 @@ def is_secret(text: str) -> bool:
 
 # --- http_network_relay/leg/duplex_socket.py ------------------------------------------------------
 # One socket, TLS or plain, for one reading and one sending thread at once.
-#
 # Who sends is the Outlet's matter. What is guarded here is TLS alone: `_tls_lock` is held for
 # one non-blocking read or write and never across a wait (rule 4 of the design). OpenSSL's
 # connection object must not be entered by two threads (CPython does not guard it), and nothing
@@ -615,7 +799,6 @@ class DuplexSocket:
 
 # --- http_network_relay/leg/frame_reader.py -------------------------------------------------------
 # WebSocket frames (RFC 6455, 5.2) that are made and read without the library.
-#
 # Whole messages go out with a header written by hand, and whole messages, pings and pongs are
 # taken off the leg here. All other frames are left to the library, as they came: closes,
 # fragments, and whatever breaks the rules.
@@ -624,12 +807,12 @@ class DuplexSocket:
 # is read to where it stays. From 128 KiB on glibc would map memory for each read anew.
 _READ_BYTES = 64 * 1024
 _LARGE_BYTES = _READ_BYTES // 2
-# The first byte of what is taken here -> its opcode and largest size (RFC 6455, 5.5).
+# The first byte of what is taken here -> its opcode and largest size.
 _TAKEN = {
     FIN | OP_TEXT: (OP_TEXT, MAX_MESSAGE_BYTES),
     FIN | OP_BINARY: (OP_BINARY, MAX_MESSAGE_BYTES),
-    FIN | OP_PING: (OP_PING, 125),
-    FIN | OP_PONG: (OP_PONG, 125),
+    FIN | OP_PING: (OP_PING, MAX_PING_BYTES),
+    FIN | OP_PONG: (OP_PONG, MAX_PING_BYTES),
 }
 # What stands for a size of two or eight bytes: the least size that needs them, and how many.
 _LONG_SIZES = {126: (126, 2), 127: (2**16, 8)}
@@ -649,8 +832,8 @@ class FrameReader:
         # What the next read asks for: after a large frame as much, so that another as long comes
         # whole, and nothing of the one behind it.
         self._read_bytes = _READ_BYTES
-        # How much of the frame that is the library's it has not read yet.
-        self._others = 0
+        # Bytes of an odd frame that the library has still to read; None: all that comes.
+        self._odd_bytes: int | None = 0
 
     def read_message(
         self, on_pause: Callable[[], None] | None = None
@@ -662,30 +845,30 @@ class FrameReader:
         Duplex.recv. Raises OSError.
         """
         # In one piece: it runs for each message of each leg.
-        if self._others:
+        if self._odd_bytes != 0:
             return None
         if len(self._ahead) - self._at < 2 and not self._fill(2, on_pause):
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         first, size = self._ahead[self._at], self._ahead[self._at + 1]
         if first not in _WHOLE or (size >= MASK_BIT) != self._is_masked:
             # From what is not a whole message on, the stream is the library's.
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         size &= ~MASK_BIT
         least, count_bytes = _LONG_SIZES.get(size, (0, 0))
         header_bytes = 2 + count_bytes + (4 if self._is_masked else 0)
         if len(self._ahead) - self._at < header_bytes and not self._fill(header_bytes):
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         if count_bytes:
             size = int.from_bytes(self._ahead[self._at + 2 : self._at + 2 + count_bytes], "big")
             if size < least:  # It would have fitted into a shorter form: an error.
-                self._others = sys.maxsize
+                self._odd_bytes = None
                 return None
         opcode, most = _TAKEN.get(first, (0, -1))
         if size > most:
-            self._others = header_bytes + size
+            self._odd_bytes = header_bytes + size
             return None
         self._at += header_bytes
         self._read_bytes = header_bytes + size if size >= _LARGE_BYTES else _READ_BYTES
@@ -697,7 +880,7 @@ class FrameReader:
             return opcode, memoryview(self._ahead)[self._at - size : self._at]
         data = self._take(size)
         if data is None:
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         if key != ZERO_KEY:
             mask(data, key)
@@ -707,9 +890,11 @@ class FrameReader:
         """As socket.recv, for the library: bytes of the frame that read_message() left."""
         if not self._fill(1):
             return b""
-        data = self._ahead[self._at : self._at + min(size, self._others)]
+        left = self._odd_bytes
+        data = self._ahead[self._at : self._at + (size if left is None else min(size, left))]
         self._at += len(data)
-        self._others -= len(data)
+        if left is not None:
+            self._odd_bytes = left - len(data)
         return data
 
     def _fill(self, size: int, on_pause: Callable[[], None] | None = None) -> bool:
@@ -742,9 +927,7 @@ class FrameReader:
 
 
 # --- http_network_relay/leg/send_queue.py ---------------------------------------------------------
-# What waits to be written on one leg, in the order of docs/protocol.md, "Order".
-#
-# Any thread puts, and never waits for the network; who takes and sends is the Outlet's matter.
+# The frames that wait on one leg: FrameSender's private part. No I/O, calls nobody.
 # The fast lane is bounded by its slots, the data by the windows of the tunnels.
 
 
@@ -783,22 +966,14 @@ class _Channel:
 
 
 class SendQueue:
-    """A fair outbox: a fast lane of fixed slots, then channels by turns.
+    """A fast lane of fixed slots, then channels by turns, then the close. Any thread.
 
-    What is put calls the leg's writer, but for data, acks and the leg's own messages: who has
-    put them calls push() when it holds no lock.
+    What each method does is said where others call it, in FrameSender.
     """
 
     def __init__(self) -> None:
-        # Both are the Outlet's as soon as the leg is up: it sends what waits, and data at once.
-        self.push: Callable[[], None] = self.call_writer
-        self.put_data_now: Callable[[int, bytes, Any], None] = self.put_data
-        # Where there is no writer yet: told of its first call, and again after hear_call().
-        # Any thread, with locks held: it never waits.
-        self.on_call: Callable[[], None] | None = None
-        # Guards everything below; woken when the writer is called.
-        self._ready = threading.Condition()
-        self._is_called = False
+        # Guards everything below. A leaf: nothing is called under it.
+        self._lock = threading.Lock()
         self._fast: dict[Hashable, Frame] = {}
         self._cancellable: dict[int, Hashable] = {}
         self._channels: dict[int, _Channel] = {}
@@ -809,61 +984,50 @@ class SendQueue:
     # Fast lane.
 
     def put_first(self, channel: int, frame: Frame, *, cancellable: bool = False) -> None:
-        """Queue a channel's first message; `cancellable` if an end may take it back."""
-        with self._ready:
+        with self._lock:
             key = ("first", channel)
             if cancellable:
                 self._cancellable[channel] = key
             self._put_fast_locked(key, frame)
 
     def cancel_first(self, channel: int) -> None:
-        """Take an unsent first message back; nothing if it has gone out."""
-        with self._ready:
+        with self._lock:
             self._fast.pop(self._cancellable.pop(channel, None), None)
 
     def put_ack(self, channel: int, frame: Frame) -> None:
-        """Queue an ack; it replaces one of the same channel that is still here."""
-        with self._ready:
-            self._put_fast_locked(("ack", channel), frame, calls=False)
+        with self._lock:
+            self._put_fast_locked(("ack", channel), frame)
 
     def put_leg(self, kind: str, frame: Frame) -> None:
-        """Queue a message of the leg itself (pong, going_away): one slot a kind."""
-        with self._ready:
-            self._put_fast_locked(kind, frame, calls=False)
+        with self._lock:
+            self._put_fast_locked(kind, frame)
 
     def try_put_leg(self, kind: str, frame: Frame) -> bool:
-        """As put_leg, but never wait, not even for the lock; False: try later."""
-        if not self._ready.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False):
             return False
         try:
             self._put_fast_locked(kind, frame)
         finally:
-            self._ready.release()
+            self._lock.release()
         return True
 
     # Data, by turns.
 
     def put_data(self, channel: int, head: bytes, data: Any) -> None:
         """Queue stream bytes; the caller has made sure that the window allows them."""
-        with self._ready:
+        with self._lock:
             entry = self._channel_locked(channel, head)
             if entry is not None and not entry.last:
                 append_merged(entry.data, data)
 
     def put_eof(self, channel: int, frame: Frame) -> None:
-        """Queue the eof behind the channel's data."""
-        with self._ready:
+        with self._lock:
             entry = self._channel_locked(channel, b"")
             if entry is not None and not entry.last:
                 entry.last.append(frame)
-                self._call_locked()
 
     def put_end(self, channel: int, frame: Frame, *, in_turn: bool = False) -> None:
-        """Queue a channel's reset or detached; whatever still waits of it is deleted.
-
-        `in_turn` puts it behind the channel's data instead; after a second it overtakes.
-        """
-        with self._ready:
+        with self._lock:
             if self._close is not None or self._is_over:
                 return  # What was queued before the close is still flushed.
             if self._fast.pop(self._cancellable.pop(channel, None), None) is not None:
@@ -877,11 +1041,9 @@ class SendQueue:
             else:
                 self._drop_locked(channel)
                 self._put_fast_locked(("end", channel), frame)
-            self._call_locked()
 
     def drop(self, channel: int) -> None:
-        """Delete what waits of a channel that has ended: nobody would act on it."""
-        with self._ready:
+        with self._lock:
             self._cancellable.pop(channel, None)
             self._fast.pop(("first", channel), None)
             self._drop_locked(channel)
@@ -889,44 +1051,39 @@ class SendQueue:
     # The leg's end.
 
     def close(self, frame: Frame, *, flush: bool = True) -> None:
-        """Send `frame` (a close) last: behind all that is queued, or at once.
-
-        What is put later is dropped. The first close wins.
-        """
-        with self._ready:
+        with self._lock:
             if self._close is None:
                 self._close = frame
                 if not flush:
                     self._clear_locked()
-            self._call_locked()
 
     def stop(self) -> None:
-        """End the writer now; nothing more is taken."""
-        with self._ready:
+        with self._lock:
             self._is_over = True
             self._clear_locked()
-            self._ready.notify_all()
 
-    # Who sends.
+    # What is taken. The properties need no lock.
 
     @property
     def has_frames(self) -> bool:
-        """Whether something waits, but for the close. Needs no lock."""
         return bool(self._fast or self._turns)
 
     @property
+    def is_closing(self) -> bool:
+        return self._close is not None
+
+    @property
     def is_over(self) -> bool:
-        """Whether the close was taken, or stop() called. Needs no lock."""
         return self._is_over
 
     @property
     def is_clear(self) -> bool:
-        """Whether nothing waits and the leg goes on. Needs no lock."""
+        """Whether nothing waits, and data may still be put."""
         return not (self._fast or self._turns or self._close is not None or self._is_over)
 
     def take(self, *, with_close: bool = False) -> Frame | None:
-        """Return the next frame, None: nothing waits. The close only for the writer."""
-        with self._ready:
+        """Return the next frame; None: nothing waits. Only the writer takes the close."""
+        with self._lock:
             if self._is_over:
                 return None
             frame = self._next_locked()
@@ -935,25 +1092,8 @@ class SendQueue:
                 return self._close
             return frame
 
-    def call_writer(self) -> None:
-        """Let the writer send what waits."""
-        with self._ready:
-            self._call_locked()
-
-    def hear_call(self) -> None:
-        """In place of wait_call(): who serves the call looks at the outbox from here on."""
-        with self._ready:
-            self._is_called = False
-
-    def wait_call(self) -> bool:
-        """Wait until the writer is called; False when the close was taken, or stop() called."""
-        with self._ready:
-            while not self._is_called and not self._is_over:
-                self._ready.wait()
-            self._is_called = False
-            return not self._is_over
-
     def _next_locked(self) -> Frame | None:
+        assert self._lock.locked()
         if self._fast:
             key = next(iter(self._fast))
             frame = self._fast.pop(key)
@@ -978,21 +1118,13 @@ class SendQueue:
             del self._channels[channel]
         return frame
 
-    def _put_fast_locked(self, key: Hashable, frame: Frame, *, calls: bool = True) -> None:
+    def _put_fast_locked(self, key: Hashable, frame: Frame) -> None:
+        assert self._lock.locked()
         if self._close is None and not self._is_over:
             self._fast[key] = frame
-            if calls:
-                self._call_locked()
-
-    def _call_locked(self) -> None:
-        if self._is_called:
-            return
-        self._is_called = True
-        self._ready.notify()
-        if self.on_call is not None:
-            self.on_call()
 
     def _channel_locked(self, channel: int, head: bytes) -> _Channel | None:
+        assert self._lock.locked()
         if self._close is not None or self._is_over:
             return None
         entry = self._channels.get(channel)
@@ -1004,11 +1136,13 @@ class SendQueue:
         return entry
 
     def _drop_locked(self, channel: int) -> None:
+        assert self._lock.locked()
         self._fast.pop(("ack", channel), None)
         if self._channels.pop(channel, None) is not None:
             self._turns.remove(channel)
 
     def _clear_locked(self) -> None:
+        assert self._lock.locked()
         self._fast.clear()
         self._cancellable.clear()
         self._channels.clear()
@@ -1016,129 +1150,225 @@ class SendQueue:
 
 
 # --- http_network_relay/leg/frame_sender.py -------------------------------------------------------
-# Who sends what an outbox holds: whoever has put something, or the leg's writer thread.
-#
-# To hand each message to another thread costs more than to send it. So push() sends at once
-# what the socket takes without waiting; only what it does not take is the writer's.
+# Sends the frames of one leg, in the order of docs/protocol.md, "Order".
+# To give each message to another thread costs more than to send it. So push() sends at once what
+# the socket takes without waiting; what the socket does not take is left to the leg's writer.
 
-# What one push() sends for others at most: then it has its own work to do, and the writer
-# goes on.
+# Most that one push() sends: the calling thread has its own work, and the writer goes on.
 _PUSH_BYTES = 256 * 1024
 
 
 class FrameSender:
-    """Sends the frames of one outbox, in its order.
+    """The only object that others put a leg's frames into. Any thread; a put never waits.
 
-    `_send_lock` is held from a frame's taking to its last byte, waits included, but for a
-    frame that push() has begun and the socket has not taken whole: its rest is kept, and goes
-    out before anything else. Taken before the outbox's lock and the duplex's. Who does not
-    get it at once leaves: the one inside looks again after it has let go.
+    put_first, put_eof, put_end, try_put_leg and close call the writer, since their callers may
+    hold locks. After put_data_now, put_ack and put_leg the caller MUST call push(), holding no
+    lock. Before start() frames are only queued.
+
+    Args:
+        make_key: Returns the masking key of each frame; None for a frame that is not masked.
+        call: Called when the writer has work, by any thread, with locks held: it must not wait,
+            and have run() or push_all() called. None: run() waits for the call by itself.
     """
 
     def __init__(
         self,
-        outbox: SendQueue,
-        duplex: DuplexSocket,
-        on_lost: Callable[[], None],
-        make_key: Callable[[], bytes | None],
+        make_key: Callable[[], bytes | None] = lambda: None,
+        call: Callable[[], None] | None = None,
     ) -> None:
-        """`make_key` returns a masking key for each frame; None: it is not masked.
-
-        `on_lost` is called when the socket fails under push(), by any thread.
-        """
-        self._outbox = outbox
-        self._duplex = duplex
-        self._on_lost = on_lost
+        self._queue = SendQueue()
         self._make_key = make_key
+        self._call = call
+        # Set while the writer has a call that it has not begun to serve.
+        self._called = threading.Event()
+        # Guards the next two. Held from a frame's taking to its last byte, by the writer across
+        # waits; push() only tries it, and never holds it across a wait.
         self._send_lock = threading.Lock()
+        # Bytes of a frame that the socket did not take: they go out before anything else.
         self._rest: memoryview | None = None
-        self._is_stopped = False
+        # None before start() and after stop().
+        self._duplex: DuplexSocket | None = None
 
-    def start(self) -> None:
-        """From now on who puts sends."""
-        self._outbox.push = self.push
-        self._outbox.put_data_now = self.put_data_now
+    def start(self, duplex: DuplexSocket) -> None:
+        """Send on `duplex` from now on, first what was queued before."""
+        with self._send_lock:
+            self._duplex = duplex
+        self._called.clear()
+        self.call_writer()
+
+    def stop(self) -> None:
+        """Drop what is queued, and end the writer; after it nobody is inside the socket.
+
+        The caller MUST abort the socket first, or be the writer: this waits for who sends.
+        """
+        self._queue.stop()
+        self.call_writer()
+        with self._send_lock:
+            self._duplex = None
+
+    # What is put.
+
+    def put_first(self, channel: int, frame: Frame, *, cancellable: bool = False) -> None:
+        """Queue a channel's first message; `cancellable` if an end may take it back."""
+        self._queue.put_first(channel, frame, cancellable=cancellable)
+        self.call_writer()
+
+    def cancel_first(self, channel: int) -> None:
+        """Take an unsent first message back; nothing if it was sent."""
+        self._queue.cancel_first(channel)
+
+    def put_ack(self, channel: int, frame: Frame) -> None:
+        """Queue an ack; it replaces an unsent one of the same channel."""
+        self._queue.put_ack(channel, frame)
+
+    def put_leg(self, kind: str, frame: Frame) -> None:
+        """Queue a message of the leg itself (pong, going_away): one slot a kind."""
+        self._queue.put_leg(kind, frame)
+
+    def try_put_leg(self, kind: str, frame: Frame) -> bool:
+        """As put_leg, but without waiting even for the queue's lock; False: try later."""
+        is_put = self._queue.try_put_leg(kind, frame)
+        if is_put:
+            self.call_writer()
+        return is_put
 
     def put_data_now(self, channel: int, head: bytes, data: Any) -> None:
-        """As put_data of the outbox, but sent at once if nothing waits. Any thread; never waits."""
-        if not self._outbox.is_clear or not self._send_lock.acquire(blocking=False):
-            self._outbox.put_data(channel, head, data)
+        """Send stream bytes at once if nothing waits, else queue them. The window allows them."""
+        queue = self._queue
+        if not queue.is_clear or not self._send_lock.acquire(blocking=False):
+            queue.put_data(channel, head, data)
             return
         try:
-            is_first = self._outbox.is_clear and self._rest is None and not self._is_stopped
-            if is_first:
-                self._rest = self._duplex.send_now(*self._encode(OP_BINARY, head, data))
-        except OSError:
-            self._on_lost()
-            return
-        finally:
-            self._send_lock.release()
-        if not is_first:
-            self._outbox.put_data(channel, head, data)
-        elif self._rest is not None:
-            self._outbox.call_writer()
-
-    def push(self) -> None:
-        """Send what waits, as far as the socket takes it now. Any thread that holds no lock."""
-        # A rest is the writer's, who has been called.
-        while self._outbox.has_frames and self._rest is None:
-            if not self._send_lock.acquire(blocking=False):
+            duplex = self._duplex
+            if duplex is None or self._rest is not None or not queue.is_clear:
+                queue.put_data(channel, head, data)
                 return
             try:
-                is_done = self._push_some()
+                self._rest = duplex.send_now(*self._encode(OP_BINARY, head, data))
             except OSError:
-                # The peer is gone: the leg's reader finds out, and tells.
-                self._on_lost()
-                return
+                duplex.abort()
+        finally:
+            self._send_lock.release()
+        if self._rest is not None:
+            self.call_writer()
+
+    def put_eof(self, channel: int, frame: Frame) -> None:
+        """Queue the eof behind the channel's data."""
+        self._queue.put_eof(channel, frame)
+        self.call_writer()
+
+    def put_end(self, channel: int, frame: Frame, *, in_turn: bool = False) -> None:
+        """Queue a channel's reset or detached, and delete what waits of the channel.
+
+        `in_turn` puts it behind the channel's data instead; after a second it overtakes.
+        """
+        self._queue.put_end(channel, frame, in_turn=in_turn)
+        self.call_writer()
+
+    def drop(self, channel: int) -> None:
+        """Delete what waits of a channel that has ended: nobody would act on it."""
+        self._queue.drop(channel)
+
+    def close(self, frame: Frame, *, flush: bool = True) -> None:
+        """Send `frame` (a close) last: behind all that is queued, or at once.
+
+        What is put later is dropped. The first close wins.
+        """
+        self._queue.close(frame, flush=flush)
+        self.call_writer()
+
+    # Who sends.
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether a frame waits, the close not counted. Needs no lock."""
+        return self._queue.has_frames
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether a close waits or was sent. Needs no lock."""
+        return self._queue.is_closing
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the close was taken, or stop() called. Needs no lock."""
+        return self._queue.is_over
+
+    def call_writer(self) -> None:
+        """Let the writer send what waits. Takes no lock that is held across a wait."""
+        # Two threads may both call: the second call finds nothing to send.
+        if not self._called.is_set():
+            self._called.set()
+            if self._call is not None:
+                self._call()
+
+    def push(self) -> None:
+        """Send what waits, as far as the socket takes it now. The caller MUST hold no lock."""
+        # The rest of a frame is the writer's, which was called.
+        while self._queue.has_frames and self._rest is None:
+            if not self._send_lock.acquire(blocking=False):
+                return  # The thread inside looks again after its release.
+            try:
+                is_done = self._push_locked()
+            except OSError:
+                return  # The leg's reader finds the loss, too.
             finally:
                 self._send_lock.release()
             if not is_done:
-                self._outbox.call_writer()
+                self.call_writer()
                 return
 
     def push_all(self) -> bool:
-        """As push(), with the close, where there is no writer; False: now there has to be one."""
-        if not self._send_lock.acquire(blocking=False):
-            return False
-        try:
-            return self._push_some(with_close=True)
-        except OSError:
-            self._on_lost()
-            return True
-        finally:
-            self._send_lock.release()
+        """Serve a call without a writer: as push(), and the close; False: a writer must run()."""
+        # Before the look at the queue: what is put behind it calls again.
+        self._called.clear()
+        is_done = False
+        if self._send_lock.acquire(blocking=False):
+            try:
+                is_done = self._duplex is None or self._push_locked(with_close=True)
+            except OSError:
+                is_done = True
+            finally:
+                self._send_lock.release()
+        if not is_done or self._queue.is_over:
+            self._called.set()  # A thread in run() may be about to wait.
+        return is_done
 
-    def _push_some(self, *, with_close: bool = False) -> bool:
-        """Return whether all was sent; the rest, if any, is the writer's."""
+    def _push_locked(self, *, with_close: bool = False) -> bool:
+        """Return whether all was sent; the rest, if any, is the writer's. Raises OSError."""
+        assert self._send_lock.locked()
         sent = 0
-        while self._rest is None and not self._is_stopped:
+        while self._rest is None and self._duplex is not None:
             if sent >= _PUSH_BYTES:
                 return False
-            frame = self._outbox.take(with_close=with_close)
+            frame = self._queue.take(with_close=with_close)
             if frame is None:
                 return True
             sent += len(frame.payload)
-            self._rest = self._duplex.send_now(*self._encode(*frame))
+            try:
+                self._rest = self._duplex.send_now(*self._encode(*frame))
+            except OSError:
+                self._duplex.abort()
+                raise
         return False
 
     def run(self) -> None:
-        """Send what push() could not, until the close has gone out. Raises OSError."""
-        goes_on = True
-        while goes_on:
+        """Be the writer: send what push() could not, to the close or stop(). Raises OSError."""
+        while True:
+            self._called.clear()
             with self._send_lock:
-                self._send_rest()
-                while (frame := self._outbox.take(with_close=True)) is not None:
+                self._send_rest_locked()
+                while self._duplex and (frame := self._queue.take(with_close=True)) is not None:
                     self._rest = self._duplex.send_now(*self._encode(*frame))
-                    self._send_rest()
-            goes_on = self._outbox.has_frames or self._outbox.wait_call()
+                    self._send_rest_locked()
+            if self._queue.is_over:
+                return
+            if not self._queue.has_frames:
+                self._called.wait()
 
-    def stop(self) -> None:
-        """Let nobody send any more; after it the socket may be freed."""
-        with self._send_lock:
-            self._is_stopped = True
-
-    def _send_rest(self) -> None:
-        if self._rest is not None:
+    def _send_rest_locked(self) -> None:
+        assert self._send_lock.locked()
+        if self._rest is not None and self._duplex is not None:
             self._duplex.send(self._rest)
             self._rest = None
 
@@ -1154,19 +1384,164 @@ class FrameSender:
         return header, data
 
 
-# --- http_network_relay/settings.py ---------------------------------------------------------------
-# Settings that the client and the proxy command read alike: flag > environment > default.
+# --- http_network_relay/leg/message_reader.py -----------------------------------------------------
+# The messages that come in on one leg; pings and closes are answered on the way.
 
-# Enough for a laptop that changes its network, and a server that is deployed slowly.
-DEFAULT_GRACE_S = 120
-_LONGEST_GRACE_S = 24 * 3600
+# RFC 6455, 7.4.1: codes that stand in no close frame.
+NO_STATUS = 1005
+ABNORMAL_CLOSURE = 1006
+
+
+class MessageReader:
+    """Reads whole messages by `frames`, all other frames by a WebSocket library.
+
+    The leg's reader alone uses it. It never writes: pongs and close replies go through `sender`.
+
+    Args:
+        read_odd: Returns the next frame that `frames` leaves: opcode, payload, and whether it is
+            the last of its message. Raises LegError for a bad one, EOFError at the stream's end.
+    """
+
+    def __init__(
+        self,
+        frames: FrameReader,
+        sender: FrameSender,
+        read_odd: Callable[[], tuple[int, Any, bool]],
+    ) -> None:
+        self._frames = frames
+        self._sender = sender
+        self._read_odd = read_odd
+        # A message in fragments, which some proxies make; opcode 0: there is none.
+        self._parts = bytearray()
+        self._parts_opcode = 0
+
+    def receive(self, on_pause: Callable[[], None] | None = None) -> tuple[int, Any]:
+        """Wait for the next message: (OP_TEXT or OP_BINARY, payload), or (OP_CLOSE, code).
+
+        A lost connection is a close with ABNORMAL_CLOSURE. Calls `on_pause`, if given, when nothing
+        comes for PAUSE_S. Raises LegError.
+        """
+        while True:
+            try:
+                taken = self._frames.read_message(on_pause)
+                opcode, payload, is_last = (*taken, True) if taken else self._read_odd()
+            except (OSError, EOFError):
+                return OP_CLOSE, ABNORMAL_CLOSURE
+            if opcode == OP_PING:
+                if len(payload) > MAX_PING_BYTES:
+                    raise LegError("a ping is too long")
+                self._sender.put_leg("pong", Frame(OP_PONG, b"", payload))
+                self._sender.push()
+            elif opcode == OP_CLOSE:
+                code = payload[:2]
+                self._sender.close(Frame(OP_CLOSE, b"", code), flush=False)
+                return OP_CLOSE, int.from_bytes(code, "big") if code else NO_STATUS
+            elif opcode != OP_PONG:
+                message = self._assemble(opcode, payload, is_last=is_last)
+                if message is not None:
+                    return message
+
+    def _assemble(self, opcode: int, payload: Any, *, is_last: bool) -> tuple[int, Any] | None:
+        if (opcode == OP_CONTINUATION) != bool(self._parts_opcode):
+            raise LegError("a fragment out of place")
+        if opcode != OP_CONTINUATION:
+            if is_last:
+                return opcode, payload
+            self._parts_opcode = opcode
+        self._parts += payload
+        if len(self._parts) > MAX_MESSAGE_BYTES:
+            raise LegError("a message is too long", CLOSE_TOO_BIG)
+        if not is_last:
+            return None
+        message = (self._parts_opcode, bytes(self._parts))
+        self._parts, self._parts_opcode = bytearray(), 0
+        return message
+
+
+# --- http_network_relay/settings.py ---------------------------------------------------------------
+# Tables of settings: one row has the flag, variable, default, range and help of a setting.
+# The command line, the reading, the errors and docs/reference.md follow the rows. A flag has
+# precedence over its variable, and the variable over the default.
+
+
+class Setting(NamedTuple):
+    """One setting: a number if `highest` is not 0, else a text."""
+
+    # Both spellings, if there are two. The flag also names the variable.
+    flag: str
+    # The unit of a number; the word for a text.
+    kind: str
+    help: str
+    default: str = ""
+    lowest: float = 0
+    highest: float = 0
+    is_whole: bool = True
+    # The meaning of 0, if 0 is allowed below `lowest`.
+    zero: str = ""
+    # May also stand in a file, which the flag with "-file" behind it names.
+    is_secret: bool = False
+
+    @property
+    def name(self) -> str:
+        """The attribute of argparse's result."""
+        return self.flag.split()[0][2:].replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return f"HTTP_NETWORK_RELAY_{self.name.upper()}"
+
+    @property
+    def range(self) -> str:
+        """The numbers that are allowed."""
+        zero = f", or 0 for {self.zero}" if self.zero else ""
+        return f"{self.lowest:g} to {self.highest:.15g} {self.kind}{zero}"
+
+    def text(self, given: Mapping[str, str]) -> str:
+        """Return the variable's value, or the default; an empty variable counts as unset."""
+        return given.get(self.variable) or self.default
+
+    def number(self, given: Mapping[str, str]) -> float:
+        """Return the number; raises ConfigError that names flag and variable."""
+        text = self.text(given)
+        try:
+            number = float(text if not self.is_whole or matches("[0-9]{1,15}", text) else "nan")
+        except ValueError:
+            number = float("nan")  # Outside of every range.
+        if not self.lowest <= number <= self.highest and (number or not self.zero):
+            kind = "a whole number" if self.is_whole else "a number"
+            kind = f"must be {kind}, {self.range}, not {text!r}"
+            raise ConfigError(f"{self.flag} ({self.variable}) {kind}")
+        return number
+
+
+SERVER_URL = Setting(
+    "--server_url --server-url", "URL", "such as https://relay.example", "ws://127.0.0.1:8000"
+)
+# Below 0.05 s, the delays of a loaded machine would count as silence. No proxy and no NAT keeps
+# an idle connection for longer than an hour.
+PING_INTERVAL = Setting(
+    "--ping-interval", "seconds", "between pings", f"{DEFAULT_PING_INTERVAL_S:g}", 0.05, 3600, False
+)
+MAX_WINDOW = Setting(
+    "--max-window",
+    "bytes",
+    "largest window of a tunnel and direction",
+    str(DEFAULT_MAX_WINDOW_BYTES),
+    MIN_WINDOW_BYTES,
+    MAX_WINDOW_BYTES,
+)
+# 120 s: enough for a laptop that changes its network, and a server that is deployed slowly.
+RESUME_TIMEOUT = Setting(
+    "--resume-timeout", "seconds", "a tunnel waits so long for a new leg", "120", 0, 24 * 3600
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, without the usage above it."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(formatter_class=_help_formatter, **settings)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_help_formatter, **options)
 
     def error(self, message: str) -> NoReturn:
         raise RelayError("usage", f"{message}; --help lists all arguments")
@@ -1181,76 +1556,59 @@ def _help_formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, width=columns - 2)
 
 
-def read_secret_file(flag: str, path: str) -> str:
-    """Return a file's content without the line end; raises RelayError (usage)."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read(64 * 1024).strip("\r\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = getattr(exc, "strerror", None) or "not a text file"
-        raise RelayError("usage", f"{flag} {path} cannot be read: {reason}") from exc
+def add_settings(
+    parser: argparse.ArgumentParser, rows: Iterable[Setting], action: str = "store"
+) -> None:
+    """Add the flags of the rows; a secret gets one more flag, for its file."""
+    for row in rows:
+        about = f"{row.help}, {row.range}" if row.highest else row.help
+        about += f" ({row.variable}, default: {row.default or 'none'})"
+        word = row.kind.upper().split()[0]
+        parser.add_argument(*row.flag.split(), metavar=word, action=action, help=about)
+        if row.is_secret:
+            about = f"a file that holds the {row.kind} and nothing else"
+            parser.add_argument(f"{row.flag}-file", metavar="FILE", help=about)
 
 
-def ping_interval(flag: str | None, environ: Mapping[str, str]) -> float:
-    """Return the ping interval in seconds, 0.05 to 3600."""
-    text = flag or environ.get("HTTP_NETWORK_RELAY_PING_INTERVAL") or str(DEFAULT_PING_INTERVAL_S)
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.05 <= seconds <= 3600:
-        raise RelayError(
-            "usage",
-            "--ping-interval (HTTP_NETWORK_RELAY_PING_INTERVAL) must be 0.05 to 3600 seconds,"
-            f" not {text!r}",
+def merge_flags(
+    args: argparse.Namespace, rows: Iterable[Setting], environ: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the environment with the flags in the place of their variables."""
+    flags = {row.variable: getattr(args, row.name) for row in rows}
+    return {**environ, **{variable: text for variable, text in flags.items() if text}}
+
+
+def read_secret(row: Setting, args: argparse.Namespace, given: Mapping[str, str]) -> str:
+    """Return a secret: flag > file > variable. Raises ConfigError, which quotes none."""
+    path, secret = getattr(args, f"{row.name}_file"), row.text(given)
+    if path is not None and getattr(args, row.name) is None:
+        try:
+            with open(path, encoding="utf-8") as file:
+                secret = file.read(64 * 1024).strip("\r\n")
+        except (OSError, UnicodeDecodeError) as exc:
+            reason = getattr(exc, "strerror", None) or "not a text file"
+            raise ConfigError(f"{row.flag}-file {path} cannot be read: {reason}") from exc
+    if not is_secret(secret):
+        raise ConfigError(
+            f"{row.flag}-file, {row.flag} or {row.variable} must give a {row.kind} of printable"
+            " ASCII without spaces"
         )
-    return seconds
-
-
-def max_window(flag: str | None, environ: Mapping[str, str]) -> int:
-    """Return the largest window of a tunnel and direction, in bytes."""
-    text = flag or environ.get("HTTP_NETWORK_RELAY_MAX_WINDOW") or str(DEFAULT_MAX_WINDOW_BYTES)
-    # The length first: int() raises for thousands of digits.
-    if (
-        not text.isdecimal()
-        or len(text) > 10
-        or not MIN_WINDOW_BYTES <= int(text) <= MAX_WINDOW_BYTES
-    ):
-        raise RelayError(
-            "usage",
-            f"--max-window (HTTP_NETWORK_RELAY_MAX_WINDOW) must be {MIN_WINDOW_BYTES} to"
-            f" {MAX_WINDOW_BYTES} bytes, not {text!r}",
-        )
-    return int(text)
-
-
-def resume_timeout(flag: str | None, environ: Mapping[str, str]) -> int:
-    """Return for how many seconds a tunnel is kept without a leg; 0: not at all."""
-    text = flag or environ.get("HTTP_NETWORK_RELAY_RESUME_TIMEOUT") or str(DEFAULT_GRACE_S)
-    if not matches(r"[0-9]{1,6}", text) or int(text) > _LONGEST_GRACE_S:
-        raise RelayError(
-            "usage",
-            "--resume-timeout (HTTP_NETWORK_RELAY_RESUME_TIMEOUT) must be 0 to"
-            f" {_LONGEST_GRACE_S} whole seconds, not {text!r}",
-        )
-    return int(text)
+    return secret
 
 
 # --- http_network_relay/timer.py ------------------------------------------------------------------
 # The one timer thread of a process: pings, deadlines, and the signals.
-#
-# It sleeps in poll on a socket pair, into which the interpreter writes a signal's number
-# the moment it comes (signal.set_wakeup_fd). A Python handler would not do: it runs when
-# the main thread next runs, and a signal that comes just before main enters recv() is
-# noticed only when the next byte comes.
+# The timer polls a socket pair, into which the interpreter writes the number of each signal at
+# once (signal.set_wakeup_fd). A Python handler would be too late: it runs when the main thread
+# next runs, which may be inside recv() until the next byte.
 
-# Wall clock against timer: so much later than planned means that the machine slept or
-# the process was stopped.
+# A wait that ends so much later than planned, by the wall clock, means that the machine slept
+# or that the process was stopped.
 _SLEPT_S = 5.0
-# Both clocks are looked at so often, whatever is due: the timer's own stands still while the
-# machine sleeps, and on waking the rest of the wait is still to come.
+# The longest wait, whatever is due: the monotonic clock stands still while the machine sleeps,
+# and afterwards the rest of the wait is still to come.
 _LONGEST_WAIT_S = 2.0
-# What is written into the pair beside signal numbers, which are below.
+# Codes in the pair beside signal numbers, which lie between the two.
 _WAKE = 0
 _STOP = 255
 
@@ -1258,8 +1616,8 @@ _STOP = 255
 class Timer:
     """Calls `tick(now, slept)` when it is due, and `on_signal(number)` for each signal.
 
-    `tick` returns when it wants to be called again. Both run in the timer's thread, and
-    never write to a leg nor wait for a lock.
+    `tick` returns the time of its next call, monotonic. Both run in the timer's thread, and MUST
+    neither write to a leg nor wait for a lock.
     """
 
     def __init__(
@@ -1269,7 +1627,7 @@ class Timer:
     ) -> None:
         self._tick = tick
         self._on_signal = on_signal
-        # From start() to stop(): the timer's side, and the side that is written to.
+        # From start() to stop(): the side that the thread reads, and the side to write to.
         self._pair: tuple[socket.socket, socket.socket] | None = None
         self._thread = threading.Thread(target=self._run, name="timer")
 
@@ -1281,14 +1639,14 @@ class Timer:
         self._thread.start()
         numbers = tuple(signals)
         if numbers:
-            # First: a signal that only the handler got would be lost.
+            # Before the handlers, which would lose a signal.
             signal.set_wakeup_fd(self._pair[1].fileno(), warn_on_full_buffer=False)
         for number in numbers:
-            # Replaces the default action only; the number comes by the socket pair.
+            # Only replaces the default action: the number comes through the socket pair.
             signal.signal(number, lambda _number, _frame: None)
 
     def wake(self) -> None:
-        """Let the timer look anew: something is due sooner than it knows. Never waits."""
+        """Call `tick` now, since something is due sooner than it said. Never waits."""
         self._post(_WAKE)
 
     def stop(self) -> None:
@@ -1306,7 +1664,8 @@ class Timer:
     def _post(self, code: int) -> None:
         pair = self._pair
         if pair is not None:
-            with contextlib.suppress(OSError):  # Full: it is awake. Closed: it has ended.
+            # A full pair wakes the thread anyway; a closed one has no thread any more.
+            with contextlib.suppress(OSError):
                 pair[1].send(bytes((code,)))
 
     def _run(self) -> None:
@@ -1326,9 +1685,56 @@ class Timer:
             slept = time.time() - planned > _SLEPT_S
 
 
+# --- http_network_relay/end/channel.py ------------------------------------------------------------
+# A tunnel's handle on one leg.
+
+
+class Channel:
+    """One channel of one leg, as the end of a tunnel uses it. Compared by identity.
+
+    A user leg has one channel, with `channel_id` 0. Any thread; every put_... only queues.
+    """
+
+    def __init__(self, outbox: FrameSender, channel_id: int = 0) -> None:
+        self.outbox = outbox
+        self.channel_id = channel_id
+        self._head = encode_channel(channel_id) if channel_id else b""
+
+    def put_first(self, control: Control) -> None:
+        """Send the channel's first message."""
+        self.outbox.put_first(self.channel_id, self._text(control))
+
+    def put_data(self, data: Any) -> None:
+        """Send stream bytes, with the next push()."""
+        self.outbox.put_data_now(self.channel_id, self._head, data)
+
+    def put_ack(self, ack: Ack) -> None:
+        """Send an ack, with the next push()."""
+        self.outbox.put_ack(self.channel_id, self._text(ack))
+
+    def put_eof(self, count: int) -> None:
+        """Send an eof, behind the data."""
+        self.outbox.put_eof(self.channel_id, self._text(Eof(count)))
+
+    def put_reset(self, error: RelayError) -> None:
+        """Send a reset, behind the data where what came before it counts."""
+        frame = self._text(Reset(error.code, str(error)))
+        self.outbox.put_end(self.channel_id, frame, in_turn=takes_turn(error.code))
+
+    def push(self) -> None:
+        """Send data and acks that were put. Hold no lock."""
+        self.outbox.push()
+
+    def drop(self) -> None:
+        """Delete what waits to be sent."""
+        self.outbox.drop(self.channel_id)
+
+    def _text(self, control: Control) -> Frame:
+        return Frame(OP_TEXT, b"", encode_control(control._replace(channel=self.channel_id)))
+
+
 # --- http_network_relay/end/window.py -------------------------------------------------------------
 # How large the window of a stream is (docs/protocol.md, "The receiver's window").
-#
 # No I/O, no clock, no thread: the caller says what time it is.
 
 # Trips may be so much longer than the shortest: a link that is kept busy needs a queue.
@@ -1507,7 +1913,6 @@ class Window:
 
 # --- http_network_relay/end/stream.py -------------------------------------------------------------
 # The stream state of one end of a tunnel (docs/protocol.md, "Streams and credit", "Resume").
-#
 # No I/O, no clock, no thread. Both ends use it unchanged, so it does not know which
 # end it is. Offsets are counts of bytes from 0 in each direction.
 
@@ -1521,14 +1926,6 @@ _LEAST_MESSAGE_BYTES = 4 * 1024
 # Kept pieces are merged up to here. Single bytes would else cost a hundred each; merging
 # large ones would copy them for nothing.
 _MERGED_BYTES = 4 * 1024
-
-
-class Ack(NamedTuple):
-    """What an `ack` says: bytes handed on, the sender's new limit, eof handed on."""
-
-    delivered: int
-    limit: int
-    eof: bool
 
 
 class Position(NamedTuple):
@@ -1766,585 +2163,620 @@ class Stream:
         return self.out.eof_acked and self.into.eof_acked
 
 
-# --- http_network_relay/end/channel.py ------------------------------------------------------------
-# A tunnel's handle on one leg.
+# --- http_network_relay/end/state.py --------------------------------------------------------------
+# Where one end of a tunnel stands: its states, and what both of its directions share.
 
 
-class Link:
-    """A channel of one leg, as the end of a tunnel uses it. Its identity is what counts.
+class EndState(enum.Enum):
+    """The states of one end of a tunnel (docs/architecture.md, "States")."""
 
-    `channel` 0 is a user leg's only tunnel. Any thread; it only puts into the outbox.
-    """
+    OPENING = "opening"
+    OPEN = "open"
+    # The leg is lost; a resume may come.
+    DETACHED = "detached"
+    # Both directions have ended cleanly, and both ends know.
+    FINISHED = "finished"
+    # This end has ended the tunnel: a resume is answered with the reason.
+    RESET = "reset"
+    # The peer, the loss of the leg or this program has ended the tunnel; the peer is not told.
+    ENDED = "ended"
+    # Nobody has resumed the tunnel in time.
+    EXPIRED = "expired"
 
-    def __init__(self, outbox: SendQueue, channel: int = 0) -> None:
-        self.outbox = outbox
-        self.channel = channel
-        self._head = encode_channel(channel) if channel else b""
-
-    def put_first(self, kind: str, **fields: Any) -> None:
-        """Send the channel's first message."""
-        self.outbox.put_first(self.channel, self._text(kind, **fields))
-
-    def put_data(self, data: Any) -> None:
-        """Send stream bytes, with the next push()."""
-        self.outbox.put_data_now(self.channel, self._head, data)
-
-    def put_ack(self, ack: Ack) -> None:
-        """Send an ack, with the next push()."""
-        self.outbox.put_ack(self.channel, self._text("ack", **ack._asdict()))
-
-    def put_eof(self, count: int) -> None:
-        """Send an eof, behind the data."""
-        self.outbox.put_eof(self.channel, self._text("eof", count=count))
-
-    def put_reset(self, error: RelayError) -> None:
-        """Send a reset, behind the data where what came before it counts."""
-        frame = self._text("reset", code=error.code, message=str(error))
-        self.outbox.put_end(self.channel, frame, in_turn=error.code in ENDS_IN_TURN)
-
-    def push(self) -> None:
-        """Send data and acks that were put. Hold no lock."""
-        self.outbox.push()
-
-    def drop(self) -> None:
-        """Delete what waits to be sent."""
-        self.outbox.drop(self.channel)
-
-    def _text(self, kind: str, **fields: Any) -> Frame:
-        return Frame(OP_TEXT, b"", encode_control(kind, self.channel, **fields))
+    def __init__(self, word: str) -> None:
+        self.has_error = word in ("reset", "ended", "expired")
+        self.is_over = self.has_error or word == "finished"
 
 
-# --- http_network_relay/end/tunnel_end.py ---------------------------------------------------------
-# One end of a tunnel, between its leg and its two threads.
-#
-# The leg's reader calls the on_... methods, which never wait. A consumer thread takes
-# chunks and hands them on; a producer thread waits for credit and sends. The end outlives
-# its legs: detached, it waits to be resumed on another (docs/protocol.md, "Resume").
+# Every other change of state is a bug.
+END_TRANSITIONS: dict[EndState, tuple[EndState, ...]] = {
+    EndState.OPENING: (EndState.OPEN, EndState.RESET, EndState.ENDED),
+    # OPEN again: a newer attempt to resume replaces the channel.
+    EndState.OPEN: (
+        EndState.OPEN,
+        EndState.DETACHED,
+        EndState.FINISHED,
+        EndState.RESET,
+        EndState.ENDED,
+    ),
+    EndState.DETACHED: (EndState.OPEN, EndState.RESET, EndState.ENDED, EndState.EXPIRED),
+    # The last ack may have been lost with the user's leg.
+    EndState.FINISHED: (EndState.OPEN,),
+    EndState.RESET: (),
+    EndState.ENDED: (),
+    EndState.EXPIRED: (),
+}
 
 
-class TunnelEnd:
-    """The thread-safe state of one end.
+class EndCore:
+    """The lock, the state, the streams and the present channel of one end.
 
-    A method that takes a `link` does nothing if that is not the newest: what comes late
-    on another leg or channel must not count.
+    Inbound, Outbound and TunnelEnd work on one core. A single read of a field needs no lock.
+    Only the methods here change a field, and a `_locked` method needs `lock`.
     """
 
     def __init__(
-        self,
-        link: Link,
-        max_window_bytes: int,
-        on_change: Callable[[], None] = lambda: None,
+        self, channel: Channel, max_window_bytes: int, on_change: Callable[[], None]
     ) -> None:
-        # Called, without the lock, when credit came, the leg was lost, or the end came.
-        self._on_change = on_change
-        # Guards all below; woken by whatever a thread of the tunnel waits for. Messages
-        # are put into the link's outbox under it, so that they leave in order.
-        self._changed = threading.Condition()
-        self._stream = Stream(max_window_bytes)
-        # Bytes that wait for the consumer.
-        self._inbound: deque[Any] = deque()
-        # Hands on what the consumer takes without waiting, if there is such a way.
-        self._hand_on: Callable[[Any], int] | None = None
-        # Held while a reader does so: its file stays open meanwhile. Before all other locks.
-        self._inside = threading.Lock()
-        # Who is handing bytes on; those behind them wait for it.
-        self._reader_hands_on = False
-        self._consumer_hands_on = False
-        # None: detached, or being resumed.
-        self._link: Link | None = link
-        self._is_open = False
-        self._grace_s = 0.0
-        # Since when and why it is detached, the last time that it was.
-        self._detached_at = 0.0
+        """`on_change`: called, without the lock, after credit, the leg's loss or the end."""
+        self.on_change = on_change
+        # Guards the whole end. Messages are queued under it, so that they leave in order;
+        # push() comes after the release.
+        self.lock = threading.Lock()
+        # Woken by whatever a thread of the tunnel waits for.
+        self.changed = threading.Condition(self.lock)
+        self.stream = Stream(max_window_bytes)
+        self.state = EndState.OPENING
+        # None without a leg.
+        self.channel: Channel | None = channel
+        self.grace_s = 0.0
+        # Why the tunnel ended before it was finished. The first reason counts.
+        self.ended: RelayError | None = None
+        # Until then bytes that came before the end are still delivered.
+        self.deliver_until = float("inf")
+        # Of the newest loss of a leg.
+        self.detached_at = 0.0
         self._lost: RelayError | None = None
-        self._ended: RelayError | None = None
-        self._deliver_until = float("inf")
-        self._consumer_failed = False
-        self._was_reset_here = False
-        # A reset that waits until what came before it has gone out.
-        self._due_reset: RelayError | None = None
-        # Of the newest `resume` that was accepted.
-        self._attempt = 0
 
-    # What is known. Each is one read; none needs the lock.
-
-    @property
-    def ended(self) -> RelayError | None:
-        """Why the tunnel ended before it was finished, if it did. The first reason."""
-        return self._ended
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether both directions ended cleanly and both ends know."""
-        return self._stream.is_finished
-
-    @property
-    def is_over(self) -> bool:
-        """Finished or ended."""
-        return self._ended is not None or self._stream.is_finished
-
-    @property
-    def is_open(self) -> bool:
-        """Whether `opened` was said. Stays true."""
-        return self._is_open
-
-    @property
-    def is_detached(self) -> bool:
-        """Whether it has no leg, and may be resumed."""
-        return self._link is None and not self.is_over
-
-    @property
-    def has_expired(self) -> bool:
-        """Whether it has ended because nobody resumed it in time."""
-        return self._ended is not None and self._ended is self._lost
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Bytes taken for sending and bytes handed on, for the log."""
-        return self._stream.out.taken, self._stream.into.delivered
-
-    @property
-    def first_limit(self) -> int:
-        """What `open` or `opened` says: the bytes that the peer may send at first."""
-        return self._stream.into.limit
-
-    @property
-    def has_both_eofs(self) -> bool:
-        """Whether our source ended and the peer's eof was handed on; acks may be missing."""
-        return self._stream.out.is_ended and self._stream.into.eof_delivered
-
-    @property
-    def grace_s(self) -> float:
-        """For how long both ends keep the tunnel without a leg."""
-        return self._grace_s
-
-    @property
-    def can_be_asked(self) -> bool:
-        """Whether a resume has an answer: the tunnel lives, has finished, or was ended by us."""
-        has_answer = self._ended is None or self._was_reset_here
-        return self._is_open and self._grace_s > 0 and has_answer
-
-    def is_at(self, link: Link) -> bool:
-        """Whether `link` carries it now."""
-        return self._link is link and not self.is_over
-
-    def detached_bytes(self) -> tuple[float, int] | None:
-        """Return since when it is detached and how much it keeps; None if it is not."""
-        with self._changed:
-            if self._link is not None or self.is_over:
-                return None
-            into = self._stream.into
-            kept = self._stream.out.kept_bytes + into.received - into.delivered
-            return self._detached_at, kept
-
-    def resume_left_s(self) -> float:
-        """Return for how long a resume may still come; ends the tunnel when that is over."""
-        with self._changed:
-            self._expire_locked()
-            return self._resume_left_locked() or 0.0
-
-    def must_stop(self) -> bool:
-        """Whether the time for handing on what came before the end has passed."""
-        with self._changed:
-            self._expire_locked()
-        return self._ended is not None and time.monotonic() >= self._deliver_until
-
-    def deliver_left_s(self) -> float:
-        """Return the seconds that are left of that time; only after the end."""
-        return max(0.0, self._deliver_until - time.monotonic())
-
-    # The leg's reader. Raise TunnelError for what breaks the protocol.
-
-    def on_open(self, limit: int, grace_s: float) -> bool:
-        """Take the peer's first limit; False if the end came first."""
-        with self._changed:
-            if self._ended is not None:
-                return False
-            self._is_open = True
-            self._grace_s = grace_s
-            self._stream.out.limit = limit
+    def is_stale_locked(self, channel: Channel, message: str) -> bool:
+        """Whether a message comes too late to count; raises TunnelError if it comes too early."""
+        assert self.lock.locked()
+        if channel is not self.channel or self.state.has_error:
             return True
-
-    def on_data(self, link: Link, data: Any) -> bool:
-        """Hand stream bytes on, or queue them for the consumer.
-
-        Return whether on_pause() is to be called when nothing more comes.
-        """
-        with self._changed:
-            if self._is_deaf_locked(link, "data"):
-                return False
-            self._stream.into.on_data(len(data), time.monotonic())
-            is_busy = self._consumer_hands_on or self._reader_hands_on or self._inbound
-            if self._hand_on is None or is_busy:
-                append_merged(self._inbound, data)
-                self._changed.notify_all()
-                return False
-            self._reader_hands_on = True
-        # Here and now, if that needs no waiting: another thread costs more.
-        count = self._hand_on_now(data)
-        with self._changed:
-            self._reader_hands_on = False
-            if count < len(data):
-                self._inbound.appendleft(memoryview(data)[count:])
-            if self._has_news_locked():
-                self._changed.notify_all()
-            # More may be on its way, by this thread: only a pause means that all is drained.
-            has_ack, now_link = self._delivered_locked(count, drained=False), self._link
-            owes_ack = self._stream.into.owes_ack
-        if has_ack and now_link is not None:
-            now_link.push()
-        return owes_ack
-
-    def on_pause(self, link: Link) -> None:
-        """Nothing more comes for the moment: send the ack that is due then."""
-        with self._changed:
-            if link is not self._link or self._inbound or not self._stream.into.owes_ack:
-                return
-            has_ack = self._delivered_locked(0, drained=True)
-        if has_ack:
-            link.push()
-
-    def _hand_on_now(self, data: Any) -> int:
-        with self._inside:
-            try:
-                return self._hand_on(data) if self._hand_on is not None else 0
-            except OSError:
-                return 0  # The consumer's thread meets it as well, and tells.
-
-    def on_eof(self, link: Link, count: int) -> None:
-        """Note that no byte follows."""
-        with self._changed:
-            if self._is_deaf_locked(link, "eof"):
-                return
-            self._stream.into.on_eof(count)
-            if self._stream.into.eof_delivered:  # A resume made the peer say it again.
-                self._ack_eof_locked()
-            self._changed.notify_all()
-        link.push()
-        self._on_change()
-
-    def on_ack(self, link: Link, ack: Ack) -> None:
-        """Take an ack in."""
-        with self._changed:
-            if self._is_deaf_locked(link, "ack"):
-                return
-            was_out_of_credit = self._stream.out.credit == 0
-            self._stream.out.on_ack(ack)
-            self._flush_locked()
-            # Who sends on has no need to be woken.
-            is_news = was_out_of_credit or self.is_over
-            if is_news:
-                self._changed.notify_all()
-        link.push()
-        if is_news:
-            self._on_change()
-
-    def on_end(self, error: RelayError, *, deliver_s: float = FLUSH_S) -> None:
-        """End the tunnel without a word to the peer.
-
-        What came before is still handed on if the consumer takes it in `deliver_s`.
-        """
-        with self._changed:
-            if self.is_over:
-                return
-            self._end_locked(error, deliver_s)
-        self._on_change()
-
-    def on_reset(self, link: Link, error: RelayError) -> None:
-        """The peer ended the tunnel."""
-        with self._changed:
-            if link is not self._link or self.is_over:
-                return
-            self._end_locked(error, FLUSH_S)
-        self._on_change()
-
-    def _is_deaf_locked(self, link: Link, what: str) -> bool:
-        if link is not self._link or self._ended is not None:
-            return True
-        if not self._is_open:
-            raise TunnelError(f"{what} before the tunnel was open", link.channel)
+        if self.state is EndState.OPENING:
+            raise TunnelError(f"{message} before the tunnel was open", channel.channel_id)
         return False
 
-    def _end_locked(self, error: RelayError, deliver_s: float) -> None:
-        self._ended = error
-        self._deliver_until = time.monotonic() + deliver_s
-        self._stream.out.forget()
-        self._changed.notify_all()
+    def open_locked(self, limit: int, grace_s: float) -> None:
+        """Take what `open` or `opened` says of the peer."""
+        assert self.lock.locked()
+        self.grace_s = grace_s
+        self.stream.out.limit = limit
+        self._change_locked(EndState.OPEN)
 
-    # The loss of a leg, and the way back.
+    def attach_locked(self, channel: Channel) -> None:
+        """Go on, on `channel`."""
+        assert self.lock.locked()
+        self.channel = channel
+        self._change_locked(EndState.OPEN)
 
-    def detach(self, link: Link, error: RelayError) -> bool:
-        """The leg is lost: wait for a resume, or end with `error` if there can be none.
-
-        Return whether it waits.
-        """
-        with self._changed:
-            if link is not self._link or self.is_over:
-                return False
-            waits = self._is_open and self._grace_s > 0
-            if waits:
-                self._link = None
-                self._detached_at = time.monotonic()
-                self._lost = error
-                self._changed.notify_all()
-            else:
-                self._end_locked(error, FLUSH_S)
-        link.drop()
-        self._on_change()
-        return waits
-
-    def give_up(self, error: RelayError) -> bool:
-        """End a tunnel that waits for a resume; False if it does not wait (any more)."""
-        with self._changed:
-            if self._link is not None or self.is_over:
-                return False
-            self._end_locked(error, FLUSH_S)
-        self._on_change()
+    def detach_locked(self, error: RelayError) -> bool:
+        """Wait for a resume, or end if none can come; return whether the end waits."""
+        assert self.lock.locked()
+        if self.state is not EndState.OPEN or self.grace_s <= 0:
+            self.end_locked(EndState.ENDED, error)
+            return False
+        self.channel = None
+        self.detached_at, self._lost = time.monotonic(), error
+        self._change_locked(EndState.DETACHED)
         return True
 
-    def begin_resume(self) -> Position:
-        """Return what `resume` says; only while detached, so that all legs are deaf."""
-        with self._changed:
-            return self._stream.into.resume()
+    def finish_locked(self) -> None:
+        """Note that an ack of an eof has come or gone; the tunnel is finished after both."""
+        assert self.lock.locked()
+        if self.stream.is_finished and self.state is EndState.OPEN:
+            self._change_locked(EndState.FINISHED)
 
-    def on_resumed(self, link: Link, peer: Position) -> None:
-        """Go on, on `link`, after the peer's `resumed`. Raises TunnelError."""
-        with self._changed:
-            if self.is_over:
-                return
-            self._stream.out.check_resume(peer)
-            self._attach_locked(link, peer)
-        link.push()
-        self._on_change()
+    def end_locked(self, state: EndState, error: RelayError, deliver_s: float = FLUSH_S) -> None:
+        """End with `error`; what came before is delivered for `deliver_s` more."""
+        assert self.lock.locked()
+        # Before the state: a thread without the lock reads the state first.
+        self.ended, self.deliver_until = error, time.monotonic() + deliver_s
+        self.stream.out.forget()
+        self._change_locked(state)
 
-    def accept_resume(self, link: Link, peer: Position, attempt: int) -> None:
-        """Go on, on `link`, and answer `resumed`; the link before hears that it is over.
+    def _change_locked(self, state: EndState) -> None:
+        assert self.lock.locked()
+        assert state in END_TRANSITIONS[self.state], (self.state, state)
+        self.state = state
+        self.changed.notify_all()
 
-        Raises TunnelError for counts that cannot be true, RelayError for a tunnel that
-        has ended with an error and for an attempt that is not the newest, and then
-        changes nothing.
-        """
-        with self._changed:
-            if self._ended is not None:
-                raise RelayError(self._ended.code, str(self._ended))
-            if attempt <= self._attempt:
-                raise RelayError("superseded", "a newer connection has resumed the tunnel")
-            self._stream.out.check_resume(peer)
-            self._attempt = attempt
-            old, self._link = self._link, None
-            link.put_first("resumed", **self._stream.into.resume()._asdict())
-            self._attach_locked(link, peer)
-        link.push()
-        if old is not None:
-            old.put_reset(RelayError("superseded", "the tunnel was resumed on another channel"))
-
-    def _attach_locked(self, link: Link, peer: Position) -> None:
-        self._link = link
-        self._stream.out.resume(peer)
-        self._flush_locked()
-        # What was handed on since the peer was told.
-        drained = not self._inbound
-        ack = self._stream.into.on_delivered(0, time.monotonic(), drained=drained)
-        if ack is not None:
-            link.put_ack(ack)
-        self._changed.notify_all()
-
-    def _expire_locked(self) -> None:
-        """End a tunnel that nobody has resumed in time."""
-        if self._resume_left_locked() == 0.0 and self._lost is not None:
-            self._end_locked(self._lost, 0.0)
-
-    def _resume_left_locked(self) -> float | None:
+    def resume_left_locked(self) -> float | None:
         """Return the seconds that a detached tunnel has left; None if it is not detached."""
-        if self._link is not None or self.is_over:
+        assert self.lock.locked()
+        if self.state is not EndState.DETACHED:
             return None
-        return max(0.0, self._detached_at + self._grace_s - time.monotonic())
+        return max(0.0, self.detached_at + self.grace_s - time.monotonic())
 
-    def _wait_locked(self, is_due: Callable[[], bool], timeout_s: float | None = None) -> None:
+    def expire_locked(self) -> None:
+        """End a tunnel that nobody has resumed in time."""
+        assert self.lock.locked()
+        if self.resume_left_locked() == 0.0 and self._lost is not None:
+            self.end_locked(EndState.EXPIRED, self._lost, 0.0)
+
+    def wait_locked(self, is_due: Callable[[], bool], timeout_s: float | None = None) -> None:
         """Wait for `is_due`, at most `timeout_s`; a detached tunnel may expire meanwhile."""
+        assert self.lock.locked()
         until = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         while not is_due() and (left_s := until - time.monotonic()) > 0:
-            resume_left_s = self._resume_left_locked()
+            resume_left_s = self.resume_left_locked()
             waits = [s for s in (left_s, resume_left_s) if s is not None and s < float("inf")]
-            self._changed.wait(min(waits, default=None))
-            self._expire_locked()
+            self.changed.wait(min(waits, default=None))
+            self.expire_locked()
+
+
+# --- http_network_relay/end/inbound.py ------------------------------------------------------------
+# The bytes that come in at one end of a tunnel: from the leg's reader to the consumer.
+
+
+class Inbound:
+    """Receives stream bytes and delivers them in order; one thread delivers at a time.
+
+    The leg's reader calls the on_... methods, which never wait. It delivers at once what the
+    consumer takes without a wait. The consumer's thread delivers the rest from a queue.
+    """
+
+    def __init__(self, core: EndCore) -> None:
+        self._core = core
+        self._into = core.stream.into
+        # The core's lock guards all below. Bytes that wait for the consumer:
+        self._queue: deque[Any] = deque()
+        # Takes bytes without a wait and returns how many.
+        self._deliver: Callable[[Any], int] | None = None
+        self._reader_delivers = False
+        self._consumer_delivers = False
+
+    # The leg's reader. Raises TunnelError for what breaks the protocol.
+
+    def on_data(self, channel: Channel, data: Any) -> bool:
+        """Deliver stream bytes, or queue them for the consumer.
+
+        Returns:
+            Whether the caller MUST call on_pause() when nothing more comes.
+        """
+        core = self._core
+        with core.lock:
+            if core.is_stale_locked(channel, "data"):
+                return False
+            self._into.on_data(len(data), time.monotonic())
+            is_busy = self._consumer_delivers or self._reader_delivers or self._queue
+            deliver = self._deliver
+            if deliver is None or is_busy:
+                append_merged(self._queue, data)
+                core.changed.notify_all()
+                return False
+            self._reader_delivers = True
+        # A hand-over to the consumer's thread costs more than the delivery.
+        try:
+            count = deliver(data)
+        except OSError:
+            count = 0  # The consumer's thread meets the same error, and reports it.
+        with core.lock:
+            self._reader_delivers = False
+            if count < len(data):
+                self._queue.appendleft(memoryview(data)[count:])
+            if self.has_news_locked() or self._deliver is None:
+                core.changed.notify_all()
+            # More may be on its way, by this thread: only a pause means that all is drained.
+            has_ack, newest = self._count_locked(count, drained=False), core.channel
+            owes_ack = self._into.owes_ack
+        if has_ack and newest is not None:
+            newest.push()
+        return owes_ack
+
+    def on_pause(self, channel: Channel) -> None:
+        """Send the ack that is due when nothing more comes for the moment."""
+        with self._core.lock:
+            is_newest = channel is self._core.channel
+            if not is_newest or self._queue or not self._into.owes_ack:
+                return
+            has_ack = self._count_locked(0, drained=True)
+        if has_ack:
+            channel.push()
+
+    def on_eof(self, channel: Channel, count: int) -> None:
+        """Note that no byte follows."""
+        core = self._core
+        with core.lock:
+            if core.is_stale_locked(channel, "eof"):
+                return
+            self._into.on_eof(count)
+            if self._into.eof_delivered:  # A resume made the peer repeat its eof.
+                self._ack_eof_locked()
+            core.changed.notify_all()
+        channel.push()
+        core.on_change()
 
     # The consumer's thread.
 
+    def deliver_directly(self, deliver: Callable[[Any], int] | None) -> None:
+        """Let the leg's reader deliver through `deliver`, which MUST NOT wait.
+
+        `deliver` returns how many bytes were taken; the rest, and an OSError, are left to the
+        consumer's thread. None ends this; after the return no thread is inside `deliver`.
+        """
+        with self._core.lock:
+            self._deliver = deliver
+            while deliver is None and self._reader_delivers:
+                self._core.changed.wait()
+
     def next_chunk(self) -> Any:
-        """Wait for bytes to hand on; b"" is the eof, None the end of the tunnel."""
-        with self._changed:
-            self._consumer_hands_on = False
-            self._wait_locked(self._has_news_locked)
-            if self._ended is not None and time.monotonic() >= self._deliver_until:
+        """Wait for bytes to deliver; b"" is the eof, None the end of the tunnel.
+
+        The caller MUST call delivered() after each chunk, and delivered_eof() after the eof.
+        """
+        core = self._core
+        with core.lock:
+            self._consumer_delivers = False
+            core.wait_locked(self.has_news_locked)
+            if core.state.has_error and time.monotonic() >= core.deliver_until:
                 return None
-            if self._inbound:
-                self._consumer_hands_on = True
-                return self._inbound.popleft()
+            if self._queue:
+                self._consumer_delivers = True
+                return self._queue.popleft()
             return b"" if self._eof_is_due_locked() else None
 
-    def _has_news_locked(self) -> bool:
-        if self._reader_hands_on:
-            return False  # What comes next would overtake it. That is over in no time.
-        return bool(self._inbound) or self._ended is not None or self._eof_is_due_locked()
+    def has_news_locked(self) -> bool:
+        """Whether next_chunk() would not wait."""
+        assert self._core.lock.locked()
+        if self._reader_delivers:
+            return False  # The next chunk would overtake the reader, who never waits.
+        return bool(self._queue) or self._core.state.has_error or self._eof_is_due_locked()
 
     def _eof_is_due_locked(self) -> bool:
-        into = self._stream.into
-        return into.eof_at is not None and not into.eof_delivered and not self._inbound
-
-    def hand_on_by(self, hand_on: Callable[[Any], int] | None) -> None:
-        """Let the leg's reader hand bytes on, by what never waits and returns how many it took.
-
-        What is not taken, or fails, is left to the consumer's thread. None: not any more; when
-        this returns, nobody is inside.
-        """
-        with self._inside:
-            self._hand_on = hand_on
+        assert self._core.lock.locked()
+        into = self._into
+        return into.eof_at is not None and not into.eof_delivered and not self._queue
 
     def delivered(self, size: int) -> None:
-        """Say that a chunk, of `size` bytes, was handed on; sends the ack that is due."""
-        with self._changed:
-            self._consumer_hands_on = False
-            drained = not self._inbound
-            has_ack, link = self._delivered_locked(size, drained=drained), self._link
-        if has_ack and link is not None:
-            link.push()
-
-    def _delivered_locked(self, size: int, *, drained: bool) -> bool:
-        """Count what was handed on; whether an ack is to be pushed."""
-        into = self._stream.into
-        if self._link is None:
-            into.delivered += size  # The resume, or what follows it, says so.
-            return False
-        ack = into.on_delivered(size, time.monotonic(), drained=drained)
-        if ack is None or self._ended is not None:
-            return False
-        self._link.put_ack(ack)
-        return True
+        """Count a chunk of `size` bytes as delivered; send the ack that is due."""
+        with self._core.lock:
+            self._consumer_delivers = False
+            channel = self._core.channel
+            has_ack = self._count_locked(size, drained=not self._queue)
+        if has_ack and channel is not None:
+            channel.push()
 
     def delivered_eof(self) -> None:
-        """Say that the eof was handed on; its ack goes at once, or when it can."""
-        with self._changed:
+        """Count the eof as delivered; its ack goes at once, or on the next leg."""
+        core = self._core
+        with core.lock:
             self._ack_eof_locked()
-            self._changed.notify_all()
-            link = self._link
-        if link is not None:
-            link.push()
-        self._on_change()
+            core.changed.notify_all()
+            channel = core.channel
+        if channel is not None:
+            channel.push()
+        core.on_change()
+
+    # Any thread.
+
+    def resumed_locked(self) -> None:
+        """Acknowledge what was delivered since this end told the peer its position."""
+        assert self._core.lock.locked()
+        self._count_locked(0, drained=not self._queue)
+
+    def clear(self) -> None:
+        """Free the bytes that wait."""
+        with self._core.lock:
+            self._queue.clear()
+
+    def _count_locked(self, size: int, *, drained: bool) -> bool:
+        """Count delivered bytes; return whether the caller must push an ack."""
+        assert self._core.lock.locked()
+        channel = self._core.channel
+        if channel is None:
+            self._into.delivered += size  # The resume tells the peer, or the ack behind it.
+            return False
+        ack = self._into.on_delivered(size, time.monotonic(), drained=drained)
+        if ack is None or self._core.state.has_error:
+            return False
+        channel.put_ack(ack)
+        return True
 
     def _ack_eof_locked(self) -> None:
-        ack = self._stream.into.on_eof_delivered(time.monotonic())
-        if ack is not None and self._link is not None and self._ended is None:
-            self._link.put_ack(ack)
-            # Only now: who sees the tunnel finished may close the leg behind this ack.
-            self._stream.into.eof_acked = True
+        assert self._core.lock.locked()
+        core, channel = self._core, self._core.channel
+        ack = self._into.on_eof_delivered(time.monotonic())
+        if ack is not None and channel is not None and not core.state.has_error:
+            channel.put_ack(ack)
+            # After the ack: whoever sees the tunnel finished may close the leg behind that ack.
+            self._into.eof_acked = True
+            core.finish_locked()
 
-    def fail_consumer(self, error: RelayError) -> None:
-        """Say that nothing can be handed on any more (the target, not the user).
 
-        The peer learns of it when what the target still had to say was sent.
-        """
-        with self._changed:
-            self._consumer_failed = True
-            is_last = self._stream.out.is_ended
-        if is_last:
-            self.reset(error)
+# --- http_network_relay/end/outbound.py -----------------------------------------------------------
+# The bytes that go out at one end of a tunnel: from the producer to the leg.
+
+
+class Outbound:
+    """Sends stream bytes as far as the credit allows, then the eof or the reset."""
+
+    def __init__(self, core: EndCore) -> None:
+        self._core = core
+        self._out = core.stream.out
+        # The core's lock guards both.
+        self._consumer_failed = False
+        # A reset that waits until the bytes before it have gone out.
+        self._due_reset: RelayError | None = None
+
+    def on_ack(self, channel: Channel, ack: Ack) -> None:
+        """Take an ack in. The leg's reader; raises TunnelError for an impossible one."""
+        core = self._core
+        with core.lock:
+            if core.is_stale_locked(channel, "ack"):
+                return
+            was_out_of_credit = self._out.credit == 0
+            self._out.on_ack(ack)
+            self.flush_locked()
+            if ack.eof:
+                core.finish_locked()
+            # A producer with credit has no need to be woken.
+            is_news = was_out_of_credit or core.state.is_over
+            if is_news:
+                core.changed.notify_all()
+        channel.push()
+        if is_news:
+            core.on_change()
 
     # The producer's thread.
 
     def credit(self) -> int:
         """Return how many bytes to take from the source now; 0: none, or there is no leg."""
-        if self._ended is not None or self._link is None:
-            return 0
-        return self._stream.out.credit
+        return self._out.credit if self._core.state is EndState.OPEN else 0
 
     def wait_credit(self) -> int:
         """Wait until bytes may be taken; return how many, 0 when the tunnel is over."""
-        with self._changed:
-            self._wait_locked(lambda: self.is_over or self.credit() > 0)
+        with self._core.lock:
+            self._core.wait_locked(lambda: self._core.state.is_over or self.credit() > 0)
             return self.credit()
 
     def send(self, data: Any) -> None:
-        """Send bytes, credit() at most. They are kept until the peer has handed them on."""
-        with self._changed:
-            if self._ended is None:
-                self._stream.out.take(data)
-                self._flush_locked()
-            link = self._link
-        if link is not None:
-            link.push()
+        """Send bytes, credit() at most. They are kept until the peer has delivered them."""
+        with self._core.lock:
+            if not self._core.state.has_error:
+                self._out.take(data)
+                self.flush_locked()
+            channel = self._core.channel
+        if channel is not None:
+            channel.push()
 
     def send_eof(self) -> bool:
         """End our direction; False if the consumer failed before, so that a reset is due."""
-        with self._changed:
-            if self._ended is None:
+        with self._core.lock:
+            if not self._core.state.has_error:
                 if self._consumer_failed:
                     return False
-                self._stream.out.end()
-                self._flush_locked()
+                self._out.end()
+                self.flush_locked()
             return True
 
     def wait_sent(self, timeout_s: float) -> None:
-        """Wait until nothing that was taken waits for credit, as it may after a resume."""
-        with self._changed:
-            self._wait_locked(
-                lambda: self.is_over or self._link is None or not self._stream.out.waits_for_credit,
+        """Wait until no taken byte waits for credit, as some may after a resume."""
+        with self._core.lock:
+            self._core.wait_locked(
+                lambda: self._core.state is not EndState.OPEN or not self._out.waits_for_credit,
                 timeout_s,
             )
 
-    def _flush_locked(self) -> None:
-        """Send what the credit allows, and the eof behind the last byte."""
-        link, out = self._link, self._stream.out
-        if link is None:
+    # Any thread.
+
+    def fail_consumer(self) -> bool:
+        """Note that the consumer takes no more; return whether a reset is due at once."""
+        with self._core.lock:
+            self._consumer_failed = True
+            return self._out.is_ended
+
+    def flush_locked(self) -> None:
+        """Queue what the credit allows, and the eof or the reset behind the last byte."""
+        assert self._core.lock.locked()
+        channel, out = self._core.channel, self._out
+        if channel is None:
             return
         while (piece := out.next_piece()) is not None:
-            link.put_data(piece)
+            channel.put_data(piece)
         if (count := out.next_eof()) is not None:
-            link.put_eof(count)
-        if self._due_reset is not None and not out.waits_for_credit:
-            self._reset_locked(self._due_reset, FLUSH_S)
+            channel.put_eof(count)
+        if self._due_reset is not None:
+            self.reset_locked(self._due_reset)
+
+    def reset_locked(self, error: RelayError, deliver_s: float = FLUSH_S) -> None:
+        """Queue a reset and end the tunnel.
+
+        What the target said before its own reset goes out first, after a resume if need be.
+        """
+        assert self._core.lock.locked()
+        channel = self._core.channel
+        is_blocked = channel is None or self._out.waits_for_credit
+        if error.code == "target_reset" and is_blocked:
+            self._due_reset = error
+            return
+        if channel is not None:
+            channel.put_reset(error)
+        self._core.end_locked(EndState.RESET, error, deliver_s)
+
+
+# --- http_network_relay/end/tunnel_end.py ---------------------------------------------------------
+# One end of a tunnel, between its leg and its two threads: what client and proxy command share.
+# The end outlives its legs: a detached end waits for a resume on another leg
+# (docs/protocol.md, "Resume").
+
+
+class TunnelEnd:
+    """The thread-safe state of one end.
+
+    `inbound` and `outbound` are its directions. A method that takes a `channel` does nothing
+    if that is not the newest: what comes late on another leg or channel must not count.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        max_window_bytes: int,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_change`: called, without a lock, after credit, the leg's loss or the end."""
+        self._core = EndCore(channel, max_window_bytes, on_change)
+        self.inbound = Inbound(self._core)
+        self.outbound = Outbound(self._core)
+
+    # Each is one read; none needs the lock.
+
+    @property
+    def ended(self) -> RelayError | None:
+        """Why the tunnel ended before it was finished, if it did. The first reason."""
+        return self._core.ended
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether both directions ended cleanly and both ends know."""
+        return self._core.state is EndState.FINISHED
+
+    @property
+    def is_over(self) -> bool:
+        """Finished or ended."""
+        return self._core.state.is_over
+
+    @property
+    def is_detached(self) -> bool:
+        """Whether the end has no leg, and may be resumed."""
+        return self._core.state is EndState.DETACHED
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Bytes taken for sending and bytes delivered, for the log."""
+        return self._core.stream.out.taken, self._core.stream.into.delivered
+
+    @property
+    def first_limit(self) -> int:
+        """The bytes that the peer may send at first, for `open` or `opened`."""
+        return self._core.stream.into.limit
+
+    @property
+    def grace_s(self) -> float:
+        """For how long both ends keep the tunnel without a leg; 0 until the tunnel is open."""
+        return self._core.grace_s
+
+    # The leg's reader, or whoever opens the tunnel.
+
+    def on_open(self, limit: int, grace_s: float) -> bool:
+        """Take the peer's first limit; False if the end came first."""
+        with self._core.lock:
+            if self._core.state.is_over:
+                return False
+            self._core.open_locked(limit, grace_s)
+            return True
+
+    def on_end(self, error: RelayError) -> None:
+        """End the tunnel without a word to the peer; bytes that came are still delivered."""
+        with self._core.lock:
+            if self._core.state.is_over:
+                return
+            self._core.end_locked(EndState.ENDED, error)
+        self._core.on_change()
+
+    def on_reset(self, channel: Channel, error: RelayError) -> None:
+        """The peer has ended the tunnel."""
+        with self._core.lock:
+            if channel is not self._core.channel or self._core.state.is_over:
+                return
+            self._core.end_locked(EndState.ENDED, error)
+        self._core.on_change()
+
+    def detach(self, channel: Channel, error: RelayError) -> bool:
+        """The leg is lost: wait for a resume, or end with `error` if none can come.
+
+        Returns:
+            Whether the end waits.
+        """
+        with self._core.lock:
+            if channel is not self._core.channel or self._core.state.is_over:
+                return False
+            waits = self._core.detach_locked(error)
+        channel.drop()
+        self._core.on_change()
+        return waits
 
     # Any thread.
 
     def reset(
-        self, error: RelayError, link: Link | None = None, *, deliver_s: float = FLUSH_S
+        self, error: RelayError, channel: Channel | None = None, *, deliver_s: float = FLUSH_S
     ) -> None:
         """End the tunnel with an error and tell the peer; nothing if it is over already.
 
-        What the target had said before it reset goes out first, after a resume if need be.
-        `link`: only if that is still the newest.
+        `channel`: only if that is still the newest.
         """
-        with self._changed:
-            if self.is_over or (link is not None and link is not self._link):
+        core = self._core
+        with core.lock:
+            if core.state.is_over or (channel is not None and channel is not core.channel):
                 return
-            is_blocked = self._link is None or self._stream.out.waits_for_credit
-            if error.code == "target_reset" and is_blocked:
-                self._due_reset = error
-                return
-            self._reset_locked(error, deliver_s)
-        self._on_change()
+            self.outbound.reset_locked(error, deliver_s)
+        core.on_change()
 
-    def _reset_locked(self, error: RelayError, deliver_s: float) -> None:
-        self._was_reset_here = True
-        if self._link is not None:
-            self._link.put_reset(error)
-        self._end_locked(error, deliver_s)
-
-    def forget(self) -> None:
-        """Free all bytes: the tunnel is over and its threads have ended."""
-        with self._changed:
-            self._inbound.clear()
-            self._stream.out.forget()
+    def resume_left_s(self) -> float:
+        """Return for how long a resume may still come; ends a tunnel whose grace is over."""
+        with self._core.lock:
+            self._core.expire_locked()
+            return self._core.resume_left_locked() or 0.0
 
     def wait_over(self, timeout_s: float | None = None) -> None:
         """Wait until the tunnel is finished or ended."""
-        with self._changed:
-            self._wait_locked(lambda: self.is_over, timeout_s)
+        with self._core.lock:
+            self._core.wait_locked(lambda: self._core.state.is_over, timeout_s)
+
+    def _attach_locked(self, channel: Channel, peer: Position) -> None:
+        """Go on, on `channel`, from where the peer stands."""
+        assert self._core.lock.locked()
+        self._core.stream.out.resume(peer)
+        self._core.attach_locked(channel)
+        self.inbound.resumed_locked()
+        self.outbound.flush_locked()
+
+
+# --- http_network_relay/end/user_end.py -----------------------------------------------------------
+# The proxy command's end of a tunnel: asks for a resume when its leg is lost.
+
+
+class UserEnd(TunnelEnd):
+    """The end that resumes."""
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether the tunnel has ended because nobody resumed it in time."""
+        return self._core.state is EndState.EXPIRED
+
+    @property
+    def has_both_eofs(self) -> bool:
+        """Whether our source ended and the peer's eof was delivered; acks may be missing."""
+        return self._core.stream.out.is_ended and self._core.stream.into.eof_delivered
+
+    def begin_resume(self) -> Position:
+        """Return the position for `resume`. Only while detached: all channels are stale then."""
+        with self._core.lock:
+            return self._core.stream.into.resume()
+
+    def on_resumed(self, channel: Channel, peer: Position) -> None:
+        """Go on, on `channel`, after the peer's `resumed`. Raises TunnelError."""
+        with self._core.lock:
+            if self._core.state.is_over:
+                return
+            self._core.stream.out.check_resume(peer)
+            self._attach_locked(channel, peer)
+        channel.push()
+        self._core.on_change()
 
 
 # --- http_network_relay/end/read_coalescer.py -----------------------------------------------------
 # When to let a source's bytes come together before they are read.
-#
 # A source that writes small pieces in quick succession costs three programs a wake-up for each,
 # which is most of what such a stream costs. No thread and no I/O: it only says how long to wait.
 
@@ -2407,56 +2839,51 @@ class ReadCoalescer:
 
 
 # --- http_network_relay/dial/deadline.py ----------------------------------------------------------
-# How long a wait in a dial may last: until its deadline, or until the dial is cancelled.
+# The deadline of a dial: one object for all its waits, made once and passed down.
 
 # RFC 8305, "Connection Attempt Delay": a dead first address costs this much.
 STAGGER_S = 0.250
 
 
-def slice_s(deadline: float) -> float:
-    """Return how long to wait before the next look at the deadline and a cancellation."""
-    return max(0.0, min(STAGGER_S, deadline - time.monotonic()))
+class Deadline:
+    """Ends a dial after `timeout_s`, or soon after `is_cancelled` returns true."""
 
+    def __init__(self, timeout_s: float, is_cancelled: Callable[[], bool] = lambda: False) -> None:
+        self._at = time.monotonic() + timeout_s
+        self._is_cancelled = is_cancelled
 
-def check_going_on(failure: str, deadline: float, is_cancelled: Callable[[], bool]) -> None:
-    if is_cancelled():
-        raise DialError("cancelled", f"{failure} before the dial was cancelled")
-    if time.monotonic() >= deadline:
-        raise DialError("timeout", f"{failure} in time")
+    def slice_s(self) -> float:
+        """Return how long to wait, in seconds, before the next check()."""
+        return max(0.0, min(STAGGER_S, self._at - time.monotonic()))
 
+    def check(self, failure: str) -> None:
+        """Raise DialError with the sentence `failure` if the dial must end."""
+        if self._is_cancelled():
+            raise DialError("cancelled", f"{failure} before the dial was cancelled")
+        if time.monotonic() >= self._at:
+            raise DialError("timeout", f"{failure} in time")
 
-def wait_until(
-    sock: socket.socket,
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
-    *,
-    write: bool,
-    what: str,
-) -> None:
-    """Wait for the socket until the deadline; raises RelayError when it has passed."""
-    while not wait_ready(sock, write=write, timeout_s=slice_s(deadline)):
-        if is_cancelled():
-            raise RelayError("server_unreachable", f"the dial of {what} was cancelled")
-        if time.monotonic() >= deadline:
-            raise RelayError("server_unreachable", f"{what} did not answer in time")
+    def wait_ready(self, sock: socket.socket, *, write: bool, what: str) -> None:
+        """Wait for the peer `what` behind the socket. Raises DialError."""
+        while not wait_ready(sock, write=write, timeout_s=self.slice_s()):
+            self.check(f"{what} did not answer")
 
 
 # --- http_network_relay/dial/names.py -------------------------------------------------------------
-# Name lookups: bounded daemon threads inside a deadline.
+# Name lookups within a deadline, in a bounded number of daemon threads.
 
-# Name lookups cannot be interrupted, so they run in daemon threads; this many at most.
+# The most lookups at a time. A lookup that hangs keeps its thread and its slot.
 _lookup_slots = threading.BoundedSemaphore(32)
 
 
-def resolve(
-    host: str, port: int, deadline: float, is_cancelled: Callable[[], bool] = lambda: False
-) -> list[Any]:
-    """Return getaddrinfo's answers by turns of family. Raises DialError."""
+def resolve(host: str, port: int, deadline: Deadline) -> list[Any]:
+    """Return getaddrinfo's answers, the address families in turns. Raises DialError."""
     if parse_address(host.strip("[]")) is not None:
-        # No lookup: an address must not wait behind names that hang.
+        # No lookup: an address must not wait for a slot behind names that hang.
         return _by_turns(_look_up(host, port))
-    while not _lookup_slots.acquire(timeout=slice_s(deadline)):
-        check_going_on(f"the name {host} could not be looked up", deadline, is_cancelled)
+    failure = f"the name {host} could not be looked up"
+    while not _lookup_slots.acquire(timeout=deadline.slice_s()):
+        deadline.check(failure)
     answers: list[Any] = []
     is_done = threading.Event()
 
@@ -2469,15 +2896,15 @@ def resolve(
             _lookup_slots.release()
             is_done.set()
 
-    # Daemon: getaddrinfo has no timeout and nothing can wake it.
+    # A daemon: getaddrinfo has no timeout, and nothing can wake the thread.
     thread = threading.Thread(target=look_up, name=f"lookup:{host}", daemon=True)
     try:
         thread.start()
     except RuntimeError:
         _lookup_slots.release()
         raise
-    while not is_done.wait(slice_s(deadline)):
-        check_going_on(f"the name {host} could not be looked up", deadline, is_cancelled)
+    while not is_done.wait(deadline.slice_s()):
+        deadline.check(failure)
     (answer,) = answers
     if isinstance(answer, Exception):
         reason = getattr(answer, "strerror", None) or answer
@@ -2486,13 +2913,13 @@ def resolve(
 
 
 def _look_up(host: str, port: int) -> list[Any]:
-    # An IPv6 literal may come in brackets, as it stands in a URL.
+    # The brackets of an IPv6 literal are the URL's.
     name = encode_name(host.strip("[]"))
     return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
 
 
 def _by_turns(infos: list[Any]) -> list[Any]:
-    """Alternate the families, first family first (RFC 8305, 4)."""
+    """Alternate the families, beginning with the first answer's (RFC 8305, 4)."""
     families: dict[int, list[Any]] = {}
     for info in infos:
         families.setdefault(info[0], []).append(info)
@@ -2510,9 +2937,9 @@ def parse_address(text: str) -> Any:
 
 
 def encode_name(name: str) -> bytes:
-    """As Python's sockets do; to import the IDNA codec for every name takes a start 1 ms.
+    """Encode as Python's sockets do. Raises UnicodeError for a text that is no name.
 
-    Raises UnicodeError for what is no name.
+    The IDNA codec is for other names than plain ones: its import costs a start 1 ms.
     """
     labels = name.removesuffix(".").split(".")
     is_plain = name.isascii() and all(0 < len(label) < 64 for label in labels)
@@ -2520,11 +2947,11 @@ def encode_name(name: str) -> bytes:
 
 
 # --- http_network_relay/dial/endpoint.py ----------------------------------------------------------
-# Where the server is: the parsed --server-url.
+# The server's address: the parsed --server-url.
 
 
 class Endpoint(NamedTuple):
-    """Where a server is: what --server-url says."""
+    """A server's address, and the path and query of its WebSocket."""
 
     is_tls: bool
     host: str
@@ -2548,14 +2975,17 @@ class Endpoint(NamedTuple):
 
 
 def parse_server_url(url: str, default_path: str) -> Endpoint:
-    """Read ws, wss, http and https URLs; one without a path gets `default_path`."""
+    """Read a ws, wss, http or https URL; a URL without a path gets `default_path`.
+
+    Raises RelayError.
+    """
     try:
         parts = urlsplit(url)
         port = parts.port
-        # What getaddrinfo and TLS will do to it; `.example` and `a..b` fail there.
+        # getaddrinfo and TLS encode the name too; `.example` and `a..b` would fail there.
         encode_name(parts.hostname or "")
     except ValueError as exc:
-        # Not the URL itself: somebody may have put a password into it.
+        # The message omits the URL, which may hold a password.
         raise RelayError("usage", "--server-url is not a URL: look at its host and port") from exc
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     if scheme not in ("ws", "wss") or not parts.hostname:
@@ -2576,9 +3006,9 @@ def parse_server_url(url: str, default_path: str) -> Endpoint:
 
 
 # --- http_network_relay/dial/http_proxy.py --------------------------------------------------------
-# HTTP CONNECT proxies: which one the environment names, and the way through it.
+# HTTP CONNECT proxies: which proxy the environment names, and the way through it.
 
-# A proxy's answer to CONNECT.
+# The head of a proxy's answer to CONNECT.
 _MAX_HEAD_BYTES = 16 * 1024
 
 
@@ -2591,11 +3021,10 @@ class Proxy(NamedTuple):
 
 
 def proxy_for(endpoint: Endpoint, environ: Mapping[str, str]) -> Proxy | None:
-    """Return the HTTP proxy that the environment names for this server, if any."""
+    """Return the proxy for this server. Raises RelayError for one that cannot be used."""
     names = ("https_proxy", "HTTPS_PROXY") if endpoint.is_tls else ("http_proxy", "HTTP_PROXY")
     for name in (*names, "all_proxy", "ALL_PROXY"):
-        value = environ.get(name, "").strip()
-        if value:
+        if value := environ.get(name, "").strip():
             break
     else:
         return None
@@ -2614,19 +3043,18 @@ def proxy_for(endpoint: Endpoint, environ: Mapping[str, str]) -> Proxy | None:
     authorization = None
     if parts.username is not None:
         pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        # As it stands in the environment, UTF-8 or not.
-        authorization = (
-            "Basic " + base64.b64encode(pair.encode("utf-8", "surrogateescape")).decode()
-        )
+        # The environment's own bytes, which need not be UTF-8.
+        encoded = base64.b64encode(pair.encode("utf-8", "surrogateescape"))
+        authorization = f"Basic {encoded.decode()}"
     return Proxy(host, port or 80, authorization)
 
 
 def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
-    """Whether NO_PROXY names this host, read exactly.
+    """Whether NO_PROXY names this host.
 
-    `example.com` and `.example.com` stand for the name and what is below it, never for
-    notexample.com; an address for itself; a network in CIDR form for its addresses;
-    `host:port` for that port; `*` for all.
+    `example.com` and `.example.com` mean the name and its subdomains, never notexample.com.
+    An address means itself, a network in CIDR form its addresses, `host:port` one port,
+    `*` every host.
     """
     host = host.lower().rstrip(".")
     address = parse_address(host)
@@ -2649,32 +3077,25 @@ def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
 
 def _split_port(entry: str) -> tuple[str, int | None]:
     """Split `host:port` and `[v6]:port`; an IPv6 literal alone has no port."""
-    if entry.startswith("["):
-        name, _, rest = entry[1:].partition("]")
-    elif entry.count(":") == 1:
-        name, _, rest = entry.partition(":")
-        rest = f":{rest}"
-    else:
+    found = re.fullmatch(r"\[([^]]*)]?(.*)|([^:]*)(:[^:]*)", entry)
+    if found is None:
         return entry, None
-    if rest in ("", ":"):
+    name, port = found[1] or found[3] or "", found[2] or found[4] or ":"
+    if port == ":":
         return name, None
-    # What is no port is the port of nobody.
-    return name, int(rest[1:]) if re.fullmatch(r":[0-9]{1,5}", rest) else -1
+    # -1 is no server's port: a malformed entry matches nothing.
+    return name, int(port[1:]) if re.fullmatch(r":[0-9]{1,5}", port) else -1
 
 
 def printable(text: str) -> str:
-    """Nothing from the network may move a terminal's cursor or fill it."""
+    """Return at most 300 characters of a peer's text, none of which moves a cursor."""
     return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
 def connect_through(
-    sock: socket.socket,
-    proxy: Proxy,
-    endpoint: Endpoint,
-    deadline: float,
-    is_cancelled: Callable[[], bool],
+    sock: socket.socket, proxy: Proxy, endpoint: Endpoint, deadline: Deadline
 ) -> None:
-    """Ask the proxy for a way to the server (RFC 9110, 9.3.6)."""
+    """Ask the proxy for a way to the server (RFC 9110, 9.3.6). Raises RelayError."""
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
     lines = [f"CONNECT {host}:{endpoint.port} HTTP/1.1", f"Host: {host}:{endpoint.port}"]
     if proxy.authorization:
@@ -2683,12 +3104,12 @@ def connect_through(
     request = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii", "replace")
     head = b""
     try:
-        wait_until(sock, deadline, is_cancelled, write=True, what=what)
-        sock.send(request)  # Fits into an empty send buffer whole.
-        while b"\r\n\r\n" not in head:
-            wait_until(sock, deadline, is_cancelled, write=False, what=what)
-            # One byte at a time past the end would eat the server's first bytes.
-            piece = sock.recv(_head_step(head))
+        deadline.wait_ready(sock, write=True, what=what)
+        sock.send(request)  # An empty send buffer takes the whole request.
+        while not head.endswith(b"\r\n\r\n"):
+            deadline.wait_ready(sock, write=False, what=what)
+            # One byte at a time: the server's own bytes follow the head.
+            piece = sock.recv(1)
             if not piece or len(head) > _MAX_HEAD_BYTES:
                 raise RelayError("proxy_failed", f"{what} ended the connection")
             head += piece
@@ -2700,35 +3121,24 @@ def connect_through(
         raise RelayError("proxy_failed", f"{what} answered {said} to CONNECT {host}")
 
 
-def _head_step(head: bytes) -> int:
-    """Return how many bytes can be read without passing the blank line at the end."""
-    for have in (3, 2, 1):
-        if head.endswith(b"\r\n\r\n"[:have]):
-            return 4 - have
-    return 4
-
-
 # --- http_network_relay/dial/connect.py -----------------------------------------------------------
 # Dials: names, staggered addresses, HTTP CONNECT proxies and TLS, under one deadline.
-#
-# websocket-client's own connect is not used: it has a timeout for each read, tries one
-# address, sends secrets to where a redirect points, and reads proxy settings loosely.
-# A deadline is a time of time.monotonic(), made once and passed down.
+# websocket-client's own connect is not used: its timeout is for one read, a dead first address
+# fails the dial, a redirect gets the secrets, and NO_PROXY is matched loosely.
 
 
 def dial_tcp(
     host: str,
     port: int,
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
+    deadline: Deadline,
     allows: Callable[[str], bool] = lambda _: True,
 ) -> socket.socket:
-    """Connect to the first address that answers; the socket comes back blocking.
+    """Return a blocking socket, connected to the first address that answers.
 
-    A new address is tried every 250 ms, or at once when one fails. `is_cancelled` is
-    asked as often. `allows` says of each address whether it may be dialled. Raises DialError.
+    Another address is tried every 250 ms, or at once when one fails. `allows` says whether an
+    address may be dialled. Raises DialError.
     """
-    found = resolve(host, port, deadline, is_cancelled)
+    found = resolve(host, port, deadline)
     infos = [info for info in found if allows(info[4][0])]
     if found and not infos:
         raise DialError("denied", f"the client does not dial {host}:{port}")
@@ -2737,7 +3147,7 @@ def dial_tcp(
     with selectors.DefaultSelector() as selector:
         try:
             while True:
-                check_going_on(f"{host}:{port} did not answer", deadline, is_cancelled)
+                deadline.check(f"{host}:{port} did not answer")
                 now = time.monotonic()
                 pending = len(selector.get_map())
                 if not infos and not pending:
@@ -2746,7 +3156,7 @@ def dial_tcp(
                     error = _begin(infos.pop(0), selector)
                     last, next_at = error or last, 0.0 if error else now + STAGGER_S
                     continue
-                for key, _ in selector.select(slice_s(deadline)):
+                for key, _ in selector.select(deadline.slice_s()):
                     sock: socket.socket = key.fileobj  # type: ignore[assignment]
                     selector.unregister(sock)
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -2761,7 +3171,7 @@ def dial_tcp(
 
 
 def _begin(info: Any, selector: selectors.BaseSelector) -> OSError | None:
-    """Start a connect; return why it could not even start."""
+    """Begin to connect, and register the socket; return the error of a failed beginning."""
     family, kind, protocol, _, address = info
     try:
         sock = socket.socket(family, kind, protocol)
@@ -2781,10 +3191,10 @@ def _begin(info: Any, selector: selectors.BaseSelector) -> OSError | None:
 
 def _set_options(sock: socket.socket) -> None:
     sock.setblocking(True)
-    # macOS refuses options on a socket that the peer has reset already; its first use tells.
+    # macOS refuses options on a socket that the peer has reset; the first read fails then.
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A host that vanished without a word ends its connection after about two minutes.
+        # A connection to a host that has vanished ends after about two minutes.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
             if hasattr(socket, name):
@@ -2805,25 +3215,26 @@ def dial_server(
     endpoint: Endpoint,
     context: ssl.SSLContext | None,
     environ: Mapping[str, str],
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
+    deadline: Deadline,
 ) -> socket.socket:
-    """Return a connected, non-blocking socket, TLS done if the URL says so."""
+    """Return a connected, non-blocking socket, after the TLS handshake if the URL asks for TLS.
+
+    Raises RelayError.
+    """
     proxy = proxy_for(endpoint, environ)
     host, port = (proxy.host, proxy.port) if proxy else (endpoint.host, endpoint.port)
     what = "the HTTP proxy" if proxy else "the server"
     try:
-        sock = dial_tcp(host, port, deadline, is_cancelled)
+        sock = dial_tcp(host, port, deadline)
     except DialError as exc:
         code = "proxy_failed" if proxy else "server_unreachable"
         raise RelayError(code, f"cannot reach {what}: {exc}") from exc
     try:
         sock.setblocking(False)
         if proxy:
-            connect_through(sock, proxy, endpoint, deadline, is_cancelled)
+            connect_through(sock, proxy, endpoint, deadline)
         if endpoint.is_tls:
-            context = context or make_context(None)
-            sock = _start_tls(sock, endpoint, context, deadline, is_cancelled)
+            sock = _start_tls(sock, endpoint, context or make_context(None), deadline)
     except BaseException:
         sock.close()
         raise
@@ -2831,7 +3242,7 @@ def dial_server(
 
 
 def make_context(ca_file: str | None) -> ssl.SSLContext:
-    """Return a context that verifies, always; `ca_file` adds a private CA."""
+    """Return a context that always verifies; `ca_file` adds a private CA. Raises RelayError."""
     context = ssl.create_default_context()
     if ca_file is not None:
         try:
@@ -2843,10 +3254,9 @@ def make_context(ca_file: str | None) -> ssl.SSLContext:
 
 
 def source_address(peer: Any) -> str | None:
-    """Return the address from which this machine reaches `peer` now; None: not at all.
+    """Return the local address of the route to `peer`, a getpeername(); None without a route.
 
-    `peer` is as of getpeername(). No packet is sent and nothing waits: the kernel looks
-    into its routes.
+    No packet is sent, and nothing waits: the kernel looks into its routes.
     """
     family = socket.AF_INET if len(peer) == 2 else socket.AF_INET6
     try:
@@ -2858,16 +3268,13 @@ def source_address(peer: Any) -> str | None:
 
 
 def _start_tls(
-    sock: socket.socket,
-    endpoint: Endpoint,
-    context: ssl.SSLContext,
-    deadline: float,
-    is_cancelled: Callable[[], bool],
+    sock: socket.socket, endpoint: Endpoint, context: ssl.SSLContext, deadline: Deadline
 ) -> ssl.SSLSocket:
     what = f"TLS with {endpoint.host}:{endpoint.port}"
     tls: socket.socket = sock
     try:
-        sock.getpeername()  # Wrapping fails too if the peer has reset it, but leaves its mess.
+        # After a reset, wrap_socket() fails too, but leaves a socket open.
+        sock.getpeername()
         tls = context.wrap_socket(
             sock, server_hostname=endpoint.host, do_handshake_on_connect=False
         )
@@ -2875,9 +3282,9 @@ def _start_tls(
             try:
                 tls.do_handshake()
             except ssl.SSLWantReadError:
-                wait_until(tls, deadline, is_cancelled, write=False, what=what)
+                deadline.wait_ready(tls, write=False, what=what)
             except ssl.SSLWantWriteError:
-                wait_until(tls, deadline, is_cancelled, write=True, what=what)
+                deadline.wait_ready(tls, write=True, what=what)
             else:
                 return tls
     except ssl.SSLCertVerificationError as exc:
@@ -2887,7 +3294,8 @@ def _start_tls(
             f"the certificate of {endpoint.host} is not trusted ({exc.verify_message});"
             " a private CA is added with --ca-file",
         ) from exc
-    except (OSError, ValueError) as exc:  # ValueError: a name that cannot be in a certificate.
+    # ValueError: a name that no certificate can have.
+    except (OSError, ValueError) as exc:
         tls.close()
         reason = getattr(exc, "strerror", None) or exc
         raise RelayError("tls_failed", f"{what} failed: {reason}; check --server-url") from exc
@@ -2898,7 +3306,6 @@ def _start_tls(
 
 # --- http_network_relay/dial/connection.py --------------------------------------------------------
 # One leg of a client or a proxy command: a WebSocket over websocket-client.
-#
 # The library makes the handshake and reads frames. Its recv() and send() are not used:
 # they answer pings under the send lock, follow redirects with secrets, and bound neither
 # time nor size. Threads: one reader calls receive(), the writer thread drains the outbox,
@@ -2913,9 +3320,6 @@ _AFTER_SLEEP_S = 3.0
 # How often to look whether the way to the server goes out by another address.
 _LOOK_S = 2.0
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
-_OP_CONTINUATION = 0x0
-# RFC 6455, 5.5; the library does not look.
-_MAX_PING_BYTES = 125
 # A `Retry-After` counts up to here: a typo must not park a client for years.
 _MAX_RETRY_AFTER_S = 300.0
 
@@ -2950,15 +3354,9 @@ class _HandshakeSocket:
     of a refusal can be read with every version of the library.
     """
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        deadline: float,
-        is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
         self._sock = sock
         self._deadline = deadline
-        self._is_cancelled = is_cancelled
         self._taken = 0
         self.buffer = b""
 
@@ -2977,7 +3375,7 @@ class _HandshakeSocket:
                 # Small: the library takes it byte by byte, and each takes the rest along.
                 self.buffer = self._sock.recv(4096)
             except (BlockingIOError, ssl.SSLWantReadError):
-                self._wait(write=False)
+                self._deadline.wait_ready(self._sock, write=False, what="the server")
             else:
                 if not self.buffer:
                     return b""
@@ -2992,11 +3390,7 @@ class _HandshakeSocket:
             try:
                 return self._sock.send(data)
             except (BlockingIOError, ssl.SSLWantWriteError):
-                self._wait(write=True)
-
-    def _wait(self, *, write: bool) -> None:
-        what = "the server"
-        wait_until(self._sock, self._deadline, self._is_cancelled, write=write, what=what)
+                self._deadline.wait_ready(self._sock, write=True, what="the server")
 
 
 def connect(
@@ -3010,9 +3404,9 @@ def connect(
 ) -> Connection:
     """Dial, upgrade and return the leg; raises RelayError, within 20 s."""
     library = websocket_client()
-    deadline = time.monotonic() + DIAL_SERVER_S
-    sock = dial_server(endpoint, context, environ, deadline, is_cancelled)
-    shim = _HandshakeSocket(sock, deadline, is_cancelled)
+    deadline = Deadline(DIAL_SERVER_S, is_cancelled)
+    sock = dial_server(endpoint, context, environ, deadline)
+    shim = _HandshakeSocket(sock, deadline)
     # Nobody on the way can read what is masked; so it need not be, if the server agrees.
     is_here = endpoint.is_loopback and _far_peer(sock) is None  # And by no proxy elsewhere.
     asks_for_zero = endpoint.is_tls or is_here
@@ -3123,7 +3517,7 @@ def _refusal(
         code, message = str(told["code"]), printable(str(told["message"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         code, message = "", f"it answered {status}"
-    if code not in ERRORS or code == "internal_error":  # Of the server, not of the tunnel.
+    if find_code(code) in (None, Code.INTERNAL_ERROR):  # Of the server, not of the tunnel.
         by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
         code = by_status.get(status, "busy" if status in (429, 503) else "server_failed")
     retry_after_s = _number(headers.get("retry-after", ""))
@@ -3157,18 +3551,15 @@ class Connection:
         ping_interval_s: float,
         make_key: Callable[[], bytes] = _random_key,
     ) -> None:
-        self.outbox = SendQueue()
+        self.outbox = FrameSender(make_key)
         self._library = library
         self._duplex = DuplexSocket(sock)
-        self._outlet = FrameSender(self.outbox, self._duplex, self.abort, make_key)
         self._reader = FrameReader(self._duplex, begun, is_masked=False)
         self._frames = library.frame_buffer(None, True)
         # The library reads by this one method; ours bounds a frame.
         self._frames.recv_strict = self._read_exactly
-        self._parts = bytearray()  # Of a message in fragments.
-        self._parts_opcode = 0
+        self._messages = MessageReader(self._reader, self.outbox, self._read_odd)
         self._writer: threading.Thread | None = None
-        self._says_goodbye = False  # A close waits in the outbox, or was sent.
         self._ping_interval_s = ping_interval_s
         # The timer's own.
         self._ping_at = time.monotonic() + ping_interval_s
@@ -3184,63 +3575,23 @@ class Connection:
 
     def start(self, name: str) -> None:
         """Start the writer thread; stop() joins it."""
+        self.outbox.start(self._duplex)
         writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
         writer.start()  # May fail on a machine out of threads; stop() joins what runs.
         self._writer = writer
-        self._outlet.start()
 
     # The reader.
 
     def receive(self, on_pause: Callable[[], None] | None = None) -> tuple[int, Any]:
-        """Wait for the next message: (OP_TEXT or OP_BINARY, payload), or (OP_CLOSE, code).
+        """As MessageReader.receive()."""
+        return self._messages.receive(on_pause)
 
-        A lost connection is a close without a code (1006). Calls `on_pause`, if given, when
-        nothing comes for PAUSE_S. Raises LegError.
-        """
-        while True:
-            try:
-                opcode, payload, is_last = self._next_frame(on_pause)
-            except (OSError, EOFError):
-                return OP_CLOSE, 1006
-            except self._library.WebSocketException as exc:
-                raise LegError(f"bad frame from the server: {exc}") from exc
-            if opcode == OP_PING:
-                if len(payload) > _MAX_PING_BYTES:
-                    raise LegError("a ping is too long")
-                self.outbox.put_leg("pong", Frame(OP_PONG, b"", payload))
-                self.outbox.push()
-            elif opcode == OP_CLOSE:
-                self._says_goodbye = True
-                self.outbox.close(Frame(OP_CLOSE, b"", payload[:2]), flush=False)
-                return OP_CLOSE, int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
-            elif opcode != OP_PONG:
-                message = self._assemble(opcode, payload, is_last=is_last)
-                if message is not None:
-                    return message
-
-    def _next_frame(self, on_pause: Callable[[], None] | None) -> tuple[int, Any, bool]:
-        taken = self._reader.read_message(on_pause)
-        if taken is not None:
-            return *taken, True
-        frame = self._frames.recv_frame()
+    def _read_odd(self) -> tuple[int, Any, bool]:
+        try:
+            frame = self._frames.recv_frame()
+        except self._library.WebSocketException as exc:
+            raise LegError(f"bad frame from the server: {exc}") from exc
         return frame.opcode, frame.data, bool(frame.fin)
-
-    def _assemble(self, opcode: int, payload: Any, *, is_last: bool) -> tuple[int, Any] | None:
-        """Put fragments together; some proxies make them."""
-        if (opcode == _OP_CONTINUATION) != bool(self._parts_opcode):
-            raise LegError("a fragment out of place")
-        if opcode != _OP_CONTINUATION:
-            if is_last:
-                return opcode, payload
-            self._parts_opcode = opcode
-        self._parts += payload
-        if len(self._parts) > MAX_MESSAGE_BYTES:
-            raise LegError("a message is too long", CLOSE_TOO_BIG)
-        if not is_last:
-            return None
-        message = (self._parts_opcode, bytes(self._parts))
-        self._parts, self._parts_opcode = bytearray(), 0
-        return message
 
     def _read_exactly(self, size: int) -> bytes:
         if size > MAX_MESSAGE_BYTES:
@@ -3257,7 +3608,7 @@ class Connection:
 
     def _write(self) -> None:
         try:
-            self._outlet.run()
+            self.outbox.run()
         except OSError:
             # The reader sees the same loss and tells.
             self.abort()
@@ -3315,7 +3666,6 @@ class Connection:
         The caller wakes the timer, whose clock it is.
         """
         payload = struct.pack("!H", code) + reason.encode("ascii", "replace")[:120]
-        self._says_goodbye = True
         self._abort_at = min(self._abort_at, time.monotonic() + FLUSH_S)
         self.outbox.close(Frame(OP_CLOSE, b"", payload), flush=flush)
 
@@ -3325,44 +3675,43 @@ class Connection:
 
     def stop(self) -> None:
         """End the writer, join it and free the socket. By the reader, or after it ended."""
-        if self._writer is not None and self._says_goodbye:
+        if self._writer is not None and self.outbox.is_closing:
             # So that the peer reads why. The writer ends by itself behind the close.
             self._writer.join(FLUSH_S)
-        self.outbox.stop()
         self.abort()
+        self.outbox.stop()
         if self._writer is not None:
             self._writer.join()
-        self._outlet.stop()
         self._duplex.close()
 
 
 # --- http_network_relay/dial/backoff.py -----------------------------------------------------------
-# How long to wait before the next try: exponential backoff with full jitter.
+# The wait before the next try: exponential backoff with full jitter.
 
 _FIRST_S = 0.2
-# A leg that held less, and carried nothing, was no leg.
-_SHORTEST_HELD_S = 1.0
+# A leg that lasted less, and carried nothing, counts as a failed try.
+_SHORTEST_LEG_S = 1.0
 
 
 def uniform(low: float, high: float) -> float:
-    """Draw from low..high, as random.uniform(): to import that takes a start a millisecond."""
+    """Draw from low..high. Not random.uniform(), whose import costs a start 1 ms."""
     return low + (high - low) * int.from_bytes(os.urandom(7), "big") / 2**56
 
 
 class Backoff:
-    """The first retry is immediate; then uniform in 0..b, b doubling from 0.2 s to `cap_s`."""
+    """The first wait is 0 s, each later one uniform in 0..b; b doubles from 0.2 s to `cap_s`."""
 
     def __init__(self, cap_s: float, draw: Callable[[float, float], float] = uniform) -> None:
         self._cap_s = cap_s
         self._draw = draw
         self._tries = 0
 
-    def held(self, seconds: float, *, was_used: bool = False) -> None:
-        """Note how long a leg held, and whether it carried anything for a tunnel.
+    def lasted(self, seconds: float, *, was_used: bool = False) -> None:
+        """Note for how long a leg lasted, and whether the leg carried anything for a tunnel.
 
-        The waits start anew after one that was of use, or held for twice the last b.
+        The waits begin anew after a leg that was used, or that lasted for twice the last b.
         """
-        if was_used or seconds >= max(_SHORTEST_HELD_S, 2 * self._bound_s()):
+        if was_used or seconds >= max(_SHORTEST_LEG_S, 2 * self._bound_s()):
             self._tries = 0
 
     def next_s(self) -> float:
@@ -3373,45 +3722,19 @@ class Backoff:
     def _bound_s(self) -> float:
         if self._tries <= 1:
             return 0.0
-        # min() before the power: after a year of tries it would be a huge number.
+        # min() before the power, which a year of tries would make a huge number.
         return min(self._cap_s, _FIRST_S * 2.0 ** min(self._tries - 2, 16))
 
 
 # --- http_network_relay/proxy_command/messages.py -------------------------------------------------
 # What the proxy command says on stderr: one line, with a hint.
 
-# What to try, for errors whose sentence does not say it already.
-HINTS = {
-    "unauthorized": "check the token (--secret-key-file) with the relay's operator",
-    "client_unknown": "check the name with the relay's operator",
-    "client_offline": "is the device switched on and its client running?",
-    "denied": "ask the relay's operator for a rule that allows it",
-    "denied_by_client": "ask the device's owner: its client was started with --allow",
-    "revoked": "ask the relay's operator",
-    "target_refused": "does the service run there, on that port?",
-    "target_unreachable": "is the address right, as seen from the device?",
-    "target_timeout": "is the address right, as seen from the device, and no firewall between?",
-    "target_unknown": "is the name right, as seen from the device?",
-    "open_timeout": "try again; the log of the client on the device says more",
-    "server_unreachable": "check the network and --server-url",
-    "busy": "try again in a moment",
-    "server_restart": "try again in a moment",
-    "proxy_failed": "check the proxy settings (https_proxy, no_proxy)",
-    "not_found": "check --server-url",
-    "leg_lost": "connect again",
-    "client_lost": "connect again",
-    "client_replaced": "connect again",
-    "client_stopped": "connect again when the client runs again",
-    "target_reset": "the target's own log may say why",
-    "target_lost": "connect again when the target is back",
-    "protocol_error": "upgrade the older one of the relay's programs",
-}
-
 
 def complain(error: RelayError) -> int:
     """Say in one line on stderr what failed and what to try; return the exit code."""
-    hint = HINTS.get(error.code)
-    warn(f"{error}; {hint}" if hint else str(error))
+    row = find_code(error.code)
+    hint = f"; {row.hint}" if row is not None and row.hint else ""
+    warn(f"{error}{hint}")
     return error.exit_code
 
 
@@ -3437,7 +3760,7 @@ class NextLeg:
         self._end = end
         self._dial = dial
         self._spread_s = spread_s
-        self._transport: Connection | None = None
+        self._connection: Connection | None = None
         self._thread = threading.Thread(target=self._run, name="next-leg")
 
     def start(self, on_up: Callable[[], None]) -> None:
@@ -3453,7 +3776,7 @@ class NextLeg:
             if self._end.is_over:
                 return
             try:
-                self._transport = self._dial()
+                self._connection = self._dial()
             except RelayError as exc:
                 if not exc.is_retryable or time.monotonic() >= until:
                     return
@@ -3465,8 +3788,8 @@ class NextLeg:
     def take(self) -> Connection | None:
         """Wait for the leg, which the caller then owns; None if there is none."""
         self._thread.join()
-        transport, self._transport = self._transport, None
-        return transport
+        connection, self._connection = self._connection, None
+        return connection
 
 
 # --- http_network_relay/proxy_command/stdio.py ----------------------------------------------------
@@ -3595,12 +3918,12 @@ class Pumps:
         self._poll: Any = None
         self._polled: tuple[bool, bool] | None = None
 
-    def start(self, end: TunnelEnd) -> None:
+    def start(self, end: UserEnd) -> None:
         """Start both threads; join() joins them."""
         self._end = end
         with contextlib.suppress(OSError):
             self._quick_stdout = QuickStdout()
-            end.hand_on_by(self._quick_stdout.write)
+            end.inbound.deliver_directly(self._quick_stdout.write)
         # Daemon: a write to stdout cannot be woken, nor on Windows a read of stdin.
         self._up = threading.Thread(target=self._pump_up, name="pump-up", daemon=True)
         self._down = threading.Thread(target=self._pump_down, name="pump-down", daemon=True)
@@ -3641,7 +3964,7 @@ class Pumps:
         end = self._end
         try:
             while not end.is_over and self.exit_code is None:
-                size = min(end.credit(), STDIN_READ_BYTES)
+                size = min(end.outbound.credit(), STDIN_READ_BYTES)
                 if self._wait(want_stdin=size > 0):
                     self._carry(size)
             if not end.is_over:
@@ -3656,11 +3979,11 @@ class Pumps:
             self._is_stdin_enlarged = True
             enlarge_pipe(STDIN)
         if data:
-            self._end.send(data)
+            self._end.outbound.send(data)
             if wait_s := self._gather.wait_s(len(data), size, time.monotonic()):
                 time.sleep(wait_s)
         else:
-            self._end.send_eof()
+            self._end.outbound.send_eof()
         return bool(data)
 
     def _wait(self, *, want_stdin: bool) -> bool:
@@ -3698,7 +4021,7 @@ class Pumps:
             end.wait_over(FLUSH_S)
         else:
             # What was taken before a resume may still wait for its credit.
-            end.wait_sent(GOODBYE_S)
+            end.outbound.wait_sent(GOODBYE_S)
             self._take_the_rest()
         end.reset(RelayError("user_gone", "the proxy user has gone"))
 
@@ -3706,7 +4029,7 @@ class Pumps:
         if CAN_POLL:
             poll = select.poll()
             poll.register(STDIN, select.POLLIN)
-            while (size := self._end.credit()) and poll.poll(0) and self._carry(size):
+            while (size := self._end.outbound.credit()) and poll.poll(0) and self._carry(size):
                 pass
 
     # leg -> stdout
@@ -3714,15 +4037,15 @@ class Pumps:
     def _pump_down(self) -> None:
         end = self._end
         try:
-            while chunk := end.next_chunk():
+            while chunk := end.inbound.next_chunk():
                 write_stdout(chunk)
-                end.delivered(len(chunk))
+                end.inbound.delivered(len(chunk))
             if chunk == b"":
                 self._watches_stdout = False
                 self.wake()
                 self._close_quick_stdout()
                 close_stdout()
-                end.delivered_eof()
+                end.inbound.delivered_eof()
         except BrokenPipeError:
             self.leave(EXIT_SIGPIPE)
         except OSError as exc:
@@ -3731,7 +4054,7 @@ class Pumps:
             self._close_quick_stdout()
 
     def _close_quick_stdout(self) -> None:
-        self._end.hand_on_by(None)
+        self._end.inbound.deliver_directly(None)
         if self._quick_stdout is not None:
             self._quick_stdout.close()
 
@@ -3739,7 +4062,10 @@ class Pumps:
 # --- http_network_relay/proxy_command/settings.py -------------------------------------------------
 # The proxy command's settings: flag > environment > default.
 
-DEFAULT_SERVER_URL = "ws://127.0.0.1:8000" + USERS_PATH
+SECRET_KEY = Setting(
+    "--secret-key", "token", "the token; `ps` shows it: prefer the file", is_secret=True
+)
+SETTINGS = (SERVER_URL, SECRET_KEY, PING_INTERVAL, MAX_WINDOW, RESUME_TIMEOUT)
 
 
 class Settings(NamedTuple):
@@ -3771,81 +4097,41 @@ def make_parser() -> argparse.ArgumentParser:
         " by signal n.",
     )
     parser.add_argument("target_host_identifier", help="the client's name")
-    parser.add_argument("target_ip", help="address or name, as seen from the client")
+    parser.add_argument("target_ip", help="address or name of the target, as the client sees it")
     parser.add_argument("target_port", help="1 to 65535")
-    parser.add_argument("protocol", nargs="?", default="tcp", help="tcp (the default)")
-    parser.add_argument(
-        "--server_url",
-        "--server-url",
-        dest="server_url",
-        metavar="URL",
-        help="[HTTP_NETWORK_RELAY_SERVER_URL] such as https://relay.example",
-    )
-    parser.add_argument(
-        "--secret-key",
-        metavar="TOKEN",
-        help="[HTTP_NETWORK_RELAY_SECRET_KEY] `ps` shows it to other users: prefer the file",
-    )
-    parser.add_argument(
-        "--secret-key-file", metavar="FILE", help="a file that holds the token and nothing else"
-    )
-    parser.add_argument("--ca-file", metavar="FILE", help="trust this private CA as well")
-    parser.add_argument(
-        "--ping-interval",
-        metavar="SECONDS",
-        help="[HTTP_NETWORK_RELAY_PING_INTERVAL] default 20",
-    )
-    parser.add_argument(
-        "--max-window",
-        metavar="BYTES",
-        help="[HTTP_NETWORK_RELAY_MAX_WINDOW] per direction, default 4194304",
-    )
-    parser.add_argument(
-        "--resume-timeout",
-        metavar="SECONDS",
-        help="[HTTP_NETWORK_RELAY_RESUME_TIMEOUT] try so long to come back when the connection is"
-        " lost, default 120, 0: not at all",
-    )
+    parser.add_argument("protocol", nargs="?", default="tcp", help="tcp; may be left out")
+    parser.add_argument("--ca-file", metavar="FILE", help="a private CA to trust as well")
+    add_settings(parser, SETTINGS)
     return parser
 
 
 def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """Return the checked settings: flag > environment > default."""
+    """Return the checked settings; raises RelayError (usage)."""
     args = make_parser().parse_args(argv)
     # Five digits: int() raises for thousands of them.
     port = int(args.target_port) if matches(r"[0-9]{1,5}", args.target_port) else 0
     if not 1 <= port <= 65535:
-        raise RelayError("usage", f"target_port must be 1 to 65535, not {args.target_port!r}")
+        raise ConfigError(f"target_port must be 1 to 65535, not {args.target_port!r}")
     if args.protocol == "udp":
-        raise RelayError("usage", "the protocol udp is not supported yet, only tcp is")
+        raise ConfigError("the protocol udp is not supported yet, only tcp is")
     if args.protocol != "tcp":
-        raise RelayError("usage", f"protocol must be tcp, not {args.protocol!r}")
+        raise ConfigError(f"protocol must be tcp, not {args.protocol!r}")
     if not matches(NAME_PATTERN, args.target_host_identifier):
-        raise RelayError("usage", "target_host_identifier is not a client's name")
+        raise ConfigError("target_host_identifier is not a client's name")
     if not matches(HOST_PATTERN, args.target_ip):
-        raise RelayError("usage", "target_ip is not an address or a name")
-    url = args.server_url or environ.get("HTTP_NETWORK_RELAY_SERVER_URL") or DEFAULT_SERVER_URL
-    endpoint = parse_server_url(url, USERS_PATH)
-    if args.secret_key_file is not None and args.secret_key is None:
-        token = read_secret_file("--secret-key-file", args.secret_key_file)
-    else:
-        token = args.secret_key or environ.get("HTTP_NETWORK_RELAY_SECRET_KEY", "")
-    if not is_secret(token):
-        raise RelayError(
-            "usage",
-            "--secret-key-file, --secret-key or HTTP_NETWORK_RELAY_SECRET_KEY must give a token"
-            " of printable ASCII without spaces",
-        )
+        raise ConfigError("target_ip is not an address or a name")
+    given = merge_flags(args, SETTINGS, environ)
+    endpoint = parse_server_url(SERVER_URL.text(given), USERS_PATH)
     return Settings(
         client=args.target_host_identifier,
         host=args.target_ip,
         port=port,
         endpoint=endpoint,
-        token=token,
+        token=read_secret(SECRET_KEY, args, given),
         context=make_context(args.ca_file) if endpoint.is_tls else None,
-        ping_interval_s=ping_interval(args.ping_interval, environ),
-        max_window_bytes=max_window(args.max_window, environ),
-        grace_s=resume_timeout(args.resume_timeout, environ),
+        ping_interval_s=PING_INTERVAL.number(given),
+        max_window_bytes=int(MAX_WINDOW.number(given)),
+        grace_s=int(RESUME_TIMEOUT.number(given)),
     )
 
 
@@ -3871,14 +4157,14 @@ class Session:
         self._timer = Timer(self._tick, self._on_signal)
         self._pumps = Pumps()
         # What the timer looks at; written by main.
-        self._transport: Connection | None = None
+        self._connection: Connection | None = None
         self._is_pumping = False
         self._answer_by = float("inf")
         self._no_answer = RelayError("open_timeout", "")
         # One tunnel: the end, its link on the present leg, and what `resume` repeats.
-        self._link = Link(SendQueue())
-        self._end = TunnelEnd(self._link, settings.max_window_bytes)
-        self._opening: dict[str, Any] = {}
+        self._channel = Channel(FrameSender())
+        self._end = UserEnd(self._channel, settings.max_window_bytes)
+        self._opening: Open | None = None
         self._attempt = 0
         self._next_leg: NextLeg | None = None
         self._server_restarts = False
@@ -3896,8 +4182,8 @@ class Session:
             unused = self._next_leg.take() if self._next_leg is not None else None
             if unused is not None:
                 unused.stop()
-            if self._transport is not None:
-                self._leave(self._transport)
+            if self._connection is not None:
+                self._leave(self._connection)
             self._timer.stop()
 
     # Before the tunnel is open.
@@ -3910,8 +4196,8 @@ class Session:
                 self._open(self._connect())
                 return
             except RelayError as exc:
-                if self._transport is not None:
-                    self._leave(self._transport)
+                if self._connection is not None:
+                    self._leave(self._connection)
                 is_restarting = time.monotonic() < restart_until
                 if exc.code == "server_restart" and not restart_until:
                     restart_until = time.monotonic() + RESTART_S
@@ -3920,31 +4206,32 @@ class Session:
                     raise
             time.sleep(uniform(*RESTART_RETRY_S))
 
-    def _open(self, transport: Connection) -> None:
+    def _open(self, connection: Connection) -> None:
         """Ask for the tunnel and wait for the answer."""
         settings = self._settings
-        self._link = Link(transport.outbox)
-        self._end = TunnelEnd(self._link, settings.max_window_bytes, self._on_change)
-        self._opening = {
-            "client": settings.client,
-            "host": settings.host,
-            "port": settings.port,
-            "protocol": "tcp",
-            "tunnel_id": os.urandom(16).hex(),
-            "resume_token": os.urandom(32).hex(),
-            "limit": self._end.first_limit,
-            "grace_s": settings.grace_s,
-        }
-        control = self._ask(transport, "open", self._opening, ANSWER_TIMEOUT_S)
-        if not self._end.on_open(control["limit"], min(settings.grace_s, control["grace_s"])):
+        self._channel = Channel(connection.outbox)
+        self._end = UserEnd(self._channel, settings.max_window_bytes, self._on_change)
+        self._opening = Open(
+            client=settings.client,
+            host=settings.host,
+            port=settings.port,
+            protocol="tcp",
+            tunnel_id=os.urandom(16).hex(),
+            resume_token=os.urandom(32).hex(),
+            limit=self._end.first_limit,
+            grace_s=settings.grace_s,
+        )
+        answer = self._ask(connection, self._opening, ANSWER_TIMEOUT_S)
+        assert isinstance(answer, Opened)  # _ask() returns nothing else for an Open.
+        if not self._end.on_open(answer.limit, min(settings.grace_s, answer.grace_s)):
             raise self._end.ended or RelayError("leg_lost", "the tunnel was lost")
 
     def _connect(self) -> Connection:
         """Dial one leg; also in the thread of NextLeg."""
         settings = self._settings
         headers = [f"Authorization: Bearer {settings.token}"]
-        if self._end.is_open:
-            headers.append(f"{TUNNEL_HEADER}: {self._opening['tunnel_id']}")
+        if self._end.grace_s and self._opening is not None:
+            headers.append(f"{TUNNEL_HEADER}: {self._opening.tunnel_id}")
         return connect(
             settings.endpoint,
             headers,
@@ -3958,18 +4245,18 @@ class Session:
         """Whether a leg that is being dialled is of no use any more."""
         return self._end.is_over or (self._end.is_detached and not self._end.resume_left_s())
 
-    def _ask(
-        self, transport: Connection, kind: str, fields: dict[str, Any], timeout_s: float
-    ) -> dict[str, Any]:
-        """Send a new leg's first message; return the answer. Raises RelayError."""
-        answer = {"open": "opened", "resume": "resumed"}[kind]
+    def _ask(self, connection: Connection, asked: Opening, timeout_s: float) -> Opened | Resumed:
+        """Send a new leg's first message; return its answer. Raises RelayError."""
+        is_open = isinstance(asked, Open)
+        wanted = Opened if is_open else Resumed
+        answer = "opened" if is_open else "resumed"
         self._server_restarts = False
-        self._transport = transport
-        transport.start("user")
-        link = Link(transport.outbox)
-        link.put_first(kind, **fields)
-        link.push()
-        who = f"{self._settings.target}: " if kind == "open" else ""
+        self._connection = connection
+        connection.start("user")
+        channel = Channel(connection.outbox)
+        channel.put_first(asked)
+        channel.push()
+        who = f"{self._settings.target}: " if is_open else ""
         self._no_answer = RelayError("open_timeout", f"{who}no answer from the client in time")
         self._answer_by = time.monotonic() + timeout_s
         self._timer.wake()
@@ -3978,24 +4265,24 @@ class Session:
             if self._end.is_over:
                 raise RelayError("leg_lost", "the tunnel ended meanwhile")
             while True:
-                opcode, payload = transport.receive()
+                opcode, payload = connection.receive()
                 if opcode == OP_CLOSE:
-                    raise self._lost(transport, payload)
+                    raise self._lost(connection, payload)
                 if opcode == OP_BINARY:
                     raise TunnelError(f"data came before {answer}")
                 control = parse_control(decode_text(payload), TO_USER, has_channel=False)
-                if control["type"] == answer:
+                if isinstance(control, wanted):
                     return control
-                if control["type"] == "refused":
+                if isinstance(control, OpenRefused):
                     # A resume that is refused is reported with the whole target.
-                    who = f"{self._settings.client}: " if kind == "open" else ""
-                    raise RelayError(control["code"], who + control["message"])
-                if control["type"] == "reset":
-                    raise RelayError(control["code"], control["message"])
-                if control["type"] == "detached":
-                    raise RelayError(control["code"], _detached(control["code"]))
-                if control["type"] != "going_away":
-                    raise TunnelError(f"{control['type']} came before {answer}")
+                    who = f"{self._settings.client}: " if is_open else ""
+                    raise RelayError(control.code, who + control.message)
+                if isinstance(control, Reset):
+                    raise RelayError(control.code, control.message)
+                if isinstance(control, Detached):
+                    raise RelayError(control.code, _detached(control.code))
+                if not isinstance(control, GoingAway):
+                    raise TunnelError(f"{type_of(control)} came before {answer}")
                 self._server_restarts = True
         except (LegError, TunnelError) as exc:
             raise RelayError("protocol_error", f"the server broke the protocol: {exc}") from exc
@@ -4011,12 +4298,12 @@ class Session:
         self._is_pumping = True
         pumps.start(end)
         backoff = Backoff(RESUME_CAP_S)
-        while (transport := self._transport) is not None:
+        while (connection := self._connection) is not None:
             begun, counts = time.monotonic(), end.counts
-            self._read(transport)
-            self._leave(transport)
+            self._read(connection)
+            self._leave(connection)
             if not end.is_over:
-                backoff.held(time.monotonic() - begun, was_used=end.counts != counts)
+                backoff.lasted(time.monotonic() - begun, was_used=end.counts != counts)
                 self._come_back(backoff)
         pumps.wake()  # A tunnel that expires tells nobody.
         # What came before the end may still be handed on, for a second.
@@ -4034,124 +4321,132 @@ class Session:
         complain(RelayError(ended.code, sentence))
         return EXIT_TUNNEL_LOST
 
-    def _read(self, transport: Connection) -> None:
+    def _read(self, connection: Connection) -> None:
         """Read a leg until the tunnel has ended or the leg is lost."""
-        end, link = self._end, self._link
-        pause = functools.partial(end.on_pause, link)
+        end, channel = self._end, self._channel
+        pause = functools.partial(end.inbound.on_pause, channel)
         on_pause: Callable[[], None] | None = None
         while True:
             try:
-                opcode, payload = transport.receive(on_pause)
+                opcode, payload = connection.receive(on_pause)
                 if opcode == OP_CLOSE:
-                    end.detach(link, self._lost(transport, payload))
+                    end.detach(channel, self._lost(connection, payload))
                     return
                 if opcode == OP_BINARY:
-                    on_pause = pause if end.on_data(link, payload) else None
+                    on_pause = pause if end.inbound.on_data(channel, payload) else None
                 elif self._on_control(payload):
                     return
             except TunnelError as exc:
                 end.reset(RelayError("protocol_error", f"the server broke the protocol: {exc}"))
             except LegError as exc:
-                transport.close(exc.close_code, str(exc), flush=False)
+                connection.close(exc.close_code, str(exc), flush=False)
                 error = RelayError("protocol_error", f"the server broke the protocol: {exc}")
-                end.detach(link, error)
+                end.detach(channel, error)
                 return
 
     def _on_control(self, payload: bytes | bytearray) -> bool:
         """Hand one control to the tunnel; whether the leg has no more to say."""
         control = parse_control(decode_text(payload), TO_USER, has_channel=False)
-        kind, end, link = control["type"], self._end, self._link
-        if kind == "ack":
-            end.on_ack(link, Ack(control["delivered"], control["limit"], control["eof"]))
-        elif kind == "eof":
-            end.on_eof(link, control["count"])
-        elif kind == "reset":
-            end.on_reset(link, RelayError(control["code"], control["message"]))
-        elif kind == "detached":
-            end.detach(link, RelayError(control["code"], _detached(control["code"])))
+        end, channel = self._end, self._channel
+        if isinstance(control, Ack):
+            end.outbound.on_ack(channel, control)
+        elif isinstance(control, Eof):
+            end.inbound.on_eof(channel, control.count)
+        elif isinstance(control, Reset):
+            end.on_reset(channel, RelayError(control.code, control.message))
+        elif isinstance(control, Detached):
+            end.detach(channel, RelayError(control.code, _detached(control.code)))
             return not end.is_over
-        elif kind == "going_away":
-            self._on_going_away(control["spread_ms"] / 1000)
+        elif isinstance(control, GoingAway):
+            self._on_going_away(control.spread_ms / 1000)
         else:
-            raise TunnelError(f"{kind} after the tunnel was open")
+            raise TunnelError(f"{type_of(control)} after the tunnel was open")
         return False
 
     def _on_going_away(self, spread_s: float) -> None:
         self._server_restarts = True
-        transport = self._transport
-        if self._next_leg is None and self._end.grace_s and transport is not None:
+        connection = self._connection
+        if self._next_leg is None and self._end.grace_s and connection is not None:
             self._next_leg = NextLeg(self._end, self._connect, spread_s)
             # The loss of the old leg is what main waits for.
-            self._next_leg.start(on_up=transport.abort)
+            self._next_leg.start(on_up=connection.abort)
 
     def _come_back(self, backoff: Backoff) -> None:
         """Resume on another leg, until it works or the tunnel is over."""
         end = self._end
         next_leg, self._next_leg = self._next_leg, None
-        transport = next_leg.take() if next_leg is not None else None
-        wait_s = 0.0 if transport is not None else backoff.next_s()
+        connection = next_leg.take() if next_leg is not None else None
+        wait_s = 0.0 if connection is not None else backoff.next_s()
         while True:
             end.wait_over(wait_s)
             if end.is_over:
-                if transport is not None:
-                    transport.stop()
+                if connection is not None:
+                    connection.stop()
                 return
             try:
-                self._resume(transport or self._connect())
+                self._resume(connection or self._connect())
                 self._failure = None
                 return
             except RelayError as exc:
-                if self._transport is not None:
-                    self._leave(self._transport)
+                if self._connection is not None:
+                    self._leave(self._connection)
                 # At the very end it is the haste that failed.
                 if self._failure is None or end.resume_left_s():
                     self._failure = exc
                 if not exc.is_retryable:
                     end.on_end(RelayError(exc.code, str(exc)))
                 wait_s = max(backoff.next_s(), exc.retry_after_s or 0.0)
-                transport = None
+                connection = None
 
-    def _resume(self, transport: Connection) -> None:
+    def _resume(self, connection: Connection) -> None:
         self._attempt += 1
         position = self._end.begin_resume()
-        fields = {**self._opening, "attempt": self._attempt, **position._asdict()}
+        assert self._opening is not None  # Only an open tunnel is resumed.
+        received, delivered, limit = position
+        asked = Resume(
+            **self._opening._replace(limit=limit)._asdict(),
+            attempt=self._attempt,
+            received=received,
+            delivered=delivered,
+        )
         timeout_s = min(ANSWER_TIMEOUT_S, self._end.resume_left_s())
-        control = self._ask(transport, "resume", fields, timeout_s)
-        self._link = Link(transport.outbox)
-        peer = Position(control["received"], control["delivered"], control["limit"])
+        answer = self._ask(connection, asked, timeout_s)
+        assert isinstance(answer, Resumed)  # _ask() returns nothing else for a Resume.
+        self._channel = Channel(connection.outbox)
+        peer = Position(answer.received, answer.delivered, answer.limit)
         try:
-            self._end.on_resumed(self._link, peer)
+            self._end.on_resumed(self._channel, peer)
         except TunnelError as exc:
             raise RelayError("protocol_error", f"the client broke the protocol: {exc}") from exc
         if self._end.is_over:  # It expired while we asked.
             raise RelayError("leg_lost", "the tunnel ended meanwhile")
 
-    def _leave(self, transport: Connection) -> None:
+    def _leave(self, connection: Connection) -> None:
         if self._end.is_over:
             # Who ended it has perhaps not come to that, or did not see this leg yet.
-            self._say_goodbye(transport)
-        self._transport = None
-        transport.stop()
+            self._say_goodbye(connection)
+        self._connection = None
+        connection.stop()
 
     def _on_change(self) -> None:
         """Any thread: credit came, the leg was lost, or the tunnel is over."""
         self._pumps.wake()
-        transport = self._transport
-        if self._end.is_over and transport is not None:
-            self._say_goodbye(transport)
+        connection = self._connection
+        if self._end.is_over and connection is not None:
+            self._say_goodbye(connection)
             self._timer.wake()
 
-    def _say_goodbye(self, transport: Connection) -> None:
+    def _say_goodbye(self, connection: Connection) -> None:
         """Close a leg of a tunnel that is over. Any thread; again is harmless."""
         ended = self._end.ended
         if ended is not None and ended.code == "user_gone":
             # Again, for a leg that is just resuming: behind the `resume` it counts.
-            Link(transport.outbox).put_reset(ended)
-        transport.close(CLOSE_NORMAL)
+            Channel(connection.outbox).put_reset(ended)
+        connection.close(CLOSE_NORMAL)
 
-    def _lost(self, transport: Connection, close_code: int) -> RelayError:
-        if transport.gave_up is not None:
-            return transport.gave_up
+    def _lost(self, connection: Connection, close_code: int) -> RelayError:
+        if connection.gave_up is not None:
+            return connection.gave_up
         where = f"the relay {self._settings.endpoint.host}"
         if close_code == CLOSE_RESTART or self._server_restarts:
             return RelayError("server_restart", f"{where} is being restarted")
@@ -4162,13 +4457,13 @@ class Session:
     # The timer's thread: never writes to the leg, never waits for a lock.
 
     def _tick(self, now: float, slept: bool) -> float:
-        transport = self._transport
-        if transport is None:
+        connection = self._connection
+        if connection is None:
             return now + 60.0
         if now >= self._answer_by:
             self._answer_by = float("inf")
-            transport.give_up(self._no_answer)
-        return min(transport.tick(now, slept=slept), self._answer_by)
+            connection.give_up(self._no_answer)
+        return min(connection.tick(now, slept=slept), self._answer_by)
 
     def _on_signal(self, number: int) -> None:
         if not self._is_pumping:

@@ -110,11 +110,14 @@ def _check_collisions(parts: list[Part]) -> None:
 
 
 def _section(part: Part) -> str:
-    """Return a header with the path and the module's docstring, then the module's code."""
+    """Return a header with the path and the module's docstring, then the module's code.
+
+    The docstring is a comment without blank lines, so that all of it belongs to the header.
+    """
     header = [f"# --- {part.source.shown} ".ljust(LINE_LENGTH, "-")]
     docstring = ast.get_docstring(part.source.tree, clean=False)
     if docstring and not part.source.is_entry:
-        header.extend(f"# {line}".rstrip() for line in docstring.strip().split("\n"))
+        header.extend(f"# {line}" for line in docstring.split("\n") if line.strip())
     body = part.body()
     if body:
         header.append("\n" * _blank_lines(ast.parse(body)) + body)

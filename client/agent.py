@@ -23,7 +23,7 @@ from http_network_relay.wire.codes import (
 from http_network_relay.wire.constants import INSTANCE_HEADER
 from http_network_relay.wire.errors import RelayError
 
-# The longest wait between two tries; also after what a new try does not mend.
+# The longest wait between two tries; also after what a new try does not help.
 CAP_S = 30.0
 # After `going_away` the server is back within seconds: so often, so long (wire, "Resume").
 _RESTART_RETRY_S = (0.1, 0.3)
@@ -37,8 +37,8 @@ log = logging.getLogger("http_network_relay.client")
 class _Run:
     """A leg that is up, and the thread that reads it."""
 
-    def __init__(self, transport: Connection, leg: Leg, serve: Callable[[_Run], None]) -> None:
-        self.transport = transport
+    def __init__(self, connection: Connection, leg: Leg, serve: Callable[[_Run], None]) -> None:
+        self.connection = connection
         self.leg = leg
         self.begun = time.monotonic()
         self.code = CLOSE_INTERNAL_ERROR
@@ -85,7 +85,7 @@ class Agent:
             RelayError("client_stopped", "the client on the device was stopped")
         )
         for run in runs:
-            run.transport.close(1001, "client stopped")
+            run.connection.close(1001, "client stopped")
             run.leg.is_leaving.set()
         self._timer.wake()
 
@@ -97,7 +97,7 @@ class Agent:
         return is_over and not self._thread.is_alive()
 
     def _tick(self, now: float, slept: bool) -> float:
-        due = [run.transport.tick(now, slept=slept) for run in self._runs]
+        due = [run.connection.tick(now, slept=slept) for run in self._runs]
         return min(due, default=now + _IDLE_TICK_S)
 
     # The connecting thread.
@@ -120,10 +120,10 @@ class Agent:
     def _serve_once(self) -> float:
         """Bring one leg up; return, when it is time for the next, the seconds to wait."""
         try:
-            transport = self._connect()
+            connection = self._connect()
         except RelayError as exc:
             return self._note_failure(exc)
-        run = self._start(transport)
+        run = self._start(connection)
         leg = run.leg
         leg.is_leaving.wait()
         if leg.spread_s is not None and not self._stopping.is_set():
@@ -135,17 +135,17 @@ class Agent:
         self._note_leg(run)
         return CAP_S if run.code == CLOSE_REPLACED_BY_OTHER else self._backoff.next_s()
 
-    def _start(self, transport: Connection) -> _Run:
-        run = _Run(transport, Leg(transport, self._tunnels), self._serve)
+    def _start(self, connection: Connection) -> _Run:
+        run = _Run(connection, Leg(connection, self._tunnels), self._serve)
         self._change_runs(add=run)
         try:
-            transport.start("client")
+            connection.start("client")
             log.info("registered client=%s server=%s", self._config.name, self._config.endpoint.url)
             run.thread.start()
             self._readers = [*filter(threading.Thread.is_alive, self._readers), run.thread]
         except BaseException:
             self._change_runs(drop=run)
-            transport.stop()
+            connection.stop()
             raise
         self._timer.wake()
         if self._stopping.is_set():
@@ -177,12 +177,12 @@ class Agent:
             if time.monotonic() < self._restart_until:
                 return self._draw(*_RESTART_RETRY_S)
             return max(self._backoff.next_s(), exc.retry_after_s or 0.0)
-        # Nobody is there to restart us, and the operator may mend it.
+        # Nobody is there to restart us, and the operator may correct it.
         log.error("connect refused reason=%s, next try in %d s: %s", exc.code, CAP_S, exc)
         return CAP_S
 
     def _note_leg(self, run: _Run) -> None:
-        self._backoff.held(time.monotonic() - run.begun, was_used=run.leg.was_used)
+        self._backoff.lasted(time.monotonic() - run.begun, was_used=run.leg.was_used)
 
     # A leg's reader.
 
@@ -193,7 +193,7 @@ class Agent:
             log.exception("leg failed")
         finally:
             self._change_runs(drop=run)
-            run.transport.stop()
+            run.connection.stop()
         self._log_end(run, time.monotonic() - run.begun)
 
     def _log_end(self, run: _Run, secs: float) -> None:
@@ -207,7 +207,7 @@ class Agent:
                 CAP_S,
             )
         else:
-            why = run.transport.gave_up or f"close code {run.code}"
+            why = run.connection.gave_up or f"close code {run.code}"
             is_expected = run.code == CLOSE_REPLACED_BY_SELF or run.leg.spread_s is not None
             level = logging.INFO if is_expected else logging.WARNING
             log.log(level, "leg lost secs=%.1f: %s", secs, why)

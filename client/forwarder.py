@@ -19,12 +19,14 @@ from collections.abc import Callable
 from typing import Any
 
 from http_network_relay.dial.connect import dial_tcp
-from http_network_relay.end.channel import Link
+from http_network_relay.dial.deadline import Deadline
+from http_network_relay.end.channel import Channel
+from http_network_relay.end.client_end import ClientEnd
 from http_network_relay.end.read_coalescer import ReadCoalescer
-from http_network_relay.end.tunnel_end import TunnelEnd
 from http_network_relay.leg.duplex_socket import DONT_WAIT, wait_ready
 from http_network_relay.rules.target import Host, RuleError, TargetRule, canonical_host
 from http_network_relay.wire.constants import MESSAGE_BYTES
+from http_network_relay.wire.controls import Open, Opened, OpenRefused, Resume
 from http_network_relay.wire.errors import DialError, RelayError
 
 # The dial of a target in all, name lookup included. Shorter than the proxy command's
@@ -53,18 +55,18 @@ class Forwarder:
 
     def __init__(
         self,
-        opening: dict[str, Any],
-        link: Link,
+        opening: Open,
+        channel: Channel,
         max_window_bytes: int,
         grace_s: int,
         allow: tuple[TargetRule, ...],
         on_closed: Callable[[Forwarder], None],
     ) -> None:
-        self.key = (opening["user"], opening["tunnel_id"])
-        self.end = TunnelEnd(link, max_window_bytes)
+        self.key = (opening.user, opening.tunnel_id)
+        self.end = ClientEnd(channel, max_window_bytes)
         self._opening = opening
         # Where `opened` goes; nothing else, since the tunnel may change its link.
-        self._first_link = link
+        self._first_channel = channel
         self._grace_s = grace_s
         # Empty: whatever is asked.
         self._allow = allow
@@ -72,17 +74,17 @@ class Forwarder:
         self._sock: socket.socket | None = None
         self._target_is_read = threading.Event()
         self._begun = time.monotonic()
-        short_id = opening["tunnel_id"][:8]
-        self.about = f"tunnel={short_id} user={opening['user']}"
+        short_id = opening.tunnel_id[:8]
+        self.about = f"tunnel={short_id} user={opening.user}"
         self.thread = threading.Thread(target=self._run, name=f"tunnel-reader:{short_id}")
         self._writer = threading.Thread(target=self._write, name=f"tunnel-writer:{short_id}")
 
-    def is_opened_by(self, control: dict[str, Any]) -> bool:
+    def is_opened_by(self, control: Resume) -> bool:
         """Whether a `resume` has the token and the target of our `open`. In constant time."""
         opening = self._opening
-        names = ("host", "port", "protocol")
-        has_target = [control[name] for name in names] == [opening[name] for name in names]
-        has_token = hmac.compare_digest(control["resume_token"], opening["resume_token"])
+        asked = (control.host, control.port, control.protocol)
+        has_target = asked == (opening.host, opening.port, opening.protocol)
+        has_token = hmac.compare_digest(control.resume_token, opening.resume_token)
         return has_token and has_target
 
     def _run(self) -> None:
@@ -104,8 +106,8 @@ class Forwarder:
             self._on_closed(self)
 
     def _dial(self) -> socket.socket | None:
-        host, port = self._opening["host"], self._opening["port"]
-        deadline = time.monotonic() + DIAL_TARGET_S
+        host, port = self._opening.host, self._opening.port
+        deadline = Deadline(DIAL_TARGET_S, lambda: self.end.is_over)
         try:
             # What the resolver would take for an address, and the rules for a name.
             asked = canonical_host(host)
@@ -114,49 +116,47 @@ class Forwarder:
             self._refuse(RelayError("target_invalid", str(exc)))
             return None
         try:
-            sock = dial_tcp(host, port, deadline, lambda: self.end.is_over, self._filter(asked))
+            sock = dial_tcp(host, port, deadline, self._filter(asked))
         except DialError as exc:
             if exc.kind in _REFUSED_CODES:
                 log.info("tunnel refused %s reason=%s: %s", self.about, exc.kind, exc)
                 self._refuse(RelayError(_REFUSED_CODES[exc.kind], str(exc)))
             return None
         if DONT_WAIT:
-            self.end.hand_on_by(functools.partial(_send_now, sock))
-        if not self.end.on_open(
-            self._opening["limit"], min(self._grace_s, self._opening["grace_s"])
-        ):
-            self.end.hand_on_by(None)
+            self.end.inbound.deliver_directly(functools.partial(_send_now, sock))
+        if not self.end.on_open(self._opening.limit, min(self._grace_s, self._opening.grace_s)):
+            self.end.inbound.deliver_directly(None)
             sock.close()  # The user went away during the dial.
             return None
         # First: once it is told, another thread may log its end.
         log.info("tunnel opened %s target=%s:%d", self.about, host, port)
-        self._first_link.put_first("opened", limit=self.end.first_limit, grace_s=self._grace_s)
-        self._first_link.push()
+        self._first_channel.put_first(Opened(self.end.first_limit, self._grace_s))
+        self._first_channel.push()
         return sock
 
     def _filter(self, asked: Host) -> Callable[[str], bool]:
         """Return what says of an address of `asked` whether it may be dialled."""
-        rules, port = self._allow, self._opening["port"]
+        rules, port = self._allow, self._opening.port
         if not rules or any(rule.allows_asked(asked, port) for rule in rules):
             return lambda _: True
         return lambda address: any(rule.allows_address(address, port) for rule in rules)
 
     def _refuse(self, error: RelayError) -> None:
         self.end.on_end(error)
-        refuse(self._first_link, error)
+        refuse(self._first_channel, error)
 
     # Target to leg.
 
     def _read(self, sock: socket.socket) -> None:
         end, gather = self.end, ReadCoalescer(_READ_BYTES)
         try:
-            while size := min(end.wait_credit(), _READ_BYTES):
+            while size := min(end.outbound.wait_credit(), _READ_BYTES):
                 data = sock.recv(size)
                 if data:
-                    end.send(data)
+                    end.outbound.send(data)
                     if wait_s := gather.wait_s(len(data), size, time.monotonic()):
                         time.sleep(wait_s)
-                elif end.send_eof():
+                elif end.outbound.send_eof():
                     break
                 else:
                     end.reset(RelayError("target_reset", "the target closed the connection"))
@@ -186,13 +186,13 @@ class Forwarder:
         sock, end = self._sock, self.end
         assert sock is not None  # Started by _run() after the dial.
         try:
-            while chunk := end.next_chunk():
+            while chunk := end.inbound.next_chunk():
                 if not self._write_chunk(sock, chunk):
                     break
-                end.delivered(len(chunk))
+                end.inbound.delivered(len(chunk))
             if chunk == b"":
                 sock.shutdown(socket.SHUT_WR)
-                end.delivered_eof()
+                end.inbound.delivered_eof()
         except OSError as exc:
             # The reader reads what the target still said, then tells the user.
             end.fail_consumer(_target_error(exc))
@@ -231,7 +231,7 @@ class Forwarder:
             linger_0 = struct.pack("ii", 1, 0)
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_0)
-        self.end.hand_on_by(None)
+        self.end.inbound.deliver_directly(None)
         sock.close()
         down, up = self.end.counts
         reason = ended.code if ended is not None else "eof"
@@ -249,9 +249,9 @@ def _send_now(sock: socket.socket, data: Any) -> int:
     return sock.send(data, DONT_WAIT)
 
 
-def refuse(link: Link, error: RelayError) -> None:
+def refuse(channel: Channel, error: RelayError) -> None:
     """Answer an `open` or `resume` with `refused`."""
-    link.put_first("refused", code=error.code, message=str(error))
+    channel.put_first(OpenRefused(error.code, str(error)))
 
 
 def _target_error(exc: OSError) -> RelayError:

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
 
 from client.forwarder import Forwarder, refuse
 from client.tunnel_table import TunnelTable
 from http_network_relay.dial.connection import Connection
-from http_network_relay.end.channel import Link
-from http_network_relay.end.stream import Ack
+from http_network_relay.end.channel import Channel
 from http_network_relay.wire.codes import CLOSE_INTERNAL_ERROR
 from http_network_relay.wire.constants import CHANNEL_BYTES, OP_BINARY, OP_CLOSE
-from http_network_relay.wire.controls import TO_CLIENT, decode_text, parse_control, split_channel
+from http_network_relay.wire.controls import (
+    TO_CLIENT,
+    Ack,
+    Control,
+    Detached,
+    Eof,
+    GoingAway,
+    Open,
+    Opening,
+    Reset,
+    Resume,
+    decode_text,
+    parse_control,
+    split_channel,
+)
 from http_network_relay.wire.errors import LegError, RelayError, TunnelError
 
 log = logging.getLogger("http_network_relay.client")
@@ -22,14 +34,14 @@ log = logging.getLogger("http_network_relay.client")
 class Leg:
     """Channels of one leg. All but `is_leaving` is the reader's own, who calls serve()."""
 
-    def __init__(self, transport: Connection, tunnels: TunnelTable) -> None:
-        self._transport = transport
+    def __init__(self, connection: Connection, tunnels: TunnelTable) -> None:
+        self._connection = connection
         self._tunnels = tunnels
         # May hold channels that have ended; each new one prunes them.
-        self._channels: dict[int, tuple[Forwarder, Link]] = {}
-        self._highest_channel = 0
+        self._channels: dict[int, tuple[Forwarder, Channel]] = {}
+        self._highest_channel_id = 0
         # Those whose on_pause() is to be called.
-        self._owing: dict[int, tuple[Forwarder, Link]] = {}
+        self._owing: dict[int, tuple[Forwarder, Channel]] = {}
         # Set when the server is about to go or the leg has ended: time for the next leg.
         self.is_leaving = threading.Event()
         # From the server's `going_away`: spread the return over so many seconds.
@@ -45,7 +57,7 @@ class Leg:
         except LegError as exc:
             code = exc.close_code
             log.error("leg failed: %s", exc)
-            self._transport.close(code, str(exc), flush=False)
+            self._connection.close(code, str(exc), flush=False)
         finally:
             error = RelayError("leg_lost", "the client lost its connection to the server")
             self._tunnels.detach(self._channels.values(), error)
@@ -54,7 +66,7 @@ class Leg:
 
     def _read(self) -> int:
         while True:
-            opcode, payload = self._transport.receive(self._on_pause if self._owing else None)
+            opcode, payload = self._connection.receive(self._on_pause if self._owing else None)
             if opcode == OP_CLOSE:
                 return int(payload)
             try:
@@ -66,70 +78,72 @@ class Leg:
                 self._fail_tunnel(exc)
 
     def _on_data(self, message: bytes | bytearray | memoryview) -> None:
-        channel = split_channel(message)
-        found = self._find(channel)
+        channel_id = split_channel(message)
+        found = self._find(channel_id)
         if found is None:
             return
-        tunnel, link = found
+        tunnel, channel = found
         try:
-            if tunnel.end.on_data(link, memoryview(message)[CHANNEL_BYTES:]):
-                self._owing[channel] = found
+            if tunnel.end.inbound.on_data(channel, memoryview(message)[CHANNEL_BYTES:]):
+                self._owing[channel_id] = found
         except TunnelError as exc:
-            raise TunnelError(str(exc), channel, exc.code) from exc
+            raise TunnelError(str(exc), channel_id, exc.code) from exc
 
     def _on_pause(self) -> None:
-        for tunnel, link in self._owing.values():
-            tunnel.end.on_pause(link)
+        for tunnel, channel in self._owing.values():
+            tunnel.end.inbound.on_pause(channel)
         self._owing.clear()
 
     def _on_control(self, payload: bytes | bytearray) -> None:
         control = parse_control(decode_text(payload), TO_CLIENT, has_channel=True)
-        kind = control["type"]
-        if kind == "going_away":
-            self.spread_s = control["spread_ms"] / 1000
-            log.info("server going away spread_ms=%d", control["spread_ms"])
+        if isinstance(control, GoingAway):
+            self.spread_s = control.spread_ms / 1000
+            log.info("server going away spread_ms=%d", control.spread_ms)
             self.is_leaving.set()
-        elif kind in ("open", "resume"):
+        elif isinstance(control, (Open, Resume)):
             self._on_first(control)
         else:
-            found = self._find(control["channel"])
+            found = self._find(control.channel)
             if found is not None:
-                self._hand(*found, kind, control)
+                self._hand(*found, control)
 
-    def _hand(self, tunnel: Forwarder, link: Link, kind: str, control: dict[str, Any]) -> None:
+    def _hand(self, tunnel: Forwarder, channel: Channel, control: Control) -> None:
         end = tunnel.end
         try:
-            if kind == "ack":
-                end.on_ack(link, Ack(control["delivered"], control["limit"], control["eof"]))
-            elif kind == "eof":
-                end.on_eof(link, control["count"])
-            elif kind == "reset":
-                end.on_reset(link, RelayError(control["code"], control["message"]))
-            else:
-                error = RelayError(control["code"], "the proxy user's connection was lost")
-                self._tunnels.detach([(tunnel, link)], error)
+            if isinstance(control, Ack):
+                end.outbound.on_ack(channel, control)
+            elif isinstance(control, Eof):
+                end.inbound.on_eof(channel, control.count)
+            elif isinstance(control, Reset):
+                end.on_reset(channel, RelayError(control.code, control.message))
+            elif isinstance(control, Detached):
+                error = RelayError(control.code, "the proxy user's connection was lost")
+                self._tunnels.detach([(tunnel, channel)], error)
         except TunnelError as exc:
             # The stream state does not know its channel.
-            raise TunnelError(str(exc), link.channel, exc.code) from exc
+            raise TunnelError(str(exc), channel.channel_id, exc.code) from exc
 
-    def _on_first(self, control: dict[str, Any]) -> None:
+    def _on_first(self, control: Opening) -> None:
         """Take a new channel, with its `open` or `resume`."""
-        channel = control["channel"]
-        if channel <= self._highest_channel:
-            raise LegError(f"channel {channel} was used before")
-        self._highest_channel = channel
+        channel_id = control.channel
+        if channel_id <= self._highest_channel_id:
+            raise LegError(f"channel {channel_id} was used before")
+        self._highest_channel_id = channel_id
         self._channels = {
-            number: (tunnel, link)
-            for number, (tunnel, link) in self._channels.items()
-            if tunnel.end.is_at(link)
+            number: (tunnel, channel)
+            for number, (tunnel, channel) in self._channels.items()
+            if tunnel.end.is_at(channel)
         }
-        link = Link(self._transport.outbox, channel)
-        begin = self._tunnels.open if control["type"] == "open" else self._tunnels.resume
+        channel = Channel(self._connection.outbox, channel_id)
         try:
-            self._channels[channel] = (begin(control, link), link)
+            if isinstance(control, Open):
+                tunnel = self._tunnels.open(control, channel)
+            else:
+                tunnel = self._tunnels.resume(control, channel)
+            self._channels[channel_id] = (tunnel, channel)
             self.was_used = True
         except RelayError as exc:
-            refuse(link, exc)
+            refuse(channel, exc)
 
     def _fail_tunnel(self, exc: TunnelError) -> None:
         """Reset one tunnel for a broken rule; the leg goes on."""
@@ -138,11 +152,11 @@ class Leg:
         found = self._find(exc.channel)
         log.warning("tunnel failed channel=%d reason=protocol_error: %s", exc.channel, exc)
         if found is not None:
-            tunnel, link = found
-            tunnel.end.reset(RelayError(exc.code, str(exc)), link)
+            tunnel, channel = found
+            tunnel.end.reset(RelayError(exc.code, str(exc)), channel)
 
-    def _find(self, channel: int) -> tuple[Forwarder, Link] | None:
+    def _find(self, channel_id: int) -> tuple[Forwarder, Channel] | None:
         """Return a channel's tunnel, None if it has ended; a new number is a leg error."""
-        if channel > self._highest_channel:
-            raise LegError(f"channel {channel} was never opened")
-        return self._channels.get(channel)
+        if channel_id > self._highest_channel_id:
+            raise LegError(f"channel {channel_id} was never opened")
+        return self._channels.get(channel_id)

@@ -9,12 +9,12 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any
 
 from client.forwarder import Forwarder
-from http_network_relay.end.channel import Link
+from http_network_relay.end.channel import Channel
 from http_network_relay.end.stream import Position
 from http_network_relay.rules.target import TargetRule
+from http_network_relay.wire.controls import Open, Resume
 from http_network_relay.wire.errors import RelayError, TunnelError
 
 # Two threads each; far above what a server with its default of 64 threads can ask.
@@ -51,12 +51,12 @@ class TunnelTable:
         # Closed ones, oldest first, with the time of their end.
         self._over: dict[_Key, tuple[Forwarder, float]] = {}
 
-    def open(self, control: dict[str, Any], link: Link) -> Forwarder:
+    def open(self, control: Open, channel: Channel) -> Forwarder:
         """Begin a tunnel. Raises RelayError, whose code is the refusal."""
-        if control["protocol"] != "tcp":
+        if control.protocol != "tcp":
             raise RelayError("protocol_unsupported", "only the protocol tcp is supported")
         settings = (self._max_window_bytes, self._grace_s, self._allow)
-        tunnel = Forwarder(control, link, *settings, self._on_closed)
+        tunnel = Forwarder(control, channel, *settings, self._on_closed)
         with self._lock:
             if self._stopped is not None:
                 raise self._stopped
@@ -75,9 +75,9 @@ class TunnelTable:
             raise RelayError("busy", "the client's machine can start no more threads") from exc
         return tunnel
 
-    def resume(self, control: dict[str, Any], link: Link) -> Forwarder:
+    def resume(self, control: Resume, channel: Channel) -> Forwarder:
         """Let a tunnel go on, on `link`. Raises RelayError, whose code is the refusal."""
-        key = (control["user"], control["tunnel_id"])
+        key = (control.user, control.tunnel_id)
         with self._lock:
             self._forget_late_locked()
             tunnel = self._alive.get(key) or self._over.get(key, (None, 0.0))[0]
@@ -88,18 +88,18 @@ class TunnelTable:
                 "the client does not have this tunnel any more: it was started anew, or the"
                 " connection was away for too long",
             )
-        peer = Position(control["received"], control["delivered"], control["limit"])
+        peer = Position(control.received, control.delivered, control.limit)
         try:
-            tunnel.end.accept_resume(link, peer, control["attempt"])
+            tunnel.end.accept_resume(channel, peer, control.attempt)
         except TunnelError as exc:
             raise RelayError("protocol_error", str(exc)) from exc
-        log.info("tunnel resumed %s attempt=%d", tunnel.about, control["attempt"])
+        log.info("tunnel resumed %s attempt=%d", tunnel.about, control.attempt)
         return tunnel
 
-    def detach(self, carried: Iterable[tuple[Forwarder, Link]], error: RelayError) -> None:
+    def detach(self, carried: Iterable[tuple[Forwarder, Channel]], error: RelayError) -> None:
         """The leg beyond these links is lost: keep their tunnels for a while, or end them."""
-        for tunnel, link in carried:
-            if tunnel.end.detach(link, error):
+        for tunnel, channel in carried:
+            if tunnel.end.detach(channel, error):
                 log.info("tunnel detached %s reason=%s", tunnel.about, error.code)
         self._limit_detached()
 

@@ -1,9 +1,8 @@
 """The one timer thread of a process: pings, deadlines, and the signals.
 
-It sleeps in poll on a socket pair, into which the interpreter writes a signal's number
-the moment it comes (signal.set_wakeup_fd). A Python handler would not do: it runs when
-the main thread next runs, and a signal that comes just before main enters recv() is
-noticed only when the next byte comes.
+The timer polls a socket pair, into which the interpreter writes the number of each signal at
+once (signal.set_wakeup_fd). A Python handler would be too late: it runs when the main thread
+next runs, which may be inside recv() until the next byte.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from collections.abc import Callable, Iterable
 
 from http_network_relay.leg.duplex_socket import wait_ready
 
-# Wall clock against timer: so much later than planned means that the machine slept or
-# the process was stopped.
+# A wait that ends so much later than planned, by the wall clock, means that the machine slept
+# or that the process was stopped.
 _SLEPT_S = 5.0
-# Both clocks are looked at so often, whatever is due: the timer's own stands still while the
-# machine sleeps, and on waking the rest of the wait is still to come.
+# The longest wait, whatever is due: the monotonic clock stands still while the machine sleeps,
+# and afterwards the rest of the wait is still to come.
 _LONGEST_WAIT_S = 2.0
-# What is written into the pair beside signal numbers, which are below.
+# Codes in the pair beside signal numbers, which lie between the two.
 _WAKE = 0
 _STOP = 255
 
@@ -31,8 +30,8 @@ _STOP = 255
 class Timer:
     """Calls `tick(now, slept)` when it is due, and `on_signal(number)` for each signal.
 
-    `tick` returns when it wants to be called again. Both run in the timer's thread, and
-    never write to a leg nor wait for a lock.
+    `tick` returns the time of its next call, monotonic. Both run in the timer's thread, and MUST
+    neither write to a leg nor wait for a lock.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class Timer:
     ) -> None:
         self._tick = tick
         self._on_signal = on_signal
-        # From start() to stop(): the timer's side, and the side that is written to.
+        # From start() to stop(): the side that the thread reads, and the side to write to.
         self._pair: tuple[socket.socket, socket.socket] | None = None
         self._thread = threading.Thread(target=self._run, name="timer")
 
@@ -54,14 +53,14 @@ class Timer:
         self._thread.start()
         numbers = tuple(signals)
         if numbers:
-            # First: a signal that only the handler got would be lost.
+            # Before the handlers, which would lose a signal.
             signal.set_wakeup_fd(self._pair[1].fileno(), warn_on_full_buffer=False)
         for number in numbers:
-            # Replaces the default action only; the number comes by the socket pair.
+            # Only replaces the default action: the number comes through the socket pair.
             signal.signal(number, lambda _number, _frame: None)
 
     def wake(self) -> None:
-        """Let the timer look anew: something is due sooner than it knows. Never waits."""
+        """Call `tick` now, since something is due sooner than it said. Never waits."""
         self._post(_WAKE)
 
     def stop(self) -> None:
@@ -79,7 +78,8 @@ class Timer:
     def _post(self, code: int) -> None:
         pair = self._pair
         if pair is not None:
-            with contextlib.suppress(OSError):  # Full: it is awake. Closed: it has ended.
+            # A full pair wakes the thread anyway; a closed one has no thread any more.
+            with contextlib.suppress(OSError):
                 pair[1].send(bytes((code,)))
 
     def _run(self) -> None:

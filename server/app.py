@@ -14,6 +14,7 @@ from flask import Flask, Response, g, jsonify, request
 from flask_sock import Sock
 from werkzeug.exceptions import HTTPException
 
+from http_network_relay.wire.codes import Code
 from http_network_relay.wire.constants import (
     CLIENTS_PATH,
     INSTANCE_HEADER,
@@ -23,7 +24,7 @@ from http_network_relay.wire.constants import (
     TUNNEL_HEADER,
     USERS_PATH,
 )
-from http_network_relay.wire.errors import ConfigError, HttpRefusal
+from http_network_relay.wire.errors import ConfigError, Refused
 from server.access.credentials import Login
 from server.access.file_watch import FileWatch
 from server.config import Config
@@ -102,7 +103,7 @@ def build_app(relay: Relay) -> Flask:
     @app.get("/healthz")
     def healthz() -> Response:
         if relay.is_draining:
-            raise HttpRefusal("server_restart", "the relay restarts")
+            raise Refused("server_restart", "the relay restarts")
         return jsonify(status="ok")
 
     def serve(ws: Any) -> None:
@@ -110,7 +111,7 @@ def build_app(relay: Relay) -> Flask:
 
     for path in (CLIENTS_PATH, USERS_PATH):
         sock.route(path, endpoint=path)(serve)
-    app.register_error_handler(HttpRefusal, functools.partial(_refusal_response, relay))
+    app.register_error_handler(Refused, functools.partial(_refusal_response, relay))
     app.register_error_handler(HTTPException, _http_error_response)
     return app
 
@@ -128,7 +129,7 @@ def _check_upgrade(relay: Relay, peer: str) -> None:
         and _WEBSOCKET_KEY.fullmatch(header("Sec-WebSocket-Key", "")) is not None
     )
     if not is_upgrade:
-        raise HttpRefusal(
+        raise Refused(
             "bad_request",
             "this path takes WebSocket upgrades (version 13) over HTTP/1.1 only; if a proxy "
             "stands before the relay, let it pass Upgrade and Connection on",
@@ -137,9 +138,7 @@ def _check_upgrade(relay: Relay, peer: str) -> None:
     offered = [name.strip() for name in header("Sec-WebSocket-Protocol", "").split(",")]
     if SUBPROTOCOL not in offered:
         side = "relay" if any(map(_NEWER_SUBPROTOCOL.fullmatch, offered)) else peer
-        raise HttpRefusal(
-            "version_unsupported", f"the relay speaks {SUBPROTOCOL}: upgrade the {side}"
-        )
+        raise Refused("version_unsupported", f"the relay speaks {SUBPROTOCOL}: upgrade the {side}")
 
 
 def _authorization(scheme: str) -> str:
@@ -156,7 +155,7 @@ def _authenticate_client(relay: Relay) -> Login:
     login = relay.credentials.login_client(name, secret)
     if login is None:
         message = "the client's name or secret is wrong"
-        raise relay.guard.failed_login("client", name, _address(relay), message)
+        raise relay.policy.failed_login("client", name, _address(relay), message)
     return login
 
 
@@ -164,24 +163,24 @@ def _authenticate_user(relay: Relay) -> Login:
     login = relay.credentials.login_user(_authorization("bearer"))
     if login is None:
         message = "the proxy user's token is wrong"
-        raise relay.guard.failed_login("user", "", _address(relay), message)
+        raise relay.policy.failed_login("user", "", _address(relay), message)
     return login
 
 
 def _id_header(header: str) -> str:
     value = request.headers.get(header, "")
     if not _ID.fullmatch(value):
-        raise HttpRefusal("bad_request", f"{header} must be 32 lower-case hex digits")
+        raise Refused("bad_request", f"{header} must be 32 lower-case hex digits")
     return value
 
 
 def _address(relay: Relay) -> str:
     """Return the address that the request comes from; a trusted proxy may name it."""
-    return relay.guard.address(request.remote_addr, request.headers.get("X-Forwarded-For", ""))
+    return relay.policy.address(request.remote_addr, request.headers.get("X-Forwarded-For", ""))
 
 
-def _refusal_response(relay: Relay, error: HttpRefusal) -> Response:
-    answer = error.answer
+def _refusal_response(relay: Relay, error: Refused) -> Response:
+    row = Code(error.code)
     # Failed logins have a line of their own.
     if error.code not in ("unauthorized", "too_many"):
         # A full relay is for its operator to see; the rest is the peer's business.
@@ -189,9 +188,9 @@ def _refusal_response(relay: Relay, error: HttpRefusal) -> Response:
         path, address = request.path, _address(relay)
         _log.log(level, "request refused code=%s path=%s address=%s", error.code, path, address)
     response: Response = jsonify(code=error.code, message=error.message)
-    response.status_code = answer.status
-    if answer.retry_after_s is not None:
-        response.headers["Retry-After"] = str(answer.retry_after_s)
+    response.status_code = row.http_status
+    if row.retry_after_s:
+        response.headers["Retry-After"] = str(row.retry_after_s)
     if error.code == "unauthorized":
         scheme = "Basic" if request.path == CLIENTS_PATH else "Bearer"
         response.headers["WWW-Authenticate"] = f'{scheme} realm="relay"'

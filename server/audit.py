@@ -24,6 +24,7 @@ from typing import Any
 
 from server.log_paths import STDOUT
 from server.logs import ROOT_NAME
+from server.service_thread import ServiceThread
 
 _log = logging.getLogger(f"{ROOT_NAME}.audit")
 
@@ -44,10 +45,12 @@ def utc_now() -> str:
     return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-class AuditLog:
+class AuditLog(ServiceThread):
     """Writes events to `path` (`-`: stdout; empty: nowhere)."""
 
     def __init__(self, path: str, *, max_waiting: int = MAX_WAITING) -> None:
+        # A daemon: a disk that blocks cannot be woken, and must not keep the process alive.
+        super().__init__("audit:writer", is_daemon=True)
         self._path = path
         self._max_waiting = max_waiting
         # SimpleQueue.put is one step of the interpreter: the timer may come in here.
@@ -56,8 +59,6 @@ class AuditLog:
         # the interpreter too, where += would be two.
         self._losses = count(1)
         self._is_stopped = threading.Event()
-        # A daemon: a disk that blocks cannot be woken, and must not keep the process alive.
-        self._thread = threading.Thread(target=self._run, name="audit:writer", daemon=True)
         # The writer's own from here on.
         self._fd = -1
         # The line being written, and what a short write has left of it.
@@ -74,9 +75,8 @@ class AuditLog:
         return bool(self._path)
 
     def start(self) -> None:
-        """Start the writer; in the worker process, after any fork. stop() and join() end it."""
         if self.is_on:
-            self._thread.start()
+            super().start()
 
     def put(self, event: str, **fields: Any) -> None:
         """Queue one event, with the time as it is now. Never waits."""
@@ -91,11 +91,6 @@ class AuditLog:
         """Let the writer end behind what is queued, as far as it can be written at once."""
         self._is_stopped.set()
         self._queue.put(None)
-
-    def join(self, timeout_s: float) -> None:
-        """Wait until it has ended."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
 
     # The writer's thread.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from http_network_relay.wire.codes import CLOSE_REPLACED_BY_OTHER, CLOSE_REPLACED_BY_SELF
-from http_network_relay.wire.errors import HttpRefusal
+from http_network_relay.wire.errors import Refused
 from server.access.credentials import Login
 
 # Of the slots, at most this part goes to clients: a fleet must not lock the users out.
@@ -72,7 +72,7 @@ class Registry(Generic[LegT]):
     ) -> tuple[Slot[LegT], Slot[LegT] | None]:
         """Return a slot, and the older slot that it takes the place of, if any.
 
-        The caller ends the older slot's leg with its `close_code`. Raises HttpRefusal.
+        The caller ends the older slot's leg with its `close_code`. Raises Refused.
         """
         name = login.name
         new: Slot[LegT] = Slot(login, address, instance)
@@ -82,7 +82,7 @@ class Registry(Generic[LegT]):
             if old is None:
                 self._check_room_locked()
                 if len(self._clients) >= self.clients_at_most:
-                    raise HttpRefusal("busy", "the relay has no room for another client")
+                    raise Refused("busy", "the relay has no room for another client")
             else:
                 same = old.instance == instance
                 old.close_code = CLOSE_REPLACED_BY_SELF if same else CLOSE_REPLACED_BY_OTHER
@@ -96,7 +96,7 @@ class Registry(Generic[LegT]):
     ) -> tuple[Slot[LegT], list[Slot[LegT]]]:
         """Return a slot, and the older ones of this user and tunnel that it takes the place of.
 
-        The caller ends the older slots' legs. Raises HttpRefusal.
+        The caller ends the older slots' legs. Raises Refused.
         """
         new: Slot[LegT] = Slot(login, address, tunnel_id=tunnel_id)
         with self._lock:
@@ -154,11 +154,11 @@ class Registry(Generic[LegT]):
 
     def _check_draining_locked(self) -> None:
         if self._is_draining:
-            raise HttpRefusal("server_restart", "the relay restarts; try again")
+            raise Refused("server_restart", "the relay restarts; try again")
 
     def _check_room_locked(self) -> None:
         if len(self._slots) >= self._capacity:
-            raise HttpRefusal("busy", "the relay has no free slot; try again later")
+            raise Refused("busy", "the relay has no free slot; try again later")
 
 
 def _is_same_tunnel(old: Slot[LegT], new: Slot[LegT]) -> bool:

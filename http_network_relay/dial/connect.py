@@ -1,8 +1,7 @@
 """Dials: names, staggered addresses, HTTP CONNECT proxies and TLS, under one deadline.
 
-websocket-client's own connect is not used: it has a timeout for each read, tries one
-address, sends secrets to where a redirect points, and reads proxy settings loosely.
-A deadline is a time of time.monotonic(), made once and passed down.
+websocket-client's own connect is not used: its timeout is for one read, a dead first address
+fails the dial, a redirect gets the secrets, and NO_PROXY is matched loosely.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from http_network_relay.dial.deadline import STAGGER_S, check_going_on, slice_s, wait_until
+from http_network_relay.dial.deadline import STAGGER_S, Deadline
 from http_network_relay.dial.endpoint import Endpoint
 from http_network_relay.dial.http_proxy import connect_through, proxy_for
 from http_network_relay.dial.names import resolve
@@ -26,16 +25,15 @@ from http_network_relay.wire.errors import DialError, RelayError
 def dial_tcp(
     host: str,
     port: int,
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
+    deadline: Deadline,
     allows: Callable[[str], bool] = lambda _: True,
 ) -> socket.socket:
-    """Connect to the first address that answers; the socket comes back blocking.
+    """Return a blocking socket, connected to the first address that answers.
 
-    A new address is tried every 250 ms, or at once when one fails. `is_cancelled` is
-    asked as often. `allows` says of each address whether it may be dialled. Raises DialError.
+    Another address is tried every 250 ms, or at once when one fails. `allows` says whether an
+    address may be dialled. Raises DialError.
     """
-    found = resolve(host, port, deadline, is_cancelled)
+    found = resolve(host, port, deadline)
     infos = [info for info in found if allows(info[4][0])]
     if found and not infos:
         raise DialError("denied", f"the client does not dial {host}:{port}")
@@ -44,7 +42,7 @@ def dial_tcp(
     with selectors.DefaultSelector() as selector:
         try:
             while True:
-                check_going_on(f"{host}:{port} did not answer", deadline, is_cancelled)
+                deadline.check(f"{host}:{port} did not answer")
                 now = time.monotonic()
                 pending = len(selector.get_map())
                 if not infos and not pending:
@@ -53,7 +51,7 @@ def dial_tcp(
                     error = _begin(infos.pop(0), selector)
                     last, next_at = error or last, 0.0 if error else now + STAGGER_S
                     continue
-                for key, _ in selector.select(slice_s(deadline)):
+                for key, _ in selector.select(deadline.slice_s()):
                     sock: socket.socket = key.fileobj  # type: ignore[assignment]
                     selector.unregister(sock)
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -68,7 +66,7 @@ def dial_tcp(
 
 
 def _begin(info: Any, selector: selectors.BaseSelector) -> OSError | None:
-    """Start a connect; return why it could not even start."""
+    """Begin to connect, and register the socket; return the error of a failed beginning."""
     family, kind, protocol, _, address = info
     try:
         sock = socket.socket(family, kind, protocol)
@@ -88,10 +86,10 @@ def _begin(info: Any, selector: selectors.BaseSelector) -> OSError | None:
 
 def _set_options(sock: socket.socket) -> None:
     sock.setblocking(True)
-    # macOS refuses options on a socket that the peer has reset already; its first use tells.
+    # macOS refuses options on a socket that the peer has reset; the first read fails then.
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A host that vanished without a word ends its connection after about two minutes.
+        # A connection to a host that has vanished ends after about two minutes.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
             if hasattr(socket, name):
@@ -112,25 +110,26 @@ def dial_server(
     endpoint: Endpoint,
     context: ssl.SSLContext | None,
     environ: Mapping[str, str],
-    deadline: float,
-    is_cancelled: Callable[[], bool] = lambda: False,
+    deadline: Deadline,
 ) -> socket.socket:
-    """Return a connected, non-blocking socket, TLS done if the URL says so."""
+    """Return a connected, non-blocking socket, after the TLS handshake if the URL asks for TLS.
+
+    Raises RelayError.
+    """
     proxy = proxy_for(endpoint, environ)
     host, port = (proxy.host, proxy.port) if proxy else (endpoint.host, endpoint.port)
     what = "the HTTP proxy" if proxy else "the server"
     try:
-        sock = dial_tcp(host, port, deadline, is_cancelled)
+        sock = dial_tcp(host, port, deadline)
     except DialError as exc:
         code = "proxy_failed" if proxy else "server_unreachable"
         raise RelayError(code, f"cannot reach {what}: {exc}") from exc
     try:
         sock.setblocking(False)
         if proxy:
-            connect_through(sock, proxy, endpoint, deadline, is_cancelled)
+            connect_through(sock, proxy, endpoint, deadline)
         if endpoint.is_tls:
-            context = context or make_context(None)
-            sock = _start_tls(sock, endpoint, context, deadline, is_cancelled)
+            sock = _start_tls(sock, endpoint, context or make_context(None), deadline)
     except BaseException:
         sock.close()
         raise
@@ -138,7 +137,7 @@ def dial_server(
 
 
 def make_context(ca_file: str | None) -> ssl.SSLContext:
-    """Return a context that verifies, always; `ca_file` adds a private CA."""
+    """Return a context that always verifies; `ca_file` adds a private CA. Raises RelayError."""
     context = ssl.create_default_context()
     if ca_file is not None:
         try:
@@ -150,10 +149,9 @@ def make_context(ca_file: str | None) -> ssl.SSLContext:
 
 
 def source_address(peer: Any) -> str | None:
-    """Return the address from which this machine reaches `peer` now; None: not at all.
+    """Return the local address of the route to `peer`, a getpeername(); None without a route.
 
-    `peer` is as of getpeername(). No packet is sent and nothing waits: the kernel looks
-    into its routes.
+    No packet is sent, and nothing waits: the kernel looks into its routes.
     """
     family = socket.AF_INET if len(peer) == 2 else socket.AF_INET6
     try:
@@ -165,16 +163,13 @@ def source_address(peer: Any) -> str | None:
 
 
 def _start_tls(
-    sock: socket.socket,
-    endpoint: Endpoint,
-    context: ssl.SSLContext,
-    deadline: float,
-    is_cancelled: Callable[[], bool],
+    sock: socket.socket, endpoint: Endpoint, context: ssl.SSLContext, deadline: Deadline
 ) -> ssl.SSLSocket:
     what = f"TLS with {endpoint.host}:{endpoint.port}"
     tls: socket.socket = sock
     try:
-        sock.getpeername()  # Wrapping fails too if the peer has reset it, but leaves its mess.
+        # After a reset, wrap_socket() fails too, but leaves a socket open.
+        sock.getpeername()
         tls = context.wrap_socket(
             sock, server_hostname=endpoint.host, do_handshake_on_connect=False
         )
@@ -182,9 +177,9 @@ def _start_tls(
             try:
                 tls.do_handshake()
             except ssl.SSLWantReadError:
-                wait_until(tls, deadline, is_cancelled, write=False, what=what)
+                deadline.wait_ready(tls, write=False, what=what)
             except ssl.SSLWantWriteError:
-                wait_until(tls, deadline, is_cancelled, write=True, what=what)
+                deadline.wait_ready(tls, write=True, what=what)
             else:
                 return tls
     except ssl.SSLCertVerificationError as exc:
@@ -194,7 +189,8 @@ def _start_tls(
             f"the certificate of {endpoint.host} is not trusted ({exc.verify_message});"
             " a private CA is added with --ca-file",
         ) from exc
-    except (OSError, ValueError) as exc:  # ValueError: a name that cannot be in a certificate.
+    # ValueError: a name that no certificate can have.
+    except (OSError, ValueError) as exc:
         tls.close()
         reason = getattr(exc, "strerror", None) or exc
         raise RelayError("tls_failed", f"{what} failed: {reason}; check --server-url") from exc

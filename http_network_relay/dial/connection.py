@@ -21,14 +21,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from http_network_relay.dial.connect import dial_server, source_address
-from http_network_relay.dial.deadline import wait_until
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.dial.endpoint import Endpoint
 from http_network_relay.dial.http_proxy import printable
 from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.leg.frame_reader import FrameReader
 from http_network_relay.leg.frame_sender import FrameSender
-from http_network_relay.leg.send_queue import Frame, SendQueue
-from http_network_relay.wire.codes import CLOSE_RESTART, CLOSE_TOO_BIG, ERRORS
+from http_network_relay.leg.message_reader import MessageReader
+from http_network_relay.leg.send_queue import Frame
+from http_network_relay.wire.codes import CLOSE_RESTART, CLOSE_TOO_BIG, Code, find_code
 from http_network_relay.wire.constants import (
     FLUSH_S,
     MASK_HEADER,
@@ -36,7 +37,6 @@ from http_network_relay.wire.constants import (
     MAX_MESSAGE_BYTES,
     OP_CLOSE,
     OP_PING,
-    OP_PONG,
     RELAY_HEADER,
     SILENCE_INTERVALS,
     SUBPROTOCOL,
@@ -53,9 +53,6 @@ _AFTER_SLEEP_S = 3.0
 # How often to look whether the way to the server goes out by another address.
 _LOOK_S = 2.0
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
-_OP_CONTINUATION = 0x0
-# RFC 6455, 5.5; the library does not look.
-_MAX_PING_BYTES = 125
 # A `Retry-After` counts up to here: a typo must not park a client for years.
 _MAX_RETRY_AFTER_S = 300.0
 
@@ -90,15 +87,9 @@ class _HandshakeSocket:
     of a refusal can be read with every version of the library.
     """
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        deadline: float,
-        is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
         self._sock = sock
         self._deadline = deadline
-        self._is_cancelled = is_cancelled
         self._taken = 0
         self.buffer = b""
 
@@ -117,7 +108,7 @@ class _HandshakeSocket:
                 # Small: the library takes it byte by byte, and each takes the rest along.
                 self.buffer = self._sock.recv(4096)
             except (BlockingIOError, ssl.SSLWantReadError):
-                self._wait(write=False)
+                self._deadline.wait_ready(self._sock, write=False, what="the server")
             else:
                 if not self.buffer:
                     return b""
@@ -132,11 +123,7 @@ class _HandshakeSocket:
             try:
                 return self._sock.send(data)
             except (BlockingIOError, ssl.SSLWantWriteError):
-                self._wait(write=True)
-
-    def _wait(self, *, write: bool) -> None:
-        what = "the server"
-        wait_until(self._sock, self._deadline, self._is_cancelled, write=write, what=what)
+                self._deadline.wait_ready(self._sock, write=True, what="the server")
 
 
 def connect(
@@ -150,9 +137,9 @@ def connect(
 ) -> Connection:
     """Dial, upgrade and return the leg; raises RelayError, within 20 s."""
     library = websocket_client()
-    deadline = time.monotonic() + DIAL_SERVER_S
-    sock = dial_server(endpoint, context, environ, deadline, is_cancelled)
-    shim = _HandshakeSocket(sock, deadline, is_cancelled)
+    deadline = Deadline(DIAL_SERVER_S, is_cancelled)
+    sock = dial_server(endpoint, context, environ, deadline)
+    shim = _HandshakeSocket(sock, deadline)
     # Nobody on the way can read what is masked; so it need not be, if the server agrees.
     is_here = endpoint.is_loopback and _far_peer(sock) is None  # And by no proxy elsewhere.
     asks_for_zero = endpoint.is_tls or is_here
@@ -263,7 +250,7 @@ def _refusal(
         code, message = str(told["code"]), printable(str(told["message"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         code, message = "", f"it answered {status}"
-    if code not in ERRORS or code == "internal_error":  # Of the server, not of the tunnel.
+    if find_code(code) in (None, Code.INTERNAL_ERROR):  # Of the server, not of the tunnel.
         by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
         code = by_status.get(status, "busy" if status in (429, 503) else "server_failed")
     retry_after_s = _number(headers.get("retry-after", ""))
@@ -297,18 +284,15 @@ class Connection:
         ping_interval_s: float,
         make_key: Callable[[], bytes] = _random_key,
     ) -> None:
-        self.outbox = SendQueue()
+        self.outbox = FrameSender(make_key)
         self._library = library
         self._duplex = DuplexSocket(sock)
-        self._outlet = FrameSender(self.outbox, self._duplex, self.abort, make_key)
         self._reader = FrameReader(self._duplex, begun, is_masked=False)
         self._frames = library.frame_buffer(None, True)
         # The library reads by this one method; ours bounds a frame.
         self._frames.recv_strict = self._read_exactly
-        self._parts = bytearray()  # Of a message in fragments.
-        self._parts_opcode = 0
+        self._messages = MessageReader(self._reader, self.outbox, self._read_odd)
         self._writer: threading.Thread | None = None
-        self._says_goodbye = False  # A close waits in the outbox, or was sent.
         self._ping_interval_s = ping_interval_s
         # The timer's own.
         self._ping_at = time.monotonic() + ping_interval_s
@@ -324,63 +308,23 @@ class Connection:
 
     def start(self, name: str) -> None:
         """Start the writer thread; stop() joins it."""
+        self.outbox.start(self._duplex)
         writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
         writer.start()  # May fail on a machine out of threads; stop() joins what runs.
         self._writer = writer
-        self._outlet.start()
 
     # The reader.
 
     def receive(self, on_pause: Callable[[], None] | None = None) -> tuple[int, Any]:
-        """Wait for the next message: (OP_TEXT or OP_BINARY, payload), or (OP_CLOSE, code).
+        """As MessageReader.receive()."""
+        return self._messages.receive(on_pause)
 
-        A lost connection is a close without a code (1006). Calls `on_pause`, if given, when
-        nothing comes for PAUSE_S. Raises LegError.
-        """
-        while True:
-            try:
-                opcode, payload, is_last = self._next_frame(on_pause)
-            except (OSError, EOFError):
-                return OP_CLOSE, 1006
-            except self._library.WebSocketException as exc:
-                raise LegError(f"bad frame from the server: {exc}") from exc
-            if opcode == OP_PING:
-                if len(payload) > _MAX_PING_BYTES:
-                    raise LegError("a ping is too long")
-                self.outbox.put_leg("pong", Frame(OP_PONG, b"", payload))
-                self.outbox.push()
-            elif opcode == OP_CLOSE:
-                self._says_goodbye = True
-                self.outbox.close(Frame(OP_CLOSE, b"", payload[:2]), flush=False)
-                return OP_CLOSE, int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
-            elif opcode != OP_PONG:
-                message = self._assemble(opcode, payload, is_last=is_last)
-                if message is not None:
-                    return message
-
-    def _next_frame(self, on_pause: Callable[[], None] | None) -> tuple[int, Any, bool]:
-        taken = self._reader.read_message(on_pause)
-        if taken is not None:
-            return *taken, True
-        frame = self._frames.recv_frame()
+    def _read_odd(self) -> tuple[int, Any, bool]:
+        try:
+            frame = self._frames.recv_frame()
+        except self._library.WebSocketException as exc:
+            raise LegError(f"bad frame from the server: {exc}") from exc
         return frame.opcode, frame.data, bool(frame.fin)
-
-    def _assemble(self, opcode: int, payload: Any, *, is_last: bool) -> tuple[int, Any] | None:
-        """Put fragments together; some proxies make them."""
-        if (opcode == _OP_CONTINUATION) != bool(self._parts_opcode):
-            raise LegError("a fragment out of place")
-        if opcode != _OP_CONTINUATION:
-            if is_last:
-                return opcode, payload
-            self._parts_opcode = opcode
-        self._parts += payload
-        if len(self._parts) > MAX_MESSAGE_BYTES:
-            raise LegError("a message is too long", CLOSE_TOO_BIG)
-        if not is_last:
-            return None
-        message = (self._parts_opcode, bytes(self._parts))
-        self._parts, self._parts_opcode = bytearray(), 0
-        return message
 
     def _read_exactly(self, size: int) -> bytes:
         if size > MAX_MESSAGE_BYTES:
@@ -397,7 +341,7 @@ class Connection:
 
     def _write(self) -> None:
         try:
-            self._outlet.run()
+            self.outbox.run()
         except OSError:
             # The reader sees the same loss and tells.
             self.abort()
@@ -455,7 +399,6 @@ class Connection:
         The caller wakes the timer, whose clock it is.
         """
         payload = struct.pack("!H", code) + reason.encode("ascii", "replace")[:120]
-        self._says_goodbye = True
         self._abort_at = min(self._abort_at, time.monotonic() + FLUSH_S)
         self.outbox.close(Frame(OP_CLOSE, b"", payload), flush=flush)
 
@@ -465,12 +408,11 @@ class Connection:
 
     def stop(self) -> None:
         """End the writer, join it and free the socket. By the reader, or after it ended."""
-        if self._writer is not None and self._says_goodbye:
+        if self._writer is not None and self.outbox.is_closing:
             # So that the peer reads why. The writer ends by itself behind the close.
             self._writer.join(FLUSH_S)
-        self.outbox.stop()
         self.abort()
+        self.outbox.stop()
         if self._writer is not None:
             self._writer.join()
-        self._outlet.stop()
         self._duplex.close()

@@ -1,4 +1,4 @@
-"""Where the server is: the parsed --server-url."""
+"""The server's address: the parsed --server-url."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from http_network_relay.wire.errors import RelayError
 
 
 class Endpoint(NamedTuple):
-    """Where a server is: what --server-url says."""
+    """A server's address, and the path and query of its WebSocket."""
 
     is_tls: bool
     host: str
@@ -36,14 +36,17 @@ class Endpoint(NamedTuple):
 
 
 def parse_server_url(url: str, default_path: str) -> Endpoint:
-    """Read ws, wss, http and https URLs; one without a path gets `default_path`."""
+    """Read a ws, wss, http or https URL; a URL without a path gets `default_path`.
+
+    Raises RelayError.
+    """
     try:
         parts = urlsplit(url)
         port = parts.port
-        # What getaddrinfo and TLS will do to it; `.example` and `a..b` fail there.
+        # getaddrinfo and TLS encode the name too; `.example` and `a..b` would fail there.
         encode_name(parts.hostname or "")
     except ValueError as exc:
-        # Not the URL itself: somebody may have put a password into it.
+        # The message omits the URL, which may hold a password.
         raise RelayError("usage", "--server-url is not a URL: look at its host and port") from exc
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     if scheme not in ("ws", "wss") or not parts.hostname:

@@ -1,4 +1,4 @@
-"""HTTP CONNECT proxies: which one the environment names, and the way through it."""
+"""HTTP CONNECT proxies: which proxy the environment names, and the way through it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import contextlib
 import ipaddress
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from http_network_relay.dial.deadline import wait_until
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.dial.endpoint import Endpoint
 from http_network_relay.dial.names import parse_address
 from http_network_relay.wire.errors import RelayError
 
-# A proxy's answer to CONNECT.
+# The head of a proxy's answer to CONNECT.
 _MAX_HEAD_BYTES = 16 * 1024
 
 
@@ -29,11 +29,10 @@ class Proxy(NamedTuple):
 
 
 def proxy_for(endpoint: Endpoint, environ: Mapping[str, str]) -> Proxy | None:
-    """Return the HTTP proxy that the environment names for this server, if any."""
+    """Return the proxy for this server. Raises RelayError for one that cannot be used."""
     names = ("https_proxy", "HTTPS_PROXY") if endpoint.is_tls else ("http_proxy", "HTTP_PROXY")
     for name in (*names, "all_proxy", "ALL_PROXY"):
-        value = environ.get(name, "").strip()
-        if value:
+        if value := environ.get(name, "").strip():
             break
     else:
         return None
@@ -52,19 +51,18 @@ def proxy_for(endpoint: Endpoint, environ: Mapping[str, str]) -> Proxy | None:
     authorization = None
     if parts.username is not None:
         pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        # As it stands in the environment, UTF-8 or not.
-        authorization = (
-            "Basic " + base64.b64encode(pair.encode("utf-8", "surrogateescape")).decode()
-        )
+        # The environment's own bytes, which need not be UTF-8.
+        encoded = base64.b64encode(pair.encode("utf-8", "surrogateescape"))
+        authorization = f"Basic {encoded.decode()}"
     return Proxy(host, port or 80, authorization)
 
 
 def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
-    """Whether NO_PROXY names this host, read exactly.
+    """Whether NO_PROXY names this host.
 
-    `example.com` and `.example.com` stand for the name and what is below it, never for
-    notexample.com; an address for itself; a network in CIDR form for its addresses;
-    `host:port` for that port; `*` for all.
+    `example.com` and `.example.com` mean the name and its subdomains, never notexample.com.
+    An address means itself, a network in CIDR form its addresses, `host:port` one port,
+    `*` every host.
     """
     host = host.lower().rstrip(".")
     address = parse_address(host)
@@ -87,32 +85,25 @@ def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
 
 def _split_port(entry: str) -> tuple[str, int | None]:
     """Split `host:port` and `[v6]:port`; an IPv6 literal alone has no port."""
-    if entry.startswith("["):
-        name, _, rest = entry[1:].partition("]")
-    elif entry.count(":") == 1:
-        name, _, rest = entry.partition(":")
-        rest = f":{rest}"
-    else:
+    found = re.fullmatch(r"\[([^]]*)]?(.*)|([^:]*)(:[^:]*)", entry)
+    if found is None:
         return entry, None
-    if rest in ("", ":"):
+    name, port = found[1] or found[3] or "", found[2] or found[4] or ":"
+    if port == ":":
         return name, None
-    # What is no port is the port of nobody.
-    return name, int(rest[1:]) if re.fullmatch(r":[0-9]{1,5}", rest) else -1
+    # -1 is no server's port: a malformed entry matches nothing.
+    return name, int(port[1:]) if re.fullmatch(r":[0-9]{1,5}", port) else -1
 
 
 def printable(text: str) -> str:
-    """Nothing from the network may move a terminal's cursor or fill it."""
+    """Return at most 300 characters of a peer's text, none of which moves a cursor."""
     return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
 def connect_through(
-    sock: socket.socket,
-    proxy: Proxy,
-    endpoint: Endpoint,
-    deadline: float,
-    is_cancelled: Callable[[], bool],
+    sock: socket.socket, proxy: Proxy, endpoint: Endpoint, deadline: Deadline
 ) -> None:
-    """Ask the proxy for a way to the server (RFC 9110, 9.3.6)."""
+    """Ask the proxy for a way to the server (RFC 9110, 9.3.6). Raises RelayError."""
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
     lines = [f"CONNECT {host}:{endpoint.port} HTTP/1.1", f"Host: {host}:{endpoint.port}"]
     if proxy.authorization:
@@ -121,12 +112,12 @@ def connect_through(
     request = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii", "replace")
     head = b""
     try:
-        wait_until(sock, deadline, is_cancelled, write=True, what=what)
-        sock.send(request)  # Fits into an empty send buffer whole.
-        while b"\r\n\r\n" not in head:
-            wait_until(sock, deadline, is_cancelled, write=False, what=what)
-            # One byte at a time past the end would eat the server's first bytes.
-            piece = sock.recv(_head_step(head))
+        deadline.wait_ready(sock, write=True, what=what)
+        sock.send(request)  # An empty send buffer takes the whole request.
+        while not head.endswith(b"\r\n\r\n"):
+            deadline.wait_ready(sock, write=False, what=what)
+            # One byte at a time: the server's own bytes follow the head.
+            piece = sock.recv(1)
             if not piece or len(head) > _MAX_HEAD_BYTES:
                 raise RelayError("proxy_failed", f"{what} ended the connection")
             head += piece
@@ -136,11 +127,3 @@ def connect_through(
     if len(status) < 2 or not status[0].startswith("HTTP/1.") or not status[1].startswith("2"):
         said = printable(" ".join(status[1:])) or "something that is not HTTP"
         raise RelayError("proxy_failed", f"{what} answered {said} to CONNECT {host}")
-
-
-def _head_step(head: bytes) -> int:
-    """Return how many bytes can be read without passing the blank line at the end."""
-    for have in (3, 2, 1):
-        if head.endswith(b"\r\n\r\n"[:have]):
-            return 4 - have
-    return 4

@@ -1,29 +1,27 @@
-"""Name lookups: bounded daemon threads inside a deadline."""
+"""Name lookups within a deadline, in a bounded number of daemon threads."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
 import threading
-from collections.abc import Callable
 from typing import Any
 
-from http_network_relay.dial.deadline import check_going_on, slice_s
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.wire.errors import DialError
 
-# Name lookups cannot be interrupted, so they run in daemon threads; this many at most.
+# The most lookups at a time. A lookup that hangs keeps its thread and its slot.
 _lookup_slots = threading.BoundedSemaphore(32)
 
 
-def resolve(
-    host: str, port: int, deadline: float, is_cancelled: Callable[[], bool] = lambda: False
-) -> list[Any]:
-    """Return getaddrinfo's answers by turns of family. Raises DialError."""
+def resolve(host: str, port: int, deadline: Deadline) -> list[Any]:
+    """Return getaddrinfo's answers, the address families in turns. Raises DialError."""
     if parse_address(host.strip("[]")) is not None:
-        # No lookup: an address must not wait behind names that hang.
+        # No lookup: an address must not wait for a slot behind names that hang.
         return _by_turns(_look_up(host, port))
-    while not _lookup_slots.acquire(timeout=slice_s(deadline)):
-        check_going_on(f"the name {host} could not be looked up", deadline, is_cancelled)
+    failure = f"the name {host} could not be looked up"
+    while not _lookup_slots.acquire(timeout=deadline.slice_s()):
+        deadline.check(failure)
     answers: list[Any] = []
     is_done = threading.Event()
 
@@ -36,15 +34,15 @@ def resolve(
             _lookup_slots.release()
             is_done.set()
 
-    # Daemon: getaddrinfo has no timeout and nothing can wake it.
+    # A daemon: getaddrinfo has no timeout, and nothing can wake the thread.
     thread = threading.Thread(target=look_up, name=f"lookup:{host}", daemon=True)
     try:
         thread.start()
     except RuntimeError:
         _lookup_slots.release()
         raise
-    while not is_done.wait(slice_s(deadline)):
-        check_going_on(f"the name {host} could not be looked up", deadline, is_cancelled)
+    while not is_done.wait(deadline.slice_s()):
+        deadline.check(failure)
     (answer,) = answers
     if isinstance(answer, Exception):
         reason = getattr(answer, "strerror", None) or answer
@@ -53,13 +51,13 @@ def resolve(
 
 
 def _look_up(host: str, port: int) -> list[Any]:
-    # An IPv6 literal may come in brackets, as it stands in a URL.
+    # The brackets of an IPv6 literal are the URL's.
     name = encode_name(host.strip("[]"))
     return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
 
 
 def _by_turns(infos: list[Any]) -> list[Any]:
-    """Alternate the families, first family first (RFC 8305, 4)."""
+    """Alternate the families, beginning with the first answer's (RFC 8305, 4)."""
     families: dict[int, list[Any]] = {}
     for info in infos:
         families.setdefault(info[0], []).append(info)
@@ -77,9 +75,9 @@ def parse_address(text: str) -> Any:
 
 
 def encode_name(name: str) -> bytes:
-    """As Python's sockets do; to import the IDNA codec for every name takes a start 1 ms.
+    """Encode as Python's sockets do. Raises UnicodeError for a text that is no name.
 
-    Raises UnicodeError for what is no name.
+    The IDNA codec is for other names than plain ones: its import costs a start 1 ms.
     """
     labels = name.removesuffix(".").split(".")
     is_plain = name.isascii() and all(0 < len(label) < 64 for label in labels)

@@ -4,45 +4,52 @@ from __future__ import annotations
 
 from typing import Any
 
-from http_network_relay.end.stream import Ack
-from http_network_relay.leg.send_queue import Frame, SendQueue
-from http_network_relay.wire.codes import ENDS_IN_TURN
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.send_queue import Frame
+from http_network_relay.wire.codes import takes_turn
 from http_network_relay.wire.constants import OP_TEXT
-from http_network_relay.wire.controls import encode_channel, encode_control
+from http_network_relay.wire.controls import (
+    Ack,
+    Control,
+    Eof,
+    Reset,
+    encode_channel,
+    encode_control,
+)
 from http_network_relay.wire.errors import RelayError
 
 
-class Link:
-    """A channel of one leg, as the end of a tunnel uses it. Its identity is what counts.
+class Channel:
+    """One channel of one leg, as the end of a tunnel uses it. Compared by identity.
 
-    `channel` 0 is a user leg's only tunnel. Any thread; it only puts into the outbox.
+    A user leg has one channel, with `channel_id` 0. Any thread; every put_... only queues.
     """
 
-    def __init__(self, outbox: SendQueue, channel: int = 0) -> None:
+    def __init__(self, outbox: FrameSender, channel_id: int = 0) -> None:
         self.outbox = outbox
-        self.channel = channel
-        self._head = encode_channel(channel) if channel else b""
+        self.channel_id = channel_id
+        self._head = encode_channel(channel_id) if channel_id else b""
 
-    def put_first(self, kind: str, **fields: Any) -> None:
+    def put_first(self, control: Control) -> None:
         """Send the channel's first message."""
-        self.outbox.put_first(self.channel, self._text(kind, **fields))
+        self.outbox.put_first(self.channel_id, self._text(control))
 
     def put_data(self, data: Any) -> None:
         """Send stream bytes, with the next push()."""
-        self.outbox.put_data_now(self.channel, self._head, data)
+        self.outbox.put_data_now(self.channel_id, self._head, data)
 
     def put_ack(self, ack: Ack) -> None:
         """Send an ack, with the next push()."""
-        self.outbox.put_ack(self.channel, self._text("ack", **ack._asdict()))
+        self.outbox.put_ack(self.channel_id, self._text(ack))
 
     def put_eof(self, count: int) -> None:
         """Send an eof, behind the data."""
-        self.outbox.put_eof(self.channel, self._text("eof", count=count))
+        self.outbox.put_eof(self.channel_id, self._text(Eof(count)))
 
     def put_reset(self, error: RelayError) -> None:
         """Send a reset, behind the data where what came before it counts."""
-        frame = self._text("reset", code=error.code, message=str(error))
-        self.outbox.put_end(self.channel, frame, in_turn=error.code in ENDS_IN_TURN)
+        frame = self._text(Reset(error.code, str(error)))
+        self.outbox.put_end(self.channel_id, frame, in_turn=takes_turn(error.code))
 
     def push(self) -> None:
         """Send data and acks that were put. Hold no lock."""
@@ -50,7 +57,7 @@ class Link:
 
     def drop(self) -> None:
         """Delete what waits to be sent."""
-        self.outbox.drop(self.channel)
+        self.outbox.drop(self.channel_id)
 
-    def _text(self, kind: str, **fields: Any) -> Frame:
-        return Frame(OP_TEXT, b"", encode_control(kind, self.channel, **fields))
+    def _text(self, control: Control) -> Frame:
+        return Frame(OP_TEXT, b"", encode_control(control._replace(channel=self.channel_id)))

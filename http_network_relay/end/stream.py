@@ -17,6 +17,7 @@ from http_network_relay.wire.constants import (
     MESSAGE_BYTES,
     MIN_WINDOW_BYTES,
 )
+from http_network_relay.wire.controls import Ack
 from http_network_relay.wire.errors import TunnelError
 
 # An ack is due at the latest when the receive queue is empty and this much was not
@@ -29,14 +30,6 @@ _LEAST_MESSAGE_BYTES = 4 * 1024
 # Kept pieces are merged up to here. Single bytes would else cost a hundred each; merging
 # large ones would copy them for nothing.
 _MERGED_BYTES = 4 * 1024
-
-
-class Ack(NamedTuple):
-    """What an `ack` says: bytes handed on, the sender's new limit, eof handed on."""
-
-    delivered: int
-    limit: int
-    eof: bool
 
 
 class Position(NamedTuple):

@@ -7,12 +7,12 @@ fragments, and whatever breaks the rules.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.wire.constants import (
     MAX_MESSAGE_BYTES,
+    MAX_PING_BYTES,
     OP_BINARY,
     OP_CLOSE,
     OP_PING,
@@ -25,12 +25,12 @@ from http_network_relay.wire.frames import FIN, MASK_BIT, ZERO_KEY, mask
 # is read to where it stays. From 128 KiB on glibc would map memory for each read anew.
 _READ_BYTES = 64 * 1024
 _LARGE_BYTES = _READ_BYTES // 2
-# The first byte of what is taken here -> its opcode and largest size (RFC 6455, 5.5).
+# The first byte of what is taken here -> its opcode and largest size.
 _TAKEN = {
     FIN | OP_TEXT: (OP_TEXT, MAX_MESSAGE_BYTES),
     FIN | OP_BINARY: (OP_BINARY, MAX_MESSAGE_BYTES),
-    FIN | OP_PING: (OP_PING, 125),
-    FIN | OP_PONG: (OP_PONG, 125),
+    FIN | OP_PING: (OP_PING, MAX_PING_BYTES),
+    FIN | OP_PONG: (OP_PONG, MAX_PING_BYTES),
 }
 # What stands for a size of two or eight bytes: the least size that needs them, and how many.
 _LONG_SIZES = {126: (126, 2), 127: (2**16, 8)}
@@ -50,8 +50,8 @@ class FrameReader:
         # What the next read asks for: after a large frame as much, so that another as long comes
         # whole, and nothing of the one behind it.
         self._read_bytes = _READ_BYTES
-        # How much of the frame that is the library's it has not read yet.
-        self._others = 0
+        # Bytes of an odd frame that the library has still to read; None: all that comes.
+        self._odd_bytes: int | None = 0
 
     def read_message(
         self, on_pause: Callable[[], None] | None = None
@@ -63,30 +63,30 @@ class FrameReader:
         Duplex.recv. Raises OSError.
         """
         # In one piece: it runs for each message of each leg.
-        if self._others:
+        if self._odd_bytes != 0:
             return None
         if len(self._ahead) - self._at < 2 and not self._fill(2, on_pause):
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         first, size = self._ahead[self._at], self._ahead[self._at + 1]
         if first not in _WHOLE or (size >= MASK_BIT) != self._is_masked:
             # From what is not a whole message on, the stream is the library's.
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         size &= ~MASK_BIT
         least, count_bytes = _LONG_SIZES.get(size, (0, 0))
         header_bytes = 2 + count_bytes + (4 if self._is_masked else 0)
         if len(self._ahead) - self._at < header_bytes and not self._fill(header_bytes):
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         if count_bytes:
             size = int.from_bytes(self._ahead[self._at + 2 : self._at + 2 + count_bytes], "big")
             if size < least:  # It would have fitted into a shorter form: an error.
-                self._others = sys.maxsize
+                self._odd_bytes = None
                 return None
         opcode, most = _TAKEN.get(first, (0, -1))
         if size > most:
-            self._others = header_bytes + size
+            self._odd_bytes = header_bytes + size
             return None
         self._at += header_bytes
         self._read_bytes = header_bytes + size if size >= _LARGE_BYTES else _READ_BYTES
@@ -98,7 +98,7 @@ class FrameReader:
             return opcode, memoryview(self._ahead)[self._at - size : self._at]
         data = self._take(size)
         if data is None:
-            self._others = sys.maxsize
+            self._odd_bytes = None
             return None
         if key != ZERO_KEY:
             mask(data, key)
@@ -108,9 +108,11 @@ class FrameReader:
         """As socket.recv, for the library: bytes of the frame that read_message() left."""
         if not self._fill(1):
             return b""
-        data = self._ahead[self._at : self._at + min(size, self._others)]
+        left = self._odd_bytes
+        data = self._ahead[self._at : self._at + (size if left is None else min(size, left))]
         self._at += len(data)
-        self._others -= len(data)
+        if left is not None:
+            self._odd_bytes = left - len(data)
         return data
 
     def _fill(self, size: int, on_pause: Callable[[], None] | None = None) -> bool:

@@ -1,7 +1,7 @@
-"""Who sends what an outbox holds: whoever has put something, or the leg's writer thread.
+"""Sends the frames of one leg, in the order of docs/protocol.md, "Order".
 
-To hand each message to another thread costs more than to send it. So push() sends at once
-what the socket takes without waiting; only what it does not take is the writer's.
+To give each message to another thread costs more than to send it. So push() sends at once what
+the socket takes without waiting; what the socket does not take is left to the leg's writer.
 """
 
 from __future__ import annotations
@@ -11,128 +11,225 @@ from collections.abc import Callable
 from typing import Any
 
 from http_network_relay.leg.duplex_socket import DuplexSocket
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.send_queue import Frame, SendQueue
 from http_network_relay.wire.constants import OP_BINARY
 from http_network_relay.wire.frames import ZERO_KEY, frame_header, mask
 
-# What one push() sends for others at most: then it has its own work to do, and the writer
-# goes on.
+# Most that one push() sends: the calling thread has its own work, and the writer goes on.
 _PUSH_BYTES = 256 * 1024
 
 
 class FrameSender:
-    """Sends the frames of one outbox, in its order.
+    """The only object that others put a leg's frames into. Any thread; a put never waits.
 
-    `_send_lock` is held from a frame's taking to its last byte, waits included, but for a
-    frame that push() has begun and the socket has not taken whole: its rest is kept, and goes
-    out before anything else. Taken before the outbox's lock and the duplex's. Who does not
-    get it at once leaves: the one inside looks again after it has let go.
+    put_first, put_eof, put_end, try_put_leg and close call the writer, since their callers may
+    hold locks. After put_data_now, put_ack and put_leg the caller MUST call push(), holding no
+    lock. Before start() frames are only queued.
+
+    Args:
+        make_key: Returns the masking key of each frame; None for a frame that is not masked.
+        call: Called when the writer has work, by any thread, with locks held: it must not wait,
+            and have run() or push_all() called. None: run() waits for the call by itself.
     """
 
     def __init__(
         self,
-        outbox: SendQueue,
-        duplex: DuplexSocket,
-        on_lost: Callable[[], None],
-        make_key: Callable[[], bytes | None],
+        make_key: Callable[[], bytes | None] = lambda: None,
+        call: Callable[[], None] | None = None,
     ) -> None:
-        """`make_key` returns a masking key for each frame; None: it is not masked.
-
-        `on_lost` is called when the socket fails under push(), by any thread.
-        """
-        self._outbox = outbox
-        self._duplex = duplex
-        self._on_lost = on_lost
+        self._queue = SendQueue()
         self._make_key = make_key
+        self._call = call
+        # Set while the writer has a call that it has not begun to serve.
+        self._called = threading.Event()
+        # Guards the next two. Held from a frame's taking to its last byte, by the writer across
+        # waits; push() only tries it, and never holds it across a wait.
         self._send_lock = threading.Lock()
+        # Bytes of a frame that the socket did not take: they go out before anything else.
         self._rest: memoryview | None = None
-        self._is_stopped = False
+        # None before start() and after stop().
+        self._duplex: DuplexSocket | None = None
 
-    def start(self) -> None:
-        """From now on who puts sends."""
-        self._outbox.push = self.push
-        self._outbox.put_data_now = self.put_data_now
+    def start(self, duplex: DuplexSocket) -> None:
+        """Send on `duplex` from now on, first what was queued before."""
+        with self._send_lock:
+            self._duplex = duplex
+        self._called.clear()
+        self.call_writer()
+
+    def stop(self) -> None:
+        """Drop what is queued, and end the writer; after it nobody is inside the socket.
+
+        The caller MUST abort the socket first, or be the writer: this waits for who sends.
+        """
+        self._queue.stop()
+        self.call_writer()
+        with self._send_lock:
+            self._duplex = None
+
+    # What is put.
+
+    def put_first(self, channel: int, frame: Frame, *, cancellable: bool = False) -> None:
+        """Queue a channel's first message; `cancellable` if an end may take it back."""
+        self._queue.put_first(channel, frame, cancellable=cancellable)
+        self.call_writer()
+
+    def cancel_first(self, channel: int) -> None:
+        """Take an unsent first message back; nothing if it was sent."""
+        self._queue.cancel_first(channel)
+
+    def put_ack(self, channel: int, frame: Frame) -> None:
+        """Queue an ack; it replaces an unsent one of the same channel."""
+        self._queue.put_ack(channel, frame)
+
+    def put_leg(self, kind: str, frame: Frame) -> None:
+        """Queue a message of the leg itself (pong, going_away): one slot a kind."""
+        self._queue.put_leg(kind, frame)
+
+    def try_put_leg(self, kind: str, frame: Frame) -> bool:
+        """As put_leg, but without waiting even for the queue's lock; False: try later."""
+        is_put = self._queue.try_put_leg(kind, frame)
+        if is_put:
+            self.call_writer()
+        return is_put
 
     def put_data_now(self, channel: int, head: bytes, data: Any) -> None:
-        """As put_data of the outbox, but sent at once if nothing waits. Any thread; never waits."""
-        if not self._outbox.is_clear or not self._send_lock.acquire(blocking=False):
-            self._outbox.put_data(channel, head, data)
+        """Send stream bytes at once if nothing waits, else queue them. The window allows them."""
+        queue = self._queue
+        if not queue.is_clear or not self._send_lock.acquire(blocking=False):
+            queue.put_data(channel, head, data)
             return
         try:
-            is_first = self._outbox.is_clear and self._rest is None and not self._is_stopped
-            if is_first:
-                self._rest = self._duplex.send_now(*self._encode(OP_BINARY, head, data))
-        except OSError:
-            self._on_lost()
-            return
-        finally:
-            self._send_lock.release()
-        if not is_first:
-            self._outbox.put_data(channel, head, data)
-        elif self._rest is not None:
-            self._outbox.call_writer()
-
-    def push(self) -> None:
-        """Send what waits, as far as the socket takes it now. Any thread that holds no lock."""
-        # A rest is the writer's, who has been called.
-        while self._outbox.has_frames and self._rest is None:
-            if not self._send_lock.acquire(blocking=False):
+            duplex = self._duplex
+            if duplex is None or self._rest is not None or not queue.is_clear:
+                queue.put_data(channel, head, data)
                 return
             try:
-                is_done = self._push_some()
+                self._rest = duplex.send_now(*self._encode(OP_BINARY, head, data))
             except OSError:
-                # The peer is gone: the leg's reader finds out, and tells.
-                self._on_lost()
-                return
+                duplex.abort()
+        finally:
+            self._send_lock.release()
+        if self._rest is not None:
+            self.call_writer()
+
+    def put_eof(self, channel: int, frame: Frame) -> None:
+        """Queue the eof behind the channel's data."""
+        self._queue.put_eof(channel, frame)
+        self.call_writer()
+
+    def put_end(self, channel: int, frame: Frame, *, in_turn: bool = False) -> None:
+        """Queue a channel's reset or detached, and delete what waits of the channel.
+
+        `in_turn` puts it behind the channel's data instead; after a second it overtakes.
+        """
+        self._queue.put_end(channel, frame, in_turn=in_turn)
+        self.call_writer()
+
+    def drop(self, channel: int) -> None:
+        """Delete what waits of a channel that has ended: nobody would act on it."""
+        self._queue.drop(channel)
+
+    def close(self, frame: Frame, *, flush: bool = True) -> None:
+        """Send `frame` (a close) last: behind all that is queued, or at once.
+
+        What is put later is dropped. The first close wins.
+        """
+        self._queue.close(frame, flush=flush)
+        self.call_writer()
+
+    # Who sends.
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether a frame waits, the close not counted. Needs no lock."""
+        return self._queue.has_frames
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether a close waits or was sent. Needs no lock."""
+        return self._queue.is_closing
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the close was taken, or stop() called. Needs no lock."""
+        return self._queue.is_over
+
+    def call_writer(self) -> None:
+        """Let the writer send what waits. Takes no lock that is held across a wait."""
+        # Two threads may both call: the second call finds nothing to send.
+        if not self._called.is_set():
+            self._called.set()
+            if self._call is not None:
+                self._call()
+
+    def push(self) -> None:
+        """Send what waits, as far as the socket takes it now. The caller MUST hold no lock."""
+        # The rest of a frame is the writer's, which was called.
+        while self._queue.has_frames and self._rest is None:
+            if not self._send_lock.acquire(blocking=False):
+                return  # The thread inside looks again after its release.
+            try:
+                is_done = self._push_locked()
+            except OSError:
+                return  # The leg's reader finds the loss, too.
             finally:
                 self._send_lock.release()
             if not is_done:
-                self._outbox.call_writer()
+                self.call_writer()
                 return
 
     def push_all(self) -> bool:
-        """As push(), with the close, where there is no writer; False: now there has to be one."""
-        if not self._send_lock.acquire(blocking=False):
-            return False
-        try:
-            return self._push_some(with_close=True)
-        except OSError:
-            self._on_lost()
-            return True
-        finally:
-            self._send_lock.release()
+        """Serve a call without a writer: as push(), and the close; False: a writer must run()."""
+        # Before the look at the queue: what is put behind it calls again.
+        self._called.clear()
+        is_done = False
+        if self._send_lock.acquire(blocking=False):
+            try:
+                is_done = self._duplex is None or self._push_locked(with_close=True)
+            except OSError:
+                is_done = True
+            finally:
+                self._send_lock.release()
+        if not is_done or self._queue.is_over:
+            self._called.set()  # A thread in run() may be about to wait.
+        return is_done
 
-    def _push_some(self, *, with_close: bool = False) -> bool:
-        """Return whether all was sent; the rest, if any, is the writer's."""
+    def _push_locked(self, *, with_close: bool = False) -> bool:
+        """Return whether all was sent; the rest, if any, is the writer's. Raises OSError."""
+        assert self._send_lock.locked()
         sent = 0
-        while self._rest is None and not self._is_stopped:
+        while self._rest is None and self._duplex is not None:
             if sent >= _PUSH_BYTES:
                 return False
-            frame = self._outbox.take(with_close=with_close)
+            frame = self._queue.take(with_close=with_close)
             if frame is None:
                 return True
             sent += len(frame.payload)
-            self._rest = self._duplex.send_now(*self._encode(*frame))
+            try:
+                self._rest = self._duplex.send_now(*self._encode(*frame))
+            except OSError:
+                self._duplex.abort()
+                raise
         return False
 
     def run(self) -> None:
-        """Send what push() could not, until the close has gone out. Raises OSError."""
-        goes_on = True
-        while goes_on:
+        """Be the writer: send what push() could not, to the close or stop(). Raises OSError."""
+        while True:
+            self._called.clear()
             with self._send_lock:
-                self._send_rest()
-                while (frame := self._outbox.take(with_close=True)) is not None:
+                self._send_rest_locked()
+                while self._duplex and (frame := self._queue.take(with_close=True)) is not None:
                     self._rest = self._duplex.send_now(*self._encode(*frame))
-                    self._send_rest()
-            goes_on = self._outbox.has_frames or self._outbox.wait_call()
+                    self._send_rest_locked()
+            if self._queue.is_over:
+                return
+            if not self._queue.has_frames:
+                self._called.wait()
 
-    def stop(self) -> None:
-        """Let nobody send any more; after it the socket may be freed."""
-        with self._send_lock:
-            self._is_stopped = True
-
-    def _send_rest(self) -> None:
-        if self._rest is not None:
+    def _send_rest_locked(self) -> None:
+        assert self._send_lock.locked()
+        if self._rest is not None and self._duplex is not None:
             self._duplex.send(self._rest)
             self._rest = None
 

@@ -1,6 +1,5 @@
-"""What waits to be written on one leg, in the order of docs/protocol.md, "Order".
+"""The frames that wait on one leg: FrameSender's private part. No I/O, calls nobody.
 
-Any thread puts, and never waits for the network; who takes and sends is the Outlet's matter.
 The fast lane is bounded by its slots, the data by the windows of the tunnels.
 """
 
@@ -9,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 from http_network_relay.wire.constants import FLUSH_S, MAX_DATA_BYTES, OP_BINARY
@@ -50,22 +49,14 @@ class _Channel:
 
 
 class SendQueue:
-    """A fair outbox: a fast lane of fixed slots, then channels by turns.
+    """A fast lane of fixed slots, then channels by turns, then the close. Any thread.
 
-    What is put calls the leg's writer, but for data, acks and the leg's own messages: who has
-    put them calls push() when it holds no lock.
+    What each method does is said where others call it, in FrameSender.
     """
 
     def __init__(self) -> None:
-        # Both are the Outlet's as soon as the leg is up: it sends what waits, and data at once.
-        self.push: Callable[[], None] = self.call_writer
-        self.put_data_now: Callable[[int, bytes, Any], None] = self.put_data
-        # Where there is no writer yet: told of its first call, and again after hear_call().
-        # Any thread, with locks held: it never waits.
-        self.on_call: Callable[[], None] | None = None
-        # Guards everything below; woken when the writer is called.
-        self._ready = threading.Condition()
-        self._is_called = False
+        # Guards everything below. A leaf: nothing is called under it.
+        self._lock = threading.Lock()
         self._fast: dict[Hashable, Frame] = {}
         self._cancellable: dict[int, Hashable] = {}
         self._channels: dict[int, _Channel] = {}
@@ -76,61 +67,50 @@ class SendQueue:
     # Fast lane.
 
     def put_first(self, channel: int, frame: Frame, *, cancellable: bool = False) -> None:
-        """Queue a channel's first message; `cancellable` if an end may take it back."""
-        with self._ready:
+        with self._lock:
             key = ("first", channel)
             if cancellable:
                 self._cancellable[channel] = key
             self._put_fast_locked(key, frame)
 
     def cancel_first(self, channel: int) -> None:
-        """Take an unsent first message back; nothing if it has gone out."""
-        with self._ready:
+        with self._lock:
             self._fast.pop(self._cancellable.pop(channel, None), None)
 
     def put_ack(self, channel: int, frame: Frame) -> None:
-        """Queue an ack; it replaces one of the same channel that is still here."""
-        with self._ready:
-            self._put_fast_locked(("ack", channel), frame, calls=False)
+        with self._lock:
+            self._put_fast_locked(("ack", channel), frame)
 
     def put_leg(self, kind: str, frame: Frame) -> None:
-        """Queue a message of the leg itself (pong, going_away): one slot a kind."""
-        with self._ready:
-            self._put_fast_locked(kind, frame, calls=False)
+        with self._lock:
+            self._put_fast_locked(kind, frame)
 
     def try_put_leg(self, kind: str, frame: Frame) -> bool:
-        """As put_leg, but never wait, not even for the lock; False: try later."""
-        if not self._ready.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False):
             return False
         try:
             self._put_fast_locked(kind, frame)
         finally:
-            self._ready.release()
+            self._lock.release()
         return True
 
     # Data, by turns.
 
     def put_data(self, channel: int, head: bytes, data: Any) -> None:
         """Queue stream bytes; the caller has made sure that the window allows them."""
-        with self._ready:
+        with self._lock:
             entry = self._channel_locked(channel, head)
             if entry is not None and not entry.last:
                 append_merged(entry.data, data)
 
     def put_eof(self, channel: int, frame: Frame) -> None:
-        """Queue the eof behind the channel's data."""
-        with self._ready:
+        with self._lock:
             entry = self._channel_locked(channel, b"")
             if entry is not None and not entry.last:
                 entry.last.append(frame)
-                self._call_locked()
 
     def put_end(self, channel: int, frame: Frame, *, in_turn: bool = False) -> None:
-        """Queue a channel's reset or detached; whatever still waits of it is deleted.
-
-        `in_turn` puts it behind the channel's data instead; after a second it overtakes.
-        """
-        with self._ready:
+        with self._lock:
             if self._close is not None or self._is_over:
                 return  # What was queued before the close is still flushed.
             if self._fast.pop(self._cancellable.pop(channel, None), None) is not None:
@@ -144,11 +124,9 @@ class SendQueue:
             else:
                 self._drop_locked(channel)
                 self._put_fast_locked(("end", channel), frame)
-            self._call_locked()
 
     def drop(self, channel: int) -> None:
-        """Delete what waits of a channel that has ended: nobody would act on it."""
-        with self._ready:
+        with self._lock:
             self._cancellable.pop(channel, None)
             self._fast.pop(("first", channel), None)
             self._drop_locked(channel)
@@ -156,44 +134,39 @@ class SendQueue:
     # The leg's end.
 
     def close(self, frame: Frame, *, flush: bool = True) -> None:
-        """Send `frame` (a close) last: behind all that is queued, or at once.
-
-        What is put later is dropped. The first close wins.
-        """
-        with self._ready:
+        with self._lock:
             if self._close is None:
                 self._close = frame
                 if not flush:
                     self._clear_locked()
-            self._call_locked()
 
     def stop(self) -> None:
-        """End the writer now; nothing more is taken."""
-        with self._ready:
+        with self._lock:
             self._is_over = True
             self._clear_locked()
-            self._ready.notify_all()
 
-    # Who sends.
+    # What is taken. The properties need no lock.
 
     @property
     def has_frames(self) -> bool:
-        """Whether something waits, but for the close. Needs no lock."""
         return bool(self._fast or self._turns)
 
     @property
+    def is_closing(self) -> bool:
+        return self._close is not None
+
+    @property
     def is_over(self) -> bool:
-        """Whether the close was taken, or stop() called. Needs no lock."""
         return self._is_over
 
     @property
     def is_clear(self) -> bool:
-        """Whether nothing waits and the leg goes on. Needs no lock."""
+        """Whether nothing waits, and data may still be put."""
         return not (self._fast or self._turns or self._close is not None or self._is_over)
 
     def take(self, *, with_close: bool = False) -> Frame | None:
-        """Return the next frame, None: nothing waits. The close only for the writer."""
-        with self._ready:
+        """Return the next frame; None: nothing waits. Only the writer takes the close."""
+        with self._lock:
             if self._is_over:
                 return None
             frame = self._next_locked()
@@ -202,25 +175,8 @@ class SendQueue:
                 return self._close
             return frame
 
-    def call_writer(self) -> None:
-        """Let the writer send what waits."""
-        with self._ready:
-            self._call_locked()
-
-    def hear_call(self) -> None:
-        """In place of wait_call(): who serves the call looks at the outbox from here on."""
-        with self._ready:
-            self._is_called = False
-
-    def wait_call(self) -> bool:
-        """Wait until the writer is called; False when the close was taken, or stop() called."""
-        with self._ready:
-            while not self._is_called and not self._is_over:
-                self._ready.wait()
-            self._is_called = False
-            return not self._is_over
-
     def _next_locked(self) -> Frame | None:
+        assert self._lock.locked()
         if self._fast:
             key = next(iter(self._fast))
             frame = self._fast.pop(key)
@@ -245,21 +201,13 @@ class SendQueue:
             del self._channels[channel]
         return frame
 
-    def _put_fast_locked(self, key: Hashable, frame: Frame, *, calls: bool = True) -> None:
+    def _put_fast_locked(self, key: Hashable, frame: Frame) -> None:
+        assert self._lock.locked()
         if self._close is None and not self._is_over:
             self._fast[key] = frame
-            if calls:
-                self._call_locked()
-
-    def _call_locked(self) -> None:
-        if self._is_called:
-            return
-        self._is_called = True
-        self._ready.notify()
-        if self.on_call is not None:
-            self.on_call()
 
     def _channel_locked(self, channel: int, head: bytes) -> _Channel | None:
+        assert self._lock.locked()
         if self._close is not None or self._is_over:
             return None
         entry = self._channels.get(channel)
@@ -271,11 +219,13 @@ class SendQueue:
         return entry
 
     def _drop_locked(self, channel: int) -> None:
+        assert self._lock.locked()
         self._fast.pop(("ack", channel), None)
         if self._channels.pop(channel, None) is not None:
             self._turns.remove(channel)
 
     def _clear_locked(self) -> None:
+        assert self._lock.locked()
         self._fast.clear()
         self._cancellable.clear()
         self._channels.clear()

@@ -24,7 +24,7 @@ class NextLeg:
         self._end = end
         self._dial = dial
         self._spread_s = spread_s
-        self._transport: Connection | None = None
+        self._connection: Connection | None = None
         self._thread = threading.Thread(target=self._run, name="next-leg")
 
     def start(self, on_up: Callable[[], None]) -> None:
@@ -40,7 +40,7 @@ class NextLeg:
             if self._end.is_over:
                 return
             try:
-                self._transport = self._dial()
+                self._connection = self._dial()
             except RelayError as exc:
                 if not exc.is_retryable or time.monotonic() >= until:
                     return
@@ -52,5 +52,5 @@ class NextLeg:
     def take(self) -> Connection | None:
         """Wait for the leg, which the caller then owns; None if there is none."""
         self._thread.join()
-        transport, self._transport = self._transport, None
-        return transport
+        connection, self._connection = self._connection, None
+        return connection

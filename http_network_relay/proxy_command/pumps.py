@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from http_network_relay.end.read_coalescer import ReadCoalescer
-from http_network_relay.end.tunnel_end import TunnelEnd
+from http_network_relay.end.user_end import UserEnd
 from http_network_relay.proxy_command.stdio import (
     CAN_POLL,
     STDIN,
@@ -52,12 +52,12 @@ class Pumps:
         self._poll: Any = None
         self._polled: tuple[bool, bool] | None = None
 
-    def start(self, end: TunnelEnd) -> None:
+    def start(self, end: UserEnd) -> None:
         """Start both threads; join() joins them."""
         self._end = end
         with contextlib.suppress(OSError):
             self._quick_stdout = QuickStdout()
-            end.hand_on_by(self._quick_stdout.write)
+            end.inbound.deliver_directly(self._quick_stdout.write)
         # Daemon: a write to stdout cannot be woken, nor on Windows a read of stdin.
         self._up = threading.Thread(target=self._pump_up, name="pump-up", daemon=True)
         self._down = threading.Thread(target=self._pump_down, name="pump-down", daemon=True)
@@ -98,7 +98,7 @@ class Pumps:
         end = self._end
         try:
             while not end.is_over and self.exit_code is None:
-                size = min(end.credit(), STDIN_READ_BYTES)
+                size = min(end.outbound.credit(), STDIN_READ_BYTES)
                 if self._wait(want_stdin=size > 0):
                     self._carry(size)
             if not end.is_over:
@@ -113,11 +113,11 @@ class Pumps:
             self._is_stdin_enlarged = True
             enlarge_pipe(STDIN)
         if data:
-            self._end.send(data)
+            self._end.outbound.send(data)
             if wait_s := self._gather.wait_s(len(data), size, time.monotonic()):
                 time.sleep(wait_s)
         else:
-            self._end.send_eof()
+            self._end.outbound.send_eof()
         return bool(data)
 
     def _wait(self, *, want_stdin: bool) -> bool:
@@ -155,7 +155,7 @@ class Pumps:
             end.wait_over(FLUSH_S)
         else:
             # What was taken before a resume may still wait for its credit.
-            end.wait_sent(GOODBYE_S)
+            end.outbound.wait_sent(GOODBYE_S)
             self._take_the_rest()
         end.reset(RelayError("user_gone", "the proxy user has gone"))
 
@@ -163,7 +163,7 @@ class Pumps:
         if CAN_POLL:
             poll = select.poll()
             poll.register(STDIN, select.POLLIN)
-            while (size := self._end.credit()) and poll.poll(0) and self._carry(size):
+            while (size := self._end.outbound.credit()) and poll.poll(0) and self._carry(size):
                 pass
 
     # leg -> stdout
@@ -171,15 +171,15 @@ class Pumps:
     def _pump_down(self) -> None:
         end = self._end
         try:
-            while chunk := end.next_chunk():
+            while chunk := end.inbound.next_chunk():
                 write_stdout(chunk)
-                end.delivered(len(chunk))
+                end.inbound.delivered(len(chunk))
             if chunk == b"":
                 self._watches_stdout = False
                 self.wake()
                 self._close_quick_stdout()
                 close_stdout()
-                end.delivered_eof()
+                end.inbound.delivered_eof()
         except BrokenPipeError:
             self.leave(EXIT_SIGPIPE)
         except OSError as exc:
@@ -188,6 +188,6 @@ class Pumps:
             self._close_quick_stdout()
 
     def _close_quick_stdout(self) -> None:
-        self._end.hand_on_by(None)
+        self._end.inbound.deliver_directly(None)
         if self._quick_stdout is not None:
             self._quick_stdout.close()

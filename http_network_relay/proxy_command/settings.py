@@ -10,17 +10,24 @@ from typing import NamedTuple
 from http_network_relay.dial.connect import make_context
 from http_network_relay.dial.endpoint import Endpoint, parse_server_url
 from http_network_relay.settings import (
+    MAX_WINDOW,
+    PING_INTERVAL,
+    RESUME_TIMEOUT,
+    SERVER_URL,
     OneLineParser,
-    max_window,
-    ping_interval,
-    read_secret_file,
-    resume_timeout,
+    Setting,
+    add_settings,
+    merge_flags,
+    read_secret,
 )
 from http_network_relay.wire.constants import HOST_PATTERN, NAME_PATTERN, USERS_PATH
-from http_network_relay.wire.controls import is_secret, matches
-from http_network_relay.wire.errors import RelayError
+from http_network_relay.wire.controls import matches
+from http_network_relay.wire.errors import ConfigError
 
-DEFAULT_SERVER_URL = "ws://127.0.0.1:8000" + USERS_PATH
+SECRET_KEY = Setting(
+    "--secret-key", "token", "the token; `ps` shows it: prefer the file", is_secret=True
+)
+SETTINGS = (SERVER_URL, SECRET_KEY, PING_INTERVAL, MAX_WINDOW, RESUME_TIMEOUT)
 
 
 class Settings(NamedTuple):
@@ -52,79 +59,39 @@ def make_parser() -> argparse.ArgumentParser:
         " by signal n.",
     )
     parser.add_argument("target_host_identifier", help="the client's name")
-    parser.add_argument("target_ip", help="address or name, as seen from the client")
+    parser.add_argument("target_ip", help="address or name of the target, as the client sees it")
     parser.add_argument("target_port", help="1 to 65535")
-    parser.add_argument("protocol", nargs="?", default="tcp", help="tcp (the default)")
-    parser.add_argument(
-        "--server_url",
-        "--server-url",
-        dest="server_url",
-        metavar="URL",
-        help="[HTTP_NETWORK_RELAY_SERVER_URL] such as https://relay.example",
-    )
-    parser.add_argument(
-        "--secret-key",
-        metavar="TOKEN",
-        help="[HTTP_NETWORK_RELAY_SECRET_KEY] `ps` shows it to other users: prefer the file",
-    )
-    parser.add_argument(
-        "--secret-key-file", metavar="FILE", help="a file that holds the token and nothing else"
-    )
-    parser.add_argument("--ca-file", metavar="FILE", help="trust this private CA as well")
-    parser.add_argument(
-        "--ping-interval",
-        metavar="SECONDS",
-        help="[HTTP_NETWORK_RELAY_PING_INTERVAL] default 20",
-    )
-    parser.add_argument(
-        "--max-window",
-        metavar="BYTES",
-        help="[HTTP_NETWORK_RELAY_MAX_WINDOW] per direction, default 4194304",
-    )
-    parser.add_argument(
-        "--resume-timeout",
-        metavar="SECONDS",
-        help="[HTTP_NETWORK_RELAY_RESUME_TIMEOUT] try so long to come back when the connection is"
-        " lost, default 120, 0: not at all",
-    )
+    parser.add_argument("protocol", nargs="?", default="tcp", help="tcp; may be left out")
+    parser.add_argument("--ca-file", metavar="FILE", help="a private CA to trust as well")
+    add_settings(parser, SETTINGS)
     return parser
 
 
 def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """Return the checked settings: flag > environment > default."""
+    """Return the checked settings; raises RelayError (usage)."""
     args = make_parser().parse_args(argv)
     # Five digits: int() raises for thousands of them.
     port = int(args.target_port) if matches(r"[0-9]{1,5}", args.target_port) else 0
     if not 1 <= port <= 65535:
-        raise RelayError("usage", f"target_port must be 1 to 65535, not {args.target_port!r}")
+        raise ConfigError(f"target_port must be 1 to 65535, not {args.target_port!r}")
     if args.protocol == "udp":
-        raise RelayError("usage", "the protocol udp is not supported yet, only tcp is")
+        raise ConfigError("the protocol udp is not supported yet, only tcp is")
     if args.protocol != "tcp":
-        raise RelayError("usage", f"protocol must be tcp, not {args.protocol!r}")
+        raise ConfigError(f"protocol must be tcp, not {args.protocol!r}")
     if not matches(NAME_PATTERN, args.target_host_identifier):
-        raise RelayError("usage", "target_host_identifier is not a client's name")
+        raise ConfigError("target_host_identifier is not a client's name")
     if not matches(HOST_PATTERN, args.target_ip):
-        raise RelayError("usage", "target_ip is not an address or a name")
-    url = args.server_url or environ.get("HTTP_NETWORK_RELAY_SERVER_URL") or DEFAULT_SERVER_URL
-    endpoint = parse_server_url(url, USERS_PATH)
-    if args.secret_key_file is not None and args.secret_key is None:
-        token = read_secret_file("--secret-key-file", args.secret_key_file)
-    else:
-        token = args.secret_key or environ.get("HTTP_NETWORK_RELAY_SECRET_KEY", "")
-    if not is_secret(token):
-        raise RelayError(
-            "usage",
-            "--secret-key-file, --secret-key or HTTP_NETWORK_RELAY_SECRET_KEY must give a token"
-            " of printable ASCII without spaces",
-        )
+        raise ConfigError("target_ip is not an address or a name")
+    given = merge_flags(args, SETTINGS, environ)
+    endpoint = parse_server_url(SERVER_URL.text(given), USERS_PATH)
     return Settings(
         client=args.target_host_identifier,
         host=args.target_ip,
         port=port,
         endpoint=endpoint,
-        token=token,
+        token=read_secret(SECRET_KEY, args, given),
         context=make_context(args.ca_file) if endpoint.is_tls else None,
-        ping_interval_s=ping_interval(args.ping_interval, environ),
-        max_window_bytes=max_window(args.max_window, environ),
-        grace_s=resume_timeout(args.resume_timeout, environ),
+        ping_interval_s=PING_INTERVAL.number(given),
+        max_window_bytes=int(MAX_WINDOW.number(given)),
+        grace_s=int(RESUME_TIMEOUT.number(given)),
     )

@@ -1,8 +1,7 @@
-"""What a target is, and which targets a rule allows (docs/access.md).
+"""Targets, and the rules that allow targets (docs/access.md). No I/O.
 
-Knows no socket, clock, thread or log. The server judges the host as it was asked for,
-the client also the address that it dials. A rule only ever allows: what no rule
-matches is denied, so every doubt here ends in "does not match".
+The server judges the host as the user asked for it, the client also the address to dial.
+Rules only allow: a target that no rule matches is denied. In doubt, a rule does not match.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from http_network_relay.wire.controls import matches
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
-# What a rule says of hosts, see TargetRule; and of ports, both ends included.
+# The hosts of a rule, see TargetRule, and its ports, both ends included.
 Hosts = Address | Network | str | None
 Ports = tuple[int, int]
 # A canonical host: an address, or a name in lower case without a dot at its end.
@@ -25,7 +24,7 @@ Host = Address | str
 _MAX_NAME_CHARS = 253  # RFC 1035, 2.3.4, without the root's dot and length
 _MAX_LABEL_CHARS = 63
 _ADDRESS_CHARS = r"[0-9A-Fa-f:.]{1,64}"
-# The underscore is in no RFC's host name and in many a LAN's.
+# No RFC allows the underscore in host names, and many LANs have it.
 _LABEL = r"(?!-)[a-z0-9_-]+(?<!-)"
 _LABEL_PATTERN = r"(?!-)[a-z0-9_*-]+(?<!-)"
 # inet_aton() takes `127.1`, `0x7f000001`, `2130706433` and `0177.1` for addresses, and
@@ -38,15 +37,15 @@ _TARGET_FORM = "HOST:PORT, NETWORK/BITS:PORT or [IPV6]:PORT"
 
 
 class RuleError(ValueError):
-    """A host or a rule that cannot be meant; the message says how to write it."""
+    """A malformed host or rule; the message gives the right form."""
 
 
 def canonical_host(text: str) -> Host:
-    """Return the address or the name that `text` stands for. Raises RuleError.
+    """Return the address or the name of `text`. Raises RuleError.
 
-    An address is a strict literal; one that maps IPv4 (`::ffff:10.0.0.1`) is that IPv4
-    address, since the system dials just that. Other IPv6 addresses that carry an IPv4 one
-    (NAT64, 6to4) stay what they are: a gateway elsewhere decides where they lead.
+    Addresses are strict literals. A mapped one (`::ffff:10.0.0.1`) becomes the IPv4 address,
+    since the system dials that. Other IPv6 addresses that hold an IPv4 address (NAT64, 6to4)
+    stay IPv6: a gateway elsewhere decides where they lead.
     """
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if ":" in inner:
@@ -57,7 +56,7 @@ def canonical_host(text: str) -> Host:
         try:
             return IPv4Address(text)
         except ValueError:
-            pass  # A name, or what only looks like an address.
+            pass  # A name, or a text that only looks like an address.
     name = text.lower().removesuffix(".")
     labels = name.split(".")
     if not text.isascii() or not all(matches(_LABEL, label) for label in labels):
@@ -87,19 +86,19 @@ def _ipv6(text: str) -> IPv6Address:
 
 
 def _fold(address: Address) -> Address:
-    """Return what is dialled: IPv4 out of its mapped form; no scope, which names no host."""
+    """Return the address to dial: a mapped one as IPv4, any other without its scope."""
     if isinstance(address, IPv4Address):
         return address
     return address.ipv4_mapped or IPv6Address(int(address))
 
 
 def _quote(text: str) -> str:
-    """Return a peer's or a file's text for a message: short, on one line."""
+    """Return a text of a peer or a file for a message: short, on one line."""
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
-def _is_glob_match(pattern: str, text: str) -> bool:
-    """Whether `text` is `pattern` with something or nothing for each `*`; no backtracking."""
+def is_glob_match(pattern: str, text: str) -> bool:
+    """Whether `text` is `pattern` with any characters, or none, for each `*`. No backtracking."""
     first, *rest = pattern.split("*")
     if not rest:
         return pattern == text
@@ -119,10 +118,10 @@ def _is_glob_match(pattern: str, text: str) -> bool:
 
 @dataclass(frozen=True)
 class TargetRule:
-    """Hosts of one kind, and ports. Two rules that allow the same in the same way are equal.
+    """Hosts of one kind, and ports. Rules with equal hosts and ports are equal.
 
-    `what` tells the kind: an address or a network match addresses only, a str matches
-    names only, label by label, and None matches all three (`*`).
+    `what` tells the kind. An address or a network matches addresses, a str matches names
+    label by label, None (`*`) matches any host.
     """
 
     what: Hosts
@@ -132,7 +131,7 @@ class TargetRule:
 
     @classmethod
     def parse(cls, text: str) -> TargetRule:
-        """Read `HOST:PORT`; raises RuleError that says how to write it."""
+        """Read `HOST:PORT`. Raises RuleError."""
         host, colon, ports = text.rpartition(":")
         if not colon or not host or ports.endswith("]"):
             raise RuleError(
@@ -143,12 +142,12 @@ class TargetRule:
 
     @property
     def is_name(self) -> bool:
-        """Whether it matches names, and so trusts the resolver that answers for them."""
+        """Whether the rule matches names, and so trusts the resolver of the names."""
         return isinstance(self.what, str)
 
     @property
     def is_everything(self) -> bool:
-        """Whether it matches every target."""
+        """Whether the rule matches every target."""
         return self.what is None and self.ports == (1, _HIGHEST_PORT)
 
     @property
@@ -156,21 +155,17 @@ class TargetRule:
         """The lowest and the highest port."""
         return self.lowest_port, self.highest_port
 
-    def covers(self, other: TargetRule) -> bool:
-        """Whether it surely allows all that `other` does, asked or dialled."""
-        return covers_hosts(self.what, other.what) and covers_ports(self.ports, other.ports)
-
     def matches(self, host: Host, port: int) -> bool:
-        """Whether it allows the target as it was asked for: the server's question."""
+        """Whether the rule allows the target as the user asked for it: the server's check."""
         host = _canonical_or_empty(host)
         if isinstance(host, str):
             return self.allows_asked(host, port)
         return self.allows_address(host, port)
 
     def allows_asked(self, host: Host, port: int) -> bool:
-        """Whether it allows the asked text by its name, whatever address that name has.
+        """Whether the rule allows the host by its name, whatever address the name has.
 
-        The client's first question, before it looks the name up.
+        The client's first check, before the name lookup.
         """
         host = _canonical_or_empty(host)
         if host == "" or not self.lowest_port <= port <= self.highest_port:
@@ -178,13 +173,13 @@ class TargetRule:
         if isinstance(self.what, str) and isinstance(host, str):
             labels, patterns = host.split("."), self.what.split(".")
             # A star stays within its label: `*.lan` is not `a.b.lan`.
-            return len(labels) == len(patterns) and all(map(_is_glob_match, patterns, labels))
+            return len(labels) == len(patterns) and all(map(is_glob_match, patterns, labels))
         return self.what is None
 
     def allows_address(self, address: Address | str, port: int) -> bool:
-        """Whether it allows this address: the client's second question, of what it dials.
+        """Whether the rule allows an address: the client's second check, before a dial.
 
-        Takes what getaddrinfo() gives; a text that is no strict literal is not allowed.
+        `address` may be a text from getaddrinfo(); no other text than a strict literal matches.
         """
         if isinstance(address, str):
             found = _canonical_or_empty(address.partition("%")[0])
@@ -199,41 +194,8 @@ class TargetRule:
         return self.what is None or self.what == address
 
 
-# Does one rule cover another one, so that this has no effect beside it? It does where all
-# three parts do. A doubt ends in "no".
-
-
-def covers_names(pattern: str, other: str) -> bool:
-    """Whether `pattern` matches all that the name or pattern `other` does.
-
-    A star of `other` can fall to a star of `pattern` alone, which then takes whatever the former
-    stands for.
-    """
-    return _is_glob_match(pattern, other)
-
-
-def covers_ports(ports: Ports, other: Ports) -> bool:
-    """Whether all of the other ports are among them."""
-    return ports[0] <= other[0] and other[1] <= ports[1]
-
-
-def covers_hosts(what: Hosts, other: Hosts) -> bool:
-    """Whether it matches all that `other` does. A name covers no address, nor the other way."""
-    if what is None or what == other:
-        return True
-    if isinstance(what, str) and isinstance(other, str):
-        patterns, others = what.split("."), other.split(".")
-        return len(patterns) == len(others) and all(map(covers_names, patterns, others))
-    if not isinstance(what, Network):
-        return False
-    if isinstance(other, Network):
-        # As subnet_of() says, in a third of its time.
-        return what.prefixlen <= other.prefixlen and other.network_address in what
-    return isinstance(other, Address) and other in what
-
-
 def _canonical_or_empty(host: Host) -> Host:
-    """Return the canonical host; "" for what is none, which no rule matches."""
+    """Return the canonical host; "", which no rule matches, for a text that is no host."""
     if not isinstance(host, str):
         return _fold(host)
     try:
@@ -308,7 +270,7 @@ def _strict_network(text: str, address: Address, bits: int) -> Network | Address
         raise RuleError(f"the network {_quote(text)} has bits set after its /; write {form}")
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     if mapped is not None and bits >= 96:
-        # Addresses of this kind are folded before they are compared.
+        # Mapped addresses are compared as IPv4.
         whole = IPv4Network((mapped, bits - 96))
     return whole if whole.num_addresses > 1 else whole.network_address
 
@@ -340,7 +302,7 @@ def _parse_pattern(text: str) -> str:
 
 @dataclass(frozen=True)
 class AccessRule:
-    """Clients by a name pattern, and what may be reached through them."""
+    """Clients by a name pattern, and targets to reach through them."""
 
     client: str
     target: TargetRule
@@ -348,10 +310,10 @@ class AccessRule:
 
     @classmethod
     def parse(cls, text: str) -> AccessRule:
-        """Read `CLIENT:HOST:PORT`; raises RuleError that says how to write it."""
+        """Read `CLIENT:HOST:PORT`. Raises RuleError."""
         client, colon, target = text.partition(":")
         if not colon or ":" not in target:
-            # Not quoted: it may be anything, a secret in the wrong place included.
+            # The message omits the text, which may be a secret in the wrong place.
             raise RuleError(f"a rule is CLIENT:TARGET, where TARGET is {_TARGET_FORM}")
         if not matches(NAME_PATTERN, client):
             raise RuleError(
@@ -364,17 +326,13 @@ class AccessRule:
 
     @property
     def is_everything(self) -> bool:
-        """Whether it matches every target of every client."""
+        """Whether the rule matches every target of every client."""
         return self.client == "*" and self.target.is_everything
 
-    def covers(self, other: AccessRule) -> bool:
-        """Whether it surely allows all that `other` does."""
-        return covers_names(self.client, other.client) and self.target.covers(other.target)
-
     def matches_client(self, name: str) -> bool:
-        """Whether it says anything about this client; a star stands for any characters."""
-        return _is_glob_match(self.client, name)
+        """Whether the rule concerns this client; `*` is any characters."""
+        return is_glob_match(self.client, name)
 
     def matches(self, client: str, host: Host, port: int) -> bool:
-        """Whether it allows this target, as it was asked for, of this client."""
+        """Whether the rule allows this target of this client, as the user asked for it."""
         return self.matches_client(client) and self.target.matches(host, port)

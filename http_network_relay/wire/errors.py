@@ -1,18 +1,20 @@
-"""The errors of all three programs: one root, few classes."""
+"""The errors of all three programs: one root, few classes.
+
+str() of each is a sentence for a person. The code is for programs, logs and peers; a code
+of a newer peer need not be in the table of codes.py.
+"""
 
 from __future__ import annotations
 
-from http_network_relay.wire.codes import (
-    CLOSE_PROTOCOL_ERROR,
-    ERRORS,
-    EXIT_TUNNEL_LOST,
-    HTTP_ANSWERS,
-    HttpAnswer,
-)
+from typing import Literal
+
+from http_network_relay.wire.codes import CLOSE_PROTOCOL_ERROR, EXIT_TUNNEL_LOST, Code, find_code
+
+DialFailure = Literal["refused", "unreachable", "timeout", "unknown", "denied", "cancelled"]
 
 
 class RelayError(Exception):
-    """Something failed that has a code; `str()` is a sentence for a person."""
+    """An error that has a code."""
 
     def __init__(self, code: str, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -22,54 +24,47 @@ class RelayError(Exception):
 
     @property
     def exit_code(self) -> int:
-        """The proxy command's exit code; an unknown code of a newer peer counts as a loss."""
-        return ERRORS.get(self.code, (EXIT_TUNNEL_LOST, False))[0]
+        """The proxy command's exit code; an unknown code counts as a lost tunnel."""
+        row = find_code(self.code)
+        return EXIT_TUNNEL_LOST if row is None else row.exit_code
 
     @property
     def is_retryable(self) -> bool:
         """Whether a new try may help."""
-        return ERRORS.get(self.code, (EXIT_TUNNEL_LOST, False))[1]
+        row = find_code(self.code)
+        return row is not None and row.is_retryable
 
 
-class DialError(Exception):
-    """A TCP dial failed: `kind` is refused, unreachable, timeout, unknown, denied or cancelled."""
+class DialError(RelayError):
+    """A dial failed. The code is that of the way to the server; the client maps `kind`."""
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, kind: DialFailure, message: str) -> None:
+        super().__init__(Code.SERVER_UNREACHABLE, message)
         self.kind = kind
 
 
-class LegError(Exception):
+class LegError(RelayError):
     """The peer broke the leg's rules; the leg ends with `close_code`."""
 
     def __init__(self, message: str, close_code: int = CLOSE_PROTOCOL_ERROR) -> None:
-        super().__init__(message)
+        super().__init__(Code.PROTOCOL_ERROR, message)
         self.close_code = close_code
 
 
-class TunnelError(Exception):
+class TunnelError(RelayError):
     """The peer broke one tunnel's rules; that tunnel is reset, the leg goes on."""
 
-    def __init__(self, message: str, channel: int = 0, code: str = "protocol_error") -> None:
-        super().__init__(message)
+    def __init__(self, message: str, channel: int = 0, code: str = Code.PROTOCOL_ERROR) -> None:
+        super().__init__(code, message)
         self.channel = channel
-        self.code = code
 
 
 class ConfigError(RelayError):
-    """A setting or a file is wrong; the message names it and the mend."""
+    """A setting or a file is wrong; the message names the setting and the fix."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("config", message)
+        super().__init__(Code.USAGE, message)
 
 
-class TunnelRefused(RelayError):
-    """An `open` or `resume` that does not become a tunnel: answered with `refused`."""
-
-
-class HttpRefusal(RelayError):
-    """A request that is answered with an HTTP error; `code` is in HTTP_ANSWERS."""
-
-    @property
-    def answer(self) -> HttpAnswer:
-        return HTTP_ANSWERS[self.code]
+class Refused(RelayError):
+    """The server admits no leg or opens no tunnel: an HTTP answer, or `refused`."""

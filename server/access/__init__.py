@@ -1,1 +1,1 @@
-
+"""Who may connect, and which targets a user may open."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from http_network_relay.rules.target import RuleError, canonical_host
-from http_network_relay.wire.errors import ConfigError, TunnelRefused
+from http_network_relay.wire.controls import Opening
+from http_network_relay.wire.errors import ConfigError, Refused
 from server.access.credentials import Credentials, utc_today
 from server.access.file_watch import FileWatch
 from server.logs import ROOT_NAME
+from server.service_thread import ServiceThread
 
 _log = logging.getLogger(f"{ROOT_NAME}.access")
 
@@ -23,48 +24,38 @@ _log = logging.getLogger(f"{ROOT_NAME}.access")
 _LOOK_S = 1.0
 
 
-class Access:
+class Access(ServiceThread):
     """The credentials in force. `credentials` is replaced whole; reading it needs no lock."""
 
     def __init__(
         self, credentials: Credentials, watch: FileWatch | None, on_change: Callable[[], None]
     ) -> None:
+        super().__init__("credentials")
         self.credentials = credentials
         # None: nothing to follow.
         self._watch = watch
         # Called in the thread: whoever is connected has to be looked at again.
         self._on_change = on_change
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="credentials")
-
-    def start(self) -> None:
-        """Start to follow the file; stop() and join() end that."""
-        self._thread.start()
 
     def stop(self) -> None:
-        """Let the thread end."""
         self._stopped.set()
 
-    def join(self, timeout_s: float) -> None:
-        """Wait until it has ended."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
-
-    def check_open(self, user: str, control: dict[str, Any]) -> str:
-        """Return the rule by which this user may open or resume that. Raises TunnelRefused."""
-        client, host, port = control["client"], control["host"], control["port"]
+    def check_open(self, user: str, control: Opening) -> str:
+        """Return the rule by which this user may open or resume that. Raises Refused."""
+        client, host, port = control.client, control.host, control.port
         try:
             asked = canonical_host(host)
         except RuleError as exc:
-            raise TunnelRefused("target_invalid", str(exc)) from exc
+            raise Refused("target_invalid", str(exc)) from exc
         # One look, so that both answers are of one file.
         credentials = self.credentials
         rule = credentials.may_open(user, client, asked, port)
         # Before the question for the client: the answer must not tell which clients there are.
         if rule is None:
-            raise TunnelRefused("denied", f"no rule lets {user} open {host}:{port} at {client}")
+            raise Refused("denied", f"no rule lets {user} open {host}:{port} at {client}")
         if not credentials.has_client(client):
-            raise TunnelRefused("client_unknown", f"no client is named {client}")
+            raise Refused("client_unknown", f"no client is named {client}")
         return rule
 
     def _run(self) -> None:

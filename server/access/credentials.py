@@ -23,7 +23,7 @@ _log = logging.getLogger("http_network_relay.server.credentials")
 Kind = Literal["client", "user"]
 HASH_PREFIX = "sha256:"
 _HASHED = re.compile(HASH_PREFIX + "([0-9a-f]{64})")
-# What may_open() says of a user of the seed form, whom no rule limits.
+# What may_open() says of a user of the short form, whom no rule limits.
 EVERYTHING = "*"
 _ID_DIGITS = 8
 # No secret has this digest: it stands in for those that a name does not have.
@@ -47,13 +47,13 @@ def id_of(digest: bytes) -> str:
 
 
 def user_name_of(token: str) -> str:
-    """Return the name of a proxy user of the seed form (docs/protocol.md)."""
+    """Return the name of a proxy user of the short form (docs/protocol.md)."""
     return f"token-{id_of(digest_in_file(token))}"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One client or proxy user of the file. `allow` None: no rule limits it (seed form)."""
+    """One client or proxy user of the file. `allow` None: no rule limits it (short form)."""
 
     name: str
     digests: tuple[bytes, ...] = field(repr=False)
@@ -80,7 +80,7 @@ class Login:
 
 
 def users_of_tokens(tokens: Iterable[str]) -> list[Entry]:
-    """Return the proxy users of the seed form. Tokens of one id, if ever, are one user."""
+    """Return the proxy users of the short form. Tokens of one id, if ever, are one user."""
     by_name: dict[str, list[bytes]] = {}
     for token in tokens:
         by_name.setdefault(user_name_of(token), []).append(digest_in_file(token))
@@ -112,7 +112,7 @@ class Credentials:
 
     @classmethod
     def plain(cls, clients: Mapping[str, str], tokens: Iterable[str]) -> Credentials:
-        """Return those of a file in the seed form."""
+        """Return those of a file in the short form."""
         return cls(
             [Entry(name, (digest_in_file(secret),)) for name, secret in clients.items()],
             users_of_tokens(tokens),
@@ -190,7 +190,7 @@ class Credentials:
             # Only for the log: the peer is told no more than with a wrong secret.
             _log.warning(
                 "login refused reason=expired %s=%s secret=%s expired=%s "
-                "mend='credentials rotate --expires'",
+                "fix='credentials rotate --expires'",
                 *(kind, entry.name, id_of(digest), entry.expires),
             )
             return None

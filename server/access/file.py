@@ -9,7 +9,7 @@ import stat
 from http_network_relay.wire.errors import ConfigError
 from server.access.credentials import Credentials
 from server.access.form import SHORT_FORM, parse_credentials
-from server.config import CREDENTIALS_FILE_VARIABLE
+from server.config import CREDENTIALS_FILE
 
 _log = logging.getLogger("http_network_relay.server.credentials")
 
@@ -22,7 +22,7 @@ class UnreadableError(ConfigError):
 
 
 def load_credentials(path: str, *, warn: bool = True) -> Credentials:
-    """Read the file. Raises ConfigError that names it, the line and the mend, never a secret.
+    """Read the file. Raises ConfigError that names it, the line and the fix, never a secret.
 
     `warn`: log what an operator may want to change (one of several readers does).
     """
@@ -42,15 +42,15 @@ def read_file(path: str, *, warn: bool = False) -> bytes:
     except FileNotFoundError:
         raise UnreadableError(
             f"{path}: no such file; create it as {SHORT_FORM}, or name another file with "
-            f"--credentials-file or {CREDENTIALS_FILE_VARIABLE}"
+            f"--credentials-file or {CREDENTIALS_FILE.variable}"
         ) from None
     except OSError as exc:
         raise UnreadableError(
             f"{path}: cannot be read ({exc.strerror}); make it readable for the server's "
-            f"user, or name another file with {CREDENTIALS_FILE_VARIABLE}"
+            f"user, or name another file with {CREDENTIALS_FILE.variable}"
         ) from exc
     if len(content) > _MAX_FILE_BYTES:
         raise ConfigError(f"{path}: longer than {_MAX_FILE_BYTES} bytes; name the right file")
     if warn and mode & stat.S_IROTH:
-        _log.warning("credentials file is readable by others file=%s mend=chmod-600", path)
+        _log.warning("credentials file is readable by others file=%s fix=chmod-600", path)
     return content

@@ -1,6 +1,6 @@
 """What may stand in the credentials file (docs/access.md). No I/O.
 
-A content is in force as it stands or is refused whole, with the line and the mend: what
+A content is in force as it stands or is refused whole, with the line and the fix: what
 would have no effect is an error, never ignored. No message quotes a secret, nor a name whose value
 has the wrong shape: the secret may stand in the place of the name. The line tells which it is.
 `credentials.schema.json` beside this file says the same of the form, for editors.
@@ -64,7 +64,7 @@ class _Owner(NamedTuple):
     name: str
     # Where the secret stands, in words.
     place: str
-    is_seed: bool
+    is_short: bool
 
 
 class _Form:
@@ -118,14 +118,14 @@ class _Form:
             return self._entry("client", name, node, ("secrets", "expires"))
         if not isinstance(node.value, str):
             self._fail(node.line, f"the secret of this client is not a string; {_NEW_SECRET}")
-        owner = _Owner("client", name, f"the secret of client {name}", is_seed=True)
+        owner = _Owner("client", name, f"the secret of client {name}", is_short=True)
         return Entry(name, (self._secret(owner, node),))
 
     def _users(self, users: Node) -> list[Entry]:
         if isinstance(users.value, list):
             for number, node in enumerate(users.value, 1):
                 place = f"proxy user token number {number}"
-                self._secret(_Owner("user", "", place, is_seed=True), node)
+                self._secret(_Owner("user", "", place, is_short=True), node)
             return users_of_tokens(node.value for node in users.value)
         if not isinstance(users.value, dict):
             self._fail(
@@ -161,19 +161,19 @@ class _Form:
                 # Not quoted: it may be a secret in the wrong place.
                 listed = ", ".join(f'"{each}"' for each in known)
                 self._fail(line, f"{nameless} has an unknown key; it may have {listed}")
-        mend = "list at least one, or remove the entry: nobody could log in"
-        secrets = self._list(nameless, node, "secrets", mend)
+        fix = "list at least one, or remove the entry: nobody could log in"
+        secrets = self._list(nameless, node, "secrets", fix)
         digests = []
         for number, each in enumerate(secrets, 1):
             place = f"secret number {number} of {about}"
-            digests.append(self._secret(_Owner(kind, name, place, is_seed=False), each))
+            digests.append(self._secret(_Owner(kind, name, place, is_short=False), each))
         rules = self._rules(about, node) if "allow" in known else None
         return Entry(name, tuple(digests), rules, self._expires(about, node))
 
-    def _list(self, about: str, node: Node, key: str, mend: str) -> list[Node]:
+    def _list(self, about: str, node: Node, key: str, fix: str) -> list[Node]:
         found = node.value.get(key, Node([], node.line))
         if not isinstance(found.value, list) or not found.value:
-            self._fail(found.line, f'{about} has no list "{key}"; {mend}')
+            self._fail(found.line, f'{about} has no list "{key}"; {fix}')
         nodes: list[Node] = found.value
         return nodes
 
@@ -217,8 +217,8 @@ class _Form:
         digest = digest_in_file(text)
         owners = self._owners.setdefault(digest, [])
         for other in owners:
-            # Only what the seed form always allowed: clients that share a secret.
-            is_allowed = other.is_seed and owner.is_seed and "client" in (other.kind, owner.kind)
+            # Only what the short form always allowed: clients that share a secret.
+            is_allowed = other.is_short and owner.is_short and "client" in (other.kind, owner.kind)
             if not is_allowed:
                 self._fail(
                     node.line,
@@ -245,10 +245,10 @@ class _Form:
         self._name_rules += [rule.text for rule in rules if rule.target.is_name]
         found = find_shadowed(rules)
         if found is not None:
-            covered, other = found
+            shadowed, other = found
             self._fail(
-                nodes[covered].line,
-                f"{about}: the rule {rules[covered].text} has no effect beside "
+                nodes[shadowed].line,
+                f"{about}: the rule {rules[shadowed].text} has no effect beside "
                 f"{rules[other].text}; remove one of them",
             )
         return tuple(rules)

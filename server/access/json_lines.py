@@ -75,7 +75,7 @@ class _Walk:
         self._counted_to = 0
 
     def _line_at(self, at: int) -> int:
-        # Positions only grow, so each line end is counted once.
+        # Offsets only grow, so each line end is counted once.
         self._line += self._text.count("\n", self._counted_to, at)
         self._counted_to = at
         return self._line

@@ -9,8 +9,9 @@ from http_network_relay.wire.codes import CLOSE_REVOKED
 from http_network_relay.wire.constants import CHANNEL_BYTES
 from http_network_relay.wire.controls import FROM_CLIENT, parse_control, split_channel
 from http_network_relay.wire.errors import LegError, TunnelError
-from server.legs.leg import Helpers, Leg
-from server.legs.websocket import Connection, Message, close_frame
+from server.access.credentials import Login
+from server.legs.leg import Helpers, Leg, Message
+from server.legs.websocket import Connection, close_frame
 from server.tunnels.channels import Channels
 from server.tunnels.tunnel import Tunnel
 
@@ -24,13 +25,15 @@ class ClientLeg(Leg):
     def __init__(
         self,
         transport: Connection,
-        label: str,
+        login: Login,
         ping_interval_s: float,
         helpers: Helpers,
         budget_bytes: int,
+        tunnels_at_most: int,
     ) -> None:
-        super().__init__(transport, label, ping_interval_s, helpers)
-        self.channels: Channels[Tunnel] = Channels(budget_bytes)
+        """`tunnels_at_most` 0: as many as the budgets give."""
+        super().__init__(transport, login, ping_interval_s, helpers)
+        self.channels: Channels[Tunnel] = Channels(budget_bytes, tunnels_at_most)
         # Held from a channel's numbering until its `open` is queued, so that they go
         # out in number order; taken before the channels' lock, never under it.
         self._open_order = threading.Lock()
@@ -67,7 +70,7 @@ class ClientLeg(Leg):
         channel = 0
         try:
             control = parse_control(text, FROM_CLIENT, has_channel=True)
-            channel = control["channel"]
+            channel = control.channel
             tunnel = self._tunnel(channel)
             if tunnel is not None:
                 tunnel.on_client_control(control)

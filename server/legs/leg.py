@@ -8,19 +8,28 @@ what there was. Any thread may call end(). The reader never waits for anything b
 
 from __future__ import annotations
 
+import enum
 import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import CLOSE_INTERNAL_ERROR
-from http_network_relay.wire.constants import FLUSH_S, OP_PING, OP_TEXT, SILENCE_INTERVALS
-from http_network_relay.wire.controls import encode_control
+from http_network_relay.wire.constants import (
+    FLUSH_S,
+    OP_CLOSE,
+    OP_PING,
+    OP_TEXT,
+    SILENCE_INTERVALS,
+)
+from http_network_relay.wire.controls import GoingAway, decode_text, encode_control
 from http_network_relay.wire.errors import LegError
 from server.access.credentials import Login
-from server.legs.websocket import Connection, Message, ReadEnd, close_frame
+from server.legs.websocket import Connection, close_frame
 from server.logs import ROOT_NAME
 
 _log = logging.getLogger(f"{ROOT_NAME}.leg")
@@ -29,6 +38,18 @@ _log = logging.getLogger(f"{ROOT_NAME}.leg")
 RETRY_S = 0.01
 
 _PING = Frame(OP_PING, b"", b"")
+
+
+# A binary message, or a text.
+Message = bytes | bytearray | memoryview | str
+
+
+class ReadEnd(enum.Enum):
+    """Why reading has ended."""
+
+    LOST = "lost"  # the stream ended or failed: nobody is there
+    CLOSED = "closed"  # the peer sent a close frame, and nothing comes after it
+    BROKEN = "broken"  # the peer broke the rules, or we did; a close frame is queued
 
 
 class Helpers(NamedTuple):
@@ -44,18 +65,16 @@ class Leg:
     def __init__(
         self,
         transport: Connection,
-        label: str,
+        login: Login,
         ping_interval_s: float,
         helpers: Helpers,
     ) -> None:
-        self.label = label
-        # Who was let in; set before the leg is served.
-        self.login: Login | None = None
-        self.outbox = SendQueue()
+        self.login = login
+        self.label = login.name
+        self.outbox = FrameSender(call=self._call_sender)
         self._transport = transport
         self._ping_interval_s = ping_interval_s
         self._helpers = helpers
-        self._outlet = transport.outlet(self.outbox)
         # Guards the two below: the sender starts a writer where there has to be one, but not
         # when the reader, at its end, sees to the rest.
         self._writer_lock = threading.Lock()
@@ -71,12 +90,9 @@ class Leg:
 
     def run(self, websocket: Any) -> None:
         """Serve the upgraded WebSocket until the leg has ended and its writer is gone."""
-        self.outbox.on_call = self._call_sender
-        self._outlet.start()
-        # For what was put since the leg was attached.
-        self._call_sender()
+        self._transport.start(websocket, self.outbox)
         try:
-            ended = self._read(websocket)
+            ended = self._read()
             # The tunnels' other ends hear of it before anything here can take time.
             self.lost()
             if ended is ReadEnd.LOST:
@@ -98,21 +114,21 @@ class Leg:
                 self._writer.join()
             else:
                 self._write()
-            self._outlet.stop()
-            self._transport.abort()
+            self._transport.stop()
+            self.outbox.stop()
 
     def send_waiting(self) -> None:
         """For the sender: send what the socket takes at once; start the writer for the rest."""
         if self._writer is not None:
             return  # The call was for it.
-        self.outbox.hear_call()
-        if not self._outlet.push_all():
+        if not self.outbox.push_all():
             self._start_writer()
         elif self.outbox.is_over:
             self._transport.finish_sending()
 
     def _call_sender(self) -> None:
-        self._helpers.send_waiting(self)
+        if self._writer is None:
+            self._helpers.send_waiting(self)
 
     def _start_writer(self) -> None:
         with self._writer_lock:
@@ -126,7 +142,6 @@ class Leg:
                 self.abort("internal_error")
                 return
             self._writer = writer
-            self.outbox.on_call = None
 
     def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
         """Send a close behind all that is queued; shut down hard after `flush_s`."""
@@ -155,7 +170,7 @@ class Leg:
 
     def going_away(self, spread_ms: int) -> None:
         """The server stops soon: say so."""
-        text = encode_control("going_away", spread_ms=spread_ms)
+        text = encode_control(GoingAway(spread_ms))
         self.outbox.put_leg("going_away", Frame(OP_TEXT, b"", text))
         self.outbox.push()
 
@@ -166,9 +181,12 @@ class Leg:
     def _note(self, reason: str) -> None:
         self.reason = self.reason or reason
 
-    def _read(self, websocket: Any) -> ReadEnd:
+    def _read(self) -> ReadEnd:
+        """Take in messages until the leg ends. What a message raises is caught here alone."""
         try:
-            ended = self._transport.read(websocket, self._on_message, self.outbox)
+            while (message := self._transport.receive())[0] != OP_CLOSE:
+                opcode, payload = message
+                self._on_message(decode_text(payload) if opcode == OP_TEXT else payload)
         except LegError as exc:
             _log.info("leg broke the rules leg=%s error=%s", self.label, exc)
             self._note("protocol_error")
@@ -179,13 +197,14 @@ class Leg:
             self._note("internal_error")
             self.outbox.close(close_frame(CLOSE_INTERNAL_ERROR), flush=False)
             return ReadEnd.BROKEN
-        self._note({"lost": "lost", "closed": "closed", "broken": "protocol_error"}[ended.value])
+        ended = ReadEnd.LOST if message[1] == ABNORMAL_CLOSURE else ReadEnd.CLOSED
+        self._note(ended.value)
         return ended
 
     def _write(self) -> None:
         """The writer's thread: sends what those who put it could not send at once."""
         try:
-            self._outlet.run()
+            self.outbox.run()
             self._transport.finish_sending()
         except OSError:
             # The peer is gone, or abort() was called: the reader finds out now.

@@ -1,25 +1,25 @@
 """The `resume`s that wait for their client to come back (docs/protocol.md, "Resume").
 
-Only who waits for whom. A leg itself decides, under its own lock, whether it still waits:
-so it is opened, refused or forgotten once, whoever comes first.
+This table only says which leg waits for which client. Whether a leg still waits, the leg decides
+under its own lock: so a `resume` is opened, refused or forgotten once, by whichever thread comes
+first.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from typing import Generic, Protocol, TypeVar
 
 # After a restart a client comes back within its spread and the 0.3 s of its tries; a device
 # behind NAT needs some seconds more. A proxy command tries again anyway.
-HELD_RESUME_S = 10.0
+PENDING_RESUME_S = 10.0
 
 
 class Waiting(Protocol):
-    """A leg whose `resume` is held."""
+    """A leg whose `resume` waits."""
 
-    def open_wanted(self) -> None:
-        """Open its tunnel if it still wants one."""
+    def try_open(self) -> None:
+        """Open the leg's tunnel if the leg still wants one."""
 
 
 WaitingT = TypeVar("WaitingT", bound=Waiting)
@@ -33,17 +33,17 @@ class PendingResumes(Generic[WaitingT]):
         self._lock = threading.Lock()
         self._legs: dict[str, set[WaitingT]] = {}
 
-    def park(self, client: str, leg: WaitingT) -> float:
-        """Note that `leg` waits; return until when, monotonic.
+    def add(self, client: str, leg: WaitingT) -> None:
+        """Note that `leg` waits for `client`.
 
-        Park first, then look for the client: one that comes in between finds the leg here.
+        The caller MUST add first and then look for the client: a client that comes in between
+        finds the leg here.
         """
         with self._lock:
             self._legs.setdefault(client, set()).add(leg)
-        return time.monotonic() + HELD_RESUME_S
 
-    def forget(self, client: str, leg: WaitingT) -> None:
-        """`leg` waits no more. Again is harmless."""
+    def discard(self, client: str, leg: WaitingT) -> None:
+        """Forget a leg that no longer waits. Again is harmless."""
         with self._lock:
             legs = self._legs.get(client, set())
             legs.discard(leg)
@@ -55,14 +55,14 @@ class PendingResumes(Generic[WaitingT]):
         with self._lock:
             legs = list(self._legs.get(client, ()))
         for leg in legs:
-            leg.open_wanted()
+            leg.try_open()
 
-    def open_all(self) -> None:
-        """The server stops: let each leg find that out."""
+    def fail_all(self) -> None:
+        """The server stops: each leg tries, and is refused for that reason."""
         with self._lock:
             legs = [leg for waiting in self._legs.values() for leg in waiting]
         for leg in legs:
-            leg.open_wanted()
+            leg.try_open()
 
     def __len__(self) -> int:
         with self._lock:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 from typing import Protocol
 
 from server.logs import ROOT_NAME
+from server.service_thread import ServiceThread
 
 _log = logging.getLogger(f"{ROOT_NAME}.sender")
 
@@ -23,18 +23,14 @@ class Sending(Protocol):
         """Send what the socket takes at once; have a writer for the rest. Never waits."""
 
 
-class LegSender:
+class LegSender(ServiceThread):
     """Calls send_waiting() of each leg whose outbox has called."""
 
     def __init__(self) -> None:
+        super().__init__("sender:legs")
         # SimpleQueue.put is one step of the interpreter: the timer may come in here. Bounded by
         # the legs: an outbox that has called calls again only when that was heard.
         self._called: queue.SimpleQueue[Sending | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="sender:legs")
-
-    def start(self) -> None:
-        """Start the thread; in the process that has the legs, after any fork."""
-        self._thread.start()
 
     def call(self, leg: Sending) -> None:
         """The leg's outbox has something. Any thread; never waits."""
@@ -43,11 +39,6 @@ class LegSender:
     def stop(self) -> None:
         """Let the thread end; after the legs, which have nobody else to start their writers."""
         self._called.put(None)
-
-    def join(self, timeout_s: float) -> None:
-        """Wait until it has ended."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         while (leg := self._called.get()) is not None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from server.logs import ROOT_NAME
+from server.service_thread import ServiceThread
 
 _log = logging.getLogger(f"{ROOT_NAME}.timer")
 
@@ -32,13 +33,14 @@ class Timed(Protocol):
         """Do what is due; return when to come again, monotonic."""
 
 
-class Timer:
+class Timer(ServiceThread):
     """Calls tick() of each leg when it is due.
 
     The cost of a round is that of the legs that are due, however many there are.
     """
 
     def __init__(self) -> None:
+        super().__init__("timer:legs")
         # What other threads say of legs, in order. The timer's thread alone takes.
         self._news: deque[tuple[Callable[[Timed], None], Timed]] = deque()
         self._woken = threading.Event()
@@ -49,11 +51,6 @@ class Timer:
         self._dates: dict[Timed, int] = {}
         self._legs: dict[int, Timed] = {}
         self._numbers = itertools.count()
-        self._thread = threading.Thread(target=self._run, name="timer:legs")
-
-    def start(self) -> None:
-        """Start the thread; in the process that has the legs, after any fork."""
-        self._thread.start()
 
     def add(self, leg: Timed) -> None:
         """Tick the leg from now on. Any thread, as all below."""
@@ -68,14 +65,8 @@ class Timer:
         self._tell(self._drop, leg)
 
     def stop(self) -> None:
-        """Let the thread end."""
         self._is_stopped = True
         self._woken.set()
-
-    def join(self, timeout_s: float) -> None:
-        """Wait until it has ended."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
 
     def _tell(self, what: Callable[[Timed], None], leg: Timed) -> None:
         self._news.append((what, leg))

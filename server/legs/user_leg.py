@@ -1,31 +1,81 @@
 """UserLeg: the WebSocket of one proxy user, which carries one tunnel.
 
-Its first message asks for the tunnel, and is refused by the timer if it does not come. An `open`
-is answered at once; a `resume` may wait for its client, and is then opened by that client's
-thread, or refused by the timer.
+The leg's first message asks for the tunnel; the timer refuses a leg whose first message does not
+come. An `open` is answered at once. A `resume` may wait for its client: that client's thread
+then opens the tunnel, or the timer refuses it.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from enum import Enum
+from typing import Protocol
 
 from http_network_relay.leg.send_queue import Frame
-from http_network_relay.wire.codes import CLOSE_NORMAL
+from http_network_relay.wire.codes import CLOSE_NORMAL, Code
 from http_network_relay.wire.constants import FLUSH_S, OP_TEXT
-from http_network_relay.wire.controls import FROM_USER, encode_control, parse_control
-from http_network_relay.wire.errors import TunnelError, TunnelRefused
-from server.legs.leg import RETRY_S, Helpers, Leg
-from server.legs.pending_resumes import PendingResumes
-from server.legs.websocket import Connection, Message, close_frame
-from server.tunnels.tunnel import USER_CHANNEL, Tunnel
+from http_network_relay.wire.controls import (
+    FROM_USER,
+    Control,
+    Open,
+    Opening,
+    OpenRefused,
+    Reset,
+    Resume,
+    encode_control,
+    parse_control,
+    type_of,
+)
+from http_network_relay.wire.errors import Refused, TunnelError
+from server.access.credentials import Login
+from server.legs.leg import RETRY_S, Helpers, Leg, Message
+from server.legs.pending_resumes import PENDING_RESUME_S, PendingResumes
+from server.legs.websocket import Connection, close_frame
+from server.tunnels.tunnel import Tunnel
+from server.tunnels.tunnel_side import USER_CHANNEL
 
-# A user's end whose tunnel is over closes by itself, at once; this catches one that does not.
+# A user's end whose tunnel is over closes by itself, at once; this catches an end that does not.
 _LATE_CLOSE_S = 10.0
 
-OpenTunnel = Callable[["UserLeg", dict[str, Any]], Tunnel]
+
+class UserLegState(Enum):
+    """State of a user leg, drawn in docs/architecture.md, "States"."""
+
+    # The first message has not come.
+    EXPECTING = "expecting"
+    # The first message has come, and there is no tunnel yet: a `resume` may wait for its client.
+    PENDING = "pending"
+    # There is a tunnel. Final: the tunnel's own states go on.
+    OPEN = "open"
+    # There will be no tunnel. The leg closes, and what comes is ignored.
+    REFUSED = "refused"
+    # The leg is lost or replaced, without a tunnel.
+    GONE = "gone"
+
+
+USER_LEG_TRANSITIONS: dict[UserLegState, frozenset[UserLegState]] = {
+    UserLegState.EXPECTING: frozenset(
+        {UserLegState.PENDING, UserLegState.REFUSED, UserLegState.GONE}
+    ),
+    UserLegState.PENDING: frozenset({UserLegState.OPEN, UserLegState.REFUSED, UserLegState.GONE}),
+    UserLegState.OPEN: frozenset(),
+    UserLegState.REFUSED: frozenset({UserLegState.GONE}),
+    UserLegState.GONE: frozenset(),
+}
+
+_WAITING = (UserLegState.EXPECTING, UserLegState.PENDING)
+_NEVER = float("inf")
+
+
+class TunnelOpener(Protocol):
+    """What makes the tunnel that a leg's first message asks for."""
+
+    def open(self, leg: UserLeg, control: Opening) -> Tunnel:
+        """Pair the leg with its client. Raises Refused, TunnelError."""
+
+    def refused(self, control: Opening, reason: str) -> None:
+        """The leg has ended, and its first message made no tunnel. May do what a timer may not."""
 
 
 class UserLeg(Leg):
@@ -34,217 +84,220 @@ class UserLeg(Leg):
     def __init__(
         self,
         transport: Connection,
-        label: str,
+        login: Login,
         ping_interval_s: float,
         helpers: Helpers,
-        open_tunnel: OpenTunnel,
-        held: PendingResumes[UserLeg],
+        opener: TunnelOpener,
+        pending: PendingResumes[UserLeg],
         first_message_s: float,
     ) -> None:
         """`first_message_s`: from the upgrade to `open` or `resume`; a client leg has neither."""
-        super().__init__(transport, label, ping_interval_s, helpers)
-        self._open_tunnel = open_tunnel
-        self._held = held
-        # By when that must have come: a float, read by the timer.
-        self._first_by = time.monotonic() + first_message_s
-        self._no_open = f"neither open nor resume came within {first_message_s:g} s"
-        # The reader's own: the first message, once it has come.
-        self._first: dict[str, Any] | None = None
-        # Nothing that comes is heard any more. Set by the reader and the timer.
-        self._is_refused = False
-        # Guards the next two and the setting of tunnel. Held while the tunnel is opened, so that
-        # whoever else decides about it finds either what is wanted or the tunnel itself:
-        # before all other locks.
+        super().__init__(transport, login, ping_interval_s, helpers)
+        self._opener = opener
+        self._pending = pending
+        self._first_message_s = first_message_s
+        # Guards _state, _asked, _deadline and the setting of tunnel. Held while the tunnel is
+        # opened, so that another thread that ends the leg finds either no tunnel, and none is
+        # opened any more, or the tunnel itself: before all other locks.
         self._opening = threading.Lock()
-        # Whether a first message may still be acted on: the reader may have it in its hands when
-        # another thread ends the leg.
-        self._is_expecting = True
-        # The first message while there is no tunnel for it yet.
-        self._wanted: dict[str, Any] | None = None
+        self._state = UserLegState.EXPECTING
+        # The first message, from its arrival until lost() has reported it.
+        self._asked: Opening | None = None
+        # Until when the leg may stay EXPECTING or PENDING. A float is read whole: the timer looks
+        # at it without the lock.
+        self._deadline = time.monotonic() + first_message_s
         self.tunnel: Tunnel | None = None
-        # Until when a `resume` waits: a float, set by the reader, read by the timer.
-        self._held_until = float("inf")
-        # Told once, when the leg ends, of a first message that made no tunnel here. It may do
-        # what the timer may not.
-        self.on_refused: Callable[[dict[str, Any], str], None] | None = None
-        # What the timer has still to put: used by its thread alone.
-        self._last_words: list[tuple[str, Frame]] = []
+        # The timer's last frames that are not queued yet: used by the timer's thread alone.
+        self._last_frames: list[tuple[str, Frame]] = []
 
     def expect_close(self) -> None:
-        """The user's end closes now by itself; see that it does."""
+        """Expect the user's end to close now, and cut the leg off if it does not."""
         self._abort_by(time.monotonic() + _LATE_CLOSE_S)
 
-    def refuse(self, code: str, message: str) -> None:
-        """Answer the first message with `refused`, and close."""
-        self._is_refused = True
-        self.outbox.put_first(USER_CHANNEL, _refused(code, message))
-        self.end(CLOSE_NORMAL, code)
-
     def replace(self) -> None:
-        """The user's end is back on a newer leg, and deaf to this one: end it at once."""
+        """The user's end is back on a newer leg, and does not read this one: end it at once."""
         self._note("replaced")
         # Before the newer leg's `resume` can come, and without waiting for the reader.
         self.lost()
         self.abort("replaced")
 
     def opened_tunnel(self) -> Tunnel | None:
-        """Return the tunnel; one that is just being opened is waited for. Any thread."""
+        """Return the tunnel; wait for one that is being opened. Any thread."""
         with self._opening:
             return self.tunnel
 
     def revoke(self, code: str, message: str) -> None:
         """As in Leg."""
-        tunnel = self._stop_waiting()
-        if tunnel is not None:
-            tunnel.fail(TunnelError(message, code=code))
-        else:
-            self.refuse(code, message)
+        before = self._leave_waiting(UserLegState.REFUSED)
+        if self.tunnel is not None:
+            self.tunnel.fail(TunnelError(message, code=code))
+        elif before in _WAITING:
+            self._refuse(code, message)
 
     def lost(self) -> None:
-        """Tell the client of its tunnel."""
-        tunnel = self._stop_waiting()
-        if tunnel is not None:
-            tunnel.user_lost()
+        """End the tunnel for the client, or report a first message that made no tunnel."""
+        self._leave_waiting(UserLegState.GONE)
+        if self.tunnel is not None:
+            self.tunnel.user_lost()
             return
         with self._opening:
-            tell, self.on_refused = self.on_refused, None
-        if tell is not None and self._first is not None:
-            tell(self._first, self.reason)
+            asked, self._asked = self._asked, None
+        if asked is not None:
+            self._opener.refused(asked, self.reason)
 
     # What comes in.
 
     def _on_message(self, message: Message) -> None:
-        if self._is_refused:
-            return
         tunnel = self.tunnel
-        if tunnel is None and self._first is not None:
-            # Before its answer nothing but a reset can be right: it waits no more.
-            tunnel = self._stop_waiting()
+        if tunnel is None:
+            self._on_message_without_tunnel(message)
+            return
+        try:
+            if isinstance(message, str):
+                tunnel.on_user_control(parse_control(message, FROM_USER, has_channel=False))
+            else:
+                tunnel.on_user_data(message)
+        except TunnelError as exc:
+            tunnel.fail(exc)
+
+    def _on_message_without_tunnel(self, message: Message) -> None:
+        # Only this thread leaves EXPECTING for PENDING.
+        is_first = self._state is UserLegState.EXPECTING
+        if not is_first:
+            # Before the answer only a reset is right: the `resume` waits no more.
+            before = self._leave_waiting(UserLegState.REFUSED)
+            if before is UserLegState.OPEN:
+                self._on_message(message)
+            if before is not UserLegState.PENDING:
+                return
         try:
             if not isinstance(message, str):
-                if tunnel is None:
-                    raise TunnelError("data before open")
-                tunnel.on_user_data(message)
-                return
+                raise TunnelError("data before open")
             control = parse_control(message, FROM_USER, has_channel=False)
-            if tunnel is not None:
-                tunnel.on_user_control(control)
-            elif self._first is None:
+            if is_first:
                 self._on_first(control)
-            elif control["type"] == "reset":
-                self._is_refused = True
-                self.end(CLOSE_NORMAL, control["code"])
+            elif isinstance(control, Reset):
+                self.end(CLOSE_NORMAL, control.code)
             else:
-                raise TunnelError(f"{control['type']} before resumed")
+                raise TunnelError(f"{type_of(control)} before resumed")
         except TunnelError as exc:
-            if tunnel is None:
-                self.refuse(exc.code, str(exc))
-            else:
-                tunnel.fail(exc)
+            if not is_first or self._leave_waiting(UserLegState.REFUSED) in _WAITING:
+                self._refuse(exc.code, str(exc))
 
-    def _on_first(self, control: dict[str, Any]) -> None:
-        kind = control["type"]
-        if kind not in ("open", "resume"):
-            raise TunnelError(f"{kind} before open")
-        self._first = control
-        self._first_by = float("inf")
+    def _on_first(self, control: Control) -> None:
+        if not isinstance(control, (Open, Resume)):
+            raise TunnelError(f"{type_of(control)} before open")
         with self._opening:
-            if not self._is_expecting:
-                return  # Who ended the leg has answered.
-            self._is_expecting = False
-            self._wanted = control
-        if kind == "resume":
-            # Before the client is looked for, see HeldResumes.park.
-            self._held_until = self._held.park(control["client"], self)
+            self._asked = control
+            if self._state is not UserLegState.EXPECTING:
+                return  # The thread that ended the leg has answered.
+            self._go_locked(UserLegState.PENDING)
+            if isinstance(control, Resume):
+                # Before the client is looked for, see PendingResumes.add.
+                self._pending.add(control.client, self)
+                self._deadline = time.monotonic() + PENDING_RESUME_S
+            else:
+                self._deadline = _NEVER
+        if isinstance(control, Resume):
             self._helpers.look_again(self)
-        self.open_wanted()
+        self.try_open()
 
-    # The tunnel that is wanted: opened, refused, or forgotten, once.
+    # The tunnel that the first message asks for: opened, refused, or forgotten, once.
 
-    def open_wanted(self) -> None:
+    def try_open(self) -> None:
         """Open the tunnel that the first message asks for, or refuse it. Any thread.
 
-        Nothing if it wants none any more; a `resume` goes on waiting for an absent client.
+        Nothing if the leg is not PENDING. A `resume` goes on waiting for an absent client.
         """
-        refusal: TunnelRefused | TunnelError | None = None
+        refusal: Refused | TunnelError | None = None
         with self._opening:
-            control = self._wanted
-            if control is None:
+            control = self._asked
+            if self._state is not UserLegState.PENDING or control is None:
                 return
             try:
-                self.tunnel = self._open_tunnel(self, control)
-            except (TunnelRefused, TunnelError) as exc:
-                if control["type"] == "resume" and exc.code == "client_offline":
+                self.tunnel = self._opener.open(self, control)
+                self._go_locked(UserLegState.OPEN)
+            except (Refused, TunnelError) as exc:
+                if isinstance(control, Resume) and exc.code == Code.CLIENT_OFFLINE:
                     return
                 refusal = exc
-            self._wanted = None
-        self._forget_held()
+                self._go_locked(UserLegState.REFUSED)
+            self._discard_locked()
         if refusal is not None:
-            self.refuse(refusal.code, str(refusal))
+            self._refuse(refusal.code, str(refusal))
         elif self.tunnel is not None:
             self.tunnel.log_start()
 
-    def _stop_waiting(self) -> Tunnel | None:
-        """Want no tunnel any more, nor hear of one; return the one that is there."""
+    def _leave_waiting(self, state: UserLegState) -> UserLegState:
+        """Go to `state` unless there is a tunnel, or the leg is there; return the state before."""
         with self._opening:
-            self._is_expecting = False
-            self._wanted = None
-            tunnel = self.tunnel
-        self._forget_held()
-        return tunnel
+            before = self._state
+            if state in USER_LEG_TRANSITIONS[before]:
+                self._go_locked(state)
+            self._discard_locked()
+        return before
 
-    def _forget_held(self) -> None:
-        if self._first is not None and self._first["type"] == "resume":
-            self._held.forget(self._first["client"], self)
+    def _go_locked(self, state: UserLegState) -> None:
+        assert self._opening.locked()
+        assert state in USER_LEG_TRANSITIONS[self._state], (self._state, state)
+        self._state = state
+
+    def _discard_locked(self) -> None:
+        assert self._opening.locked()
+        if isinstance(self._asked, Resume):
+            self._pending.discard(self._asked.client, self)
+
+    def _refuse(self, code: str, message: str) -> None:
+        """Answer the first message with `refused`, and close."""
+        self.outbox.put_first(USER_CHANNEL, _refused(code, message))
+        self.end(CLOSE_NORMAL, code)
+
+    # The timer's.
 
     def tick(self, now: float) -> float:
-        """For the timer, as in Leg; refuses who says nothing, or waits for a client in vain."""
-        is_late, is_held = now >= self._first_by, now >= self._held_until
-        if is_late or is_held:
-            if not self._give_up_waiting(now, is_held):
-                return min(super().tick(now), now + RETRY_S)
-            # Only what was looked at: the reader may set the other one in this moment.
-            if is_held:
-                self._held_until = float("inf")
-            else:
-                self._first_by = float("inf")
-        return min(super().tick(now), self._first_by, self._held_until)
+        """For the timer, as in Leg; refuses a leg that stays silent, or waits in vain."""
+        if now >= self._deadline and not self._give_up(now):
+            return min(super().tick(now), now + RETRY_S)
+        return min(super().tick(now), self._deadline)
 
-    def _give_up_waiting(self, now: float, is_held: bool) -> bool:
-        """Say `refused` and close; wait for no lock: False if that is not done yet.
+    def _give_up(self, now: float) -> bool:
+        """Send `refused` and close, where the deadline has passed; False: try again soon.
 
-        `is_held`: for the client of a `resume`, else for the first message.
+        Waits for no lock.
         """
-        if not self._last_words:
+        if not self._last_frames:
             if not self._opening.acquire(blocking=False):
                 return False
             try:
-                if is_held:
-                    is_waiting, self._wanted = self._wanted is not None, None
-                else:
-                    is_waiting, self._is_expecting = self._is_expecting, False
+                before = self._state
+                if now < self._deadline:
+                    return True  # The first message came in this moment.
+                if before not in _WAITING:
+                    self._deadline = _NEVER
+                    return True
+                self._go_locked(UserLegState.REFUSED)
             finally:
                 self._opening.release()
-            if not is_waiting:
-                return True
-            self._is_refused = True
-            if is_held:
-                code, message = "client_offline", "the client did not come back"
+            if before is UserLegState.PENDING:
+                code, message = Code.CLIENT_OFFLINE, "the client did not come back"
             else:
-                code, message = "no_open", self._no_open
+                within_s = self._first_message_s
+                code = Code.NO_OPEN
+                message = f"neither open nor resume came within {within_s:g} s"
             self._note(code)
-            # Through slots of the fast lane, in this order: to put them needs no waiting.
-            # Nothing may follow the close, so no ping does.
+            # By slots of the fast lane, in this order: they are queued without waiting. Nothing
+            # may follow the close, so no ping does.
             refused = _refused(code, message)
-            self._last_words = [("refused", refused), ("close", close_frame(CLOSE_NORMAL))]
-            self._ping_at = float("inf")
+            self._last_frames = [("refused", refused), ("close", close_frame(CLOSE_NORMAL))]
+            self._ping_at = _NEVER
             self._abort_at = min(self._abort_at, now + FLUSH_S)
-        while self._last_words:
-            if not self.outbox.try_put_leg(*self._last_words[0]):
+        while self._last_frames:
+            if not self.outbox.try_put_leg(*self._last_frames[0]):
                 return False
-            del self._last_words[0]
+            del self._last_frames[0]
+        self._deadline = _NEVER
         return True
 
 
 def _refused(code: str, message: str) -> Frame:
-    return Frame(OP_TEXT, b"", encode_control("refused", code=code, message=message))
+    return Frame(OP_TEXT, b"", encode_control(OpenRefused(code, message)))

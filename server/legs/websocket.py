@@ -1,34 +1,33 @@
-"""One WebSocket of the server, over simple-websocket. The only file that knows it.
+"""One WebSocket of the server, over simple-websocket and wsproto. The only file that knows them.
 
-The library does the handshake and the unusual frames; three things are ours:
+simple-websocket makes the handshake. Its read loop is not used: the handler's thread takes whole
+messages off the stream (FrameReader), and feeds all other frames to wsproto, which does no I/O.
+Our own frames are made by FrameSender.
 
-- its reader thread is a class that does nothing: the handler's thread runs the library's
-  loop itself, and messages are dispatched as they come, so no list of them can grow;
-- it gets LegSocket instead of the socket: whole messages are taken off the stream before it
-  sees them, and what it wants to write (pongs, close frames) goes through the outbox;
-- our own frames are written by hand (framing.py, outlet.py).
-
-Threads: the handler (prepare, read), the leg's writer (write), any (push, abort).
+Threads: the handler (prepare_upgrade, start, receive, stop), any (abort).
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import socket
-from collections.abc import Callable
 from typing import Any
+
+from wsproto import WSConnection
+from wsproto.connection import ConnectionState
+from wsproto.events import BytesMessage, CloseConnection, Ping, TextMessage
 
 from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.leg.frame_reader import FrameReader
 from http_network_relay.leg.frame_sender import FrameSender
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.message_reader import NO_STATUS, MessageReader
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.constants import (
     MASK_HEADER,
     MASK_ZERO,
-    MAX_MESSAGE_BYTES,
     OP_BINARY,
     OP_CLOSE,
+    OP_CONTINUATION,
     OP_PING,
     OP_PONG,
     OP_TEXT,
@@ -36,32 +35,24 @@ from http_network_relay.wire.constants import (
     RELAY_HEADER_VALUE,
     SUBPROTOCOL,
 )
-from http_network_relay.wire.controls import decode_text
+from http_network_relay.wire.errors import LegError
 
-# What the library reads at once, and what is dropped at once after the end.
+# What wsproto is fed at once, and what is dropped at once after the end.
 _RECEIVE_BYTES = 16 * 1024
 # What the kernel may hold unsent: more only delays the keystroke that comes behind it.
 _UNSENT_BYTES = 128 * 1024
 
 
-# A binary message, or a text.
-Message = bytes | bytearray | memoryview | str
-
-
-class _NoThread:
-    """Takes the place of the library's reader thread; the handler runs its loop."""
+class _Unused:
+    """Takes the place of the library's reader thread, and of the event that would wake one."""
 
     name = "unused"
 
-    def __init__(self, target: Callable[[], None]) -> None:
+    def __init__(self, target: object = None) -> None:
         del target
 
     def start(self) -> None:
         """Do nothing."""
-
-
-class _NoEvent:
-    """Nobody waits in the library's receive(), so nobody needs to be woken."""
 
     def set(self) -> None:
         """Do nothing."""
@@ -70,135 +61,9 @@ class _NoEvent:
 # For flask-sock, which passes them to simple-websocket.
 SERVER_OPTIONS: dict[str, Any] = {
     "subprotocols": [SUBPROTOCOL],
-    "receive_bytes": _RECEIVE_BYTES,
-    "max_message_size": MAX_MESSAGE_BYTES,
-    "thread_class": _NoThread,
-    "event_class": _NoEvent,
+    "thread_class": _Unused,
+    "event_class": _Unused,
 }
-
-
-class ReadEnd(enum.Enum):
-    """Why reading has ended."""
-
-    LOST = "lost"  # the stream ended or failed: nobody is there
-    CLOSED = "closed"  # the peer sent a close frame, and nothing comes after it
-    BROKEN = "broken"  # the library refused what came, and queued a close frame
-
-
-class LegSocket:
-    """What the library takes for a socket: it reads what is not ours, writes are diverted."""
-
-    def __init__(self, sock: socket.socket, *, agrees_to_zero: bool) -> None:
-        self._sock = sock
-        self.duplex = DuplexSocket(sock)
-        self._frames = FrameReader(self.duplex, is_masked=True)
-        self._agrees_to_zero = agrees_to_zero
-        self.is_lost = False
-        # Set when the upgrade is done; the reader's thread alone uses them.
-        self.outbox: SendQueue | None = None
-        self.on_message: Callable[[Message], None] = _nobody
-
-    def recv(self, size: int) -> bytes:
-        """As socket.recv, but whole messages are dispatched here."""
-        try:
-            while (message := self._frames.read_message()) is not None:
-                self._dispatch(*message)
-            data_for_library = self._frames.read(size)
-        except OSError:
-            self.is_lost = True
-            raise
-        self.is_lost = not data_for_library
-        return data_for_library
-
-    def _dispatch(self, opcode: int, data: Any) -> None:
-        if opcode == OP_BINARY:
-            self.on_message(data)
-        elif opcode == OP_TEXT:
-            self.on_message(decode_text(data))
-        elif opcode == OP_PING:
-            self._put_pong(Frame(OP_PONG, b"", data))
-
-    def _put_pong(self, frame: Frame) -> None:
-        if self.outbox is not None:
-            self.outbox.put_leg("pong", frame)
-            self.outbox.push()
-
-    def send(self, data: bytes) -> int:
-        """Send the handshake's answer; later queue what the library wants to write."""
-        if self.outbox is None:
-            # The library cannot add headers to its 101.
-            marks = f"\r\n{RELAY_HEADER}: {RELAY_HEADER_VALUE}\r\n"
-            marks += f"{MASK_HEADER}: {MASK_ZERO}\r\n" if self._agrees_to_zero else ""
-            answer = bytes(data).replace(b"\r\n\r\n", f"{marks}\r\n".encode(), 1)
-            try:
-                self.duplex.send(memoryview(answer))
-            except OSError:
-                # Gone before it was answered: a lost leg as any other, which the reader finds.
-                self.duplex.abort()
-        else:
-            for frame in _control_frames(bytes(data)):
-                if frame.opcode == OP_CLOSE:
-                    self.outbox.close(frame, flush=False)
-                elif frame.opcode == OP_PONG:
-                    self._put_pong(frame)
-        return len(data)
-
-    def close(self) -> None:
-        """Nothing: gunicorn owns the descriptor, and the writer may be inside it."""
-
-    def finish_sending(self) -> None:
-        """Tell the peer that nothing follows; reading goes on."""
-        with contextlib.suppress(OSError):
-            # Not SSLSocket.shutdown(): it takes the object away under the reader.
-            socket.socket.shutdown(self._sock, socket.SHUT_WR)
-
-    def tune(self) -> None:
-        """Set what a leg wants of TCP; a Unix socket has none of it."""
-        if self._sock.family not in (socket.AF_INET, socket.AF_INET6):
-            return
-        with contextlib.suppress(OSError):
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-                lowat = socket.TCP_NOTSENT_LOWAT
-                self._sock.setsockopt(socket.IPPROTO_TCP, lowat, _UNSENT_BYTES)
-
-
-def _nobody(_: Message) -> None:
-    raise ValueError("a message before read()")
-
-
-def _control_frames(data: bytes) -> list[Frame]:
-    """Take apart what the library serialized: whole unmasked control frames."""
-    frames = []
-    while data:
-        size = data[1]  # At most 125 in a control frame (RFC 6455, 5.5).
-        frames.append(Frame(data[0] & 0x0F, b"", data[2 : 2 + size]))
-        data = data[2 + size :]
-    return frames
-
-
-class _Dispatch:
-    """Takes the place of the library's list of received messages."""
-
-    def __init__(self, on_message: Callable[[Message], None]) -> None:
-        # Messages in fragments, which come from some proxies.
-        self.append = on_message
-
-
-def prepare_upgrade(environ: dict[str, Any]) -> LegSocket:
-    """Leave the library only what it may see: our socket and the handshake's headers.
-
-    Extensions are dropped because it would agree to permessage-deflate; the others
-    because it has no use for secrets.
-    """
-    asked = environ.get("HTTP_" + MASK_HEADER.upper().replace("-", "_"))
-    for name in [name for name in environ if name.startswith("HTTP_")]:
-        if name not in _HANDSHAKE_HEADERS:
-            del environ[name]
-    sock = LegSocket(environ["gunicorn.socket"], agrees_to_zero=asked == MASK_ZERO)
-    environ["gunicorn.socket"] = sock
-    return sock
-
 
 _HANDSHAKE_HEADERS = frozenset(
     {
@@ -212,33 +77,106 @@ _HANDSHAKE_HEADERS = frozenset(
 )
 
 
+class HandshakeSocket:
+    """What the library gets as a socket: it writes the answer to the handshake, nothing else."""
+
+    def __init__(self, sock: socket.socket, *, agrees_to_zero: bool) -> None:
+        self.sock = sock
+        self.duplex = DuplexSocket(sock)
+        self._agrees_to_zero = agrees_to_zero
+
+    def send(self, data: bytes) -> int:
+        """Send the answer with our headers: the library cannot add any to its 101."""
+        marks = f"\r\n{RELAY_HEADER}: {RELAY_HEADER_VALUE}\r\n"
+        marks += f"{MASK_HEADER}: {MASK_ZERO}\r\n" if self._agrees_to_zero else ""
+        answer = bytes(data).replace(b"\r\n\r\n", f"{marks}\r\n".encode(), 1)
+        try:
+            self.duplex.send(memoryview(answer))
+        except OSError:
+            # The peer has gone before its answer: a lost leg, which its reader finds.
+            self.duplex.abort()
+        return len(data)
+
+
+def prepare_upgrade(environ: dict[str, Any]) -> HandshakeSocket:
+    """Leave the library only what it may see: our socket and the handshake's headers.
+
+    Extensions are dropped because it would agree to permessage-deflate; the others
+    because it has no use for secrets.
+    """
+    asked = environ.get("HTTP_" + MASK_HEADER.upper().replace("-", "_"))
+    for name in [name for name in environ if name.startswith("HTTP_")]:
+        if name not in _HANDSHAKE_HEADERS:
+            del environ[name]
+    sock = HandshakeSocket(environ["gunicorn.socket"], agrees_to_zero=asked == MASK_ZERO)
+    environ["gunicorn.socket"] = sock
+    return sock
+
+
 class Connection:
     """One WebSocket, from before its upgrade."""
 
-    def __init__(self, sock: LegSocket) -> None:
-        self._sock = sock
-        sock.tune()
+    def __init__(self, sock: HandshakeSocket) -> None:
+        self._sock = sock.sock
+        self._duplex = sock.duplex
+        self._frames = FrameReader(self._duplex, is_masked=True)
+        # From start() on.
+        self._messages: MessageReader | None = None
+        self._websocket: Any = None
+        # Whether wsproto has begun a message.
+        self._is_in_message = False
+        self._tune()
+
+    def _tune(self) -> None:
+        """Set what a leg wants of TCP; a Unix socket has none of it."""
+        if self._sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        with contextlib.suppress(OSError):
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+                lowat = socket.TCP_NOTSENT_LOWAT
+                self._sock.setsockopt(socket.IPPROTO_TCP, lowat, _UNSENT_BYTES)
 
     @property
     def heard_at(self) -> float:
         """When any byte last came, monotonic."""
-        return self._sock.duplex.heard_at
+        return self._duplex.heard_at
 
-    def read(
-        self, websocket: Any, on_message: Callable[[Message], None], outbox: SendQueue
-    ) -> ReadEnd:
-        """Run the loop of the library's `websocket`: call `on_message` for each message.
+    def start(self, websocket: Any, outbox: FrameSender) -> None:
+        """Send what `outbox` holds. `websocket` is the library's object; the caller MUST stop()."""
+        self._websocket = websocket
+        self._messages = MessageReader(self._frames, outbox, self._read_odd)
+        outbox.start(self._duplex)
 
-        What `on_message` raises comes out here, but for OSError. Pongs and close
-        replies go to `outbox`.
-        """
-        self._sock.outbox, self._sock.on_message = outbox, on_message
-        websocket.input_buffer = _Dispatch(on_message)
-        websocket._thread()
-        if self._sock.is_lost:
-            return ReadEnd.LOST
-        # The library is through with both closes only if the peer's came first.
-        return ReadEnd.CLOSED if websocket.ws.state.name == "CLOSED" else ReadEnd.BROKEN
+    # The reader.
+
+    def receive(self) -> tuple[int, Any]:
+        """As MessageReader.receive()."""
+        if self._messages is None:
+            raise ValueError("receive() before start()")
+        return self._messages.receive()
+
+    def _read_odd(self) -> tuple[int, Any, bool]:
+        library: WSConnection = self._websocket.ws
+        # First what wsproto has been fed already: behind a fragment all of the stream is.
+        while (event := next(library.events(), None)) is None:
+            data = self._frames.read(_RECEIVE_BYTES)
+            if not data:
+                raise EOFError
+            library.receive_data(data)
+        if isinstance(event, CloseConnection):
+            if library.state is not ConnectionState.REMOTE_CLOSING:
+                raise LegError(event.reason or "bad frame", event.code)
+            code = b"" if event.code == NO_STATUS else event.code.to_bytes(2, "big")
+            return OP_CLOSE, code, True
+        if isinstance(event, TextMessage | BytesMessage):
+            opcode = OP_TEXT if isinstance(event, TextMessage) else OP_BINARY
+            payload = event.data.encode() if isinstance(event, TextMessage) else event.data
+            is_first, self._is_in_message = not self._is_in_message, not event.message_finished
+            return opcode if is_first else OP_CONTINUATION, payload, event.message_finished
+        if isinstance(event, Ping):
+            return OP_PING, event.payload, True
+        return OP_PONG, b"", True
 
     def discard_input(self) -> None:
         """Read and drop until the stream ends or abort() is called.
@@ -247,24 +185,26 @@ class Connection:
         our close frame.
         """
         with contextlib.suppress(OSError):
-            while self._sock.duplex.recv(_RECEIVE_BYTES):
+            while self._duplex.recv(_RECEIVE_BYTES):
                 pass
 
-    def outlet(self, outbox: SendQueue) -> FrameSender:
-        """Return what sends the frames of `outbox`."""
-        return FrameSender(outbox, self._sock.duplex, self.abort, _no_key)
+    # The end.
 
     def finish_sending(self) -> None:
-        """End our direction, after the close frame."""
-        self._sock.finish_sending()
+        """End our direction, after the close frame; reading goes on."""
+        with contextlib.suppress(OSError):
+            # Not SSLSocket.shutdown(): it takes the object away under the reader.
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
 
     def abort(self) -> None:
-        """Wake reader and writer for good."""
-        self._sock.duplex.abort()
+        """End the leg now: its reader and whoever sends wake."""
+        self._duplex.abort()
 
-
-def _no_key() -> None:
-    """Return that a server's frames are not masked."""
+    def stop(self) -> None:
+        """Say that the leg is over; gunicorn owns the descriptor, and closes it."""
+        self.abort()
+        # Else flask-sock writes a close frame behind our end.
+        self._websocket.connected = False
 
 
 def close_frame(code: int) -> Frame:

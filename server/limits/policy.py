@@ -11,8 +11,8 @@ import time
 from typing import Any
 
 from http_network_relay.wire.constants import NAME_PATTERN
-from http_network_relay.wire.controls import matches
-from http_network_relay.wire.errors import HttpRefusal
+from http_network_relay.wire.controls import Opening, Resume, matches
+from http_network_relay.wire.errors import Refused
 from server.addresses import parse_networks, source_address
 from server.audit import AuditLog
 from server.config import Config
@@ -23,7 +23,7 @@ from server.logs import ROOT_NAME
 from server.tunnels.observer import TunnelObserver
 from server.tunnels.tunnel import Tunnel
 
-_log = logging.getLogger(f"{ROOT_NAME}.guard")
+_log = logging.getLogger(f"{ROOT_NAME}.policy")
 
 
 class Policy:
@@ -56,7 +56,7 @@ class Policy:
         """Return the address that a request comes from; see addresses.py."""
         return source_address(peer, forwarded, self._trusted)
 
-    def failed_login(self, kind: str, name: str, address: str, message: str) -> HttpRefusal:
+    def failed_login(self, kind: str, name: str, address: str, message: str) -> Refused:
         """Count and log a wrong name or secret; return how to answer it.
 
         Ask only after the secret was looked at, which is done always: the time that takes
@@ -71,8 +71,8 @@ class Policy:
         )
         self.audit.put("login_failed", kind=kind, name=name or None, address=address, reason=code)
         if is_over:
-            return HttpRefusal("too_many", "too many logins failed; wait, then mend the secret")
-        return HttpRefusal("unauthorized", message)
+            return Refused("too_many", "too many logins failed; wait, then correct the secret")
+        return Refused("unauthorized", message)
 
     def leg_up(self, kind: str, name: str, address: str) -> None:
         """Note that a client is connected; users are known by their tunnels."""
@@ -85,7 +85,7 @@ class Policy:
             fields = {"client": name, "address": address, "secs": round(secs, 3)}
             self.audit.put("client_down", **fields, reason=reason)
 
-    def refused(self, control: dict[str, Any], user: str, address: str, reason: str) -> None:
+    def refused(self, control: Opening, user: str, address: str, reason: str) -> None:
         """Note an `open` or `resume` that has reached no client."""
         self.audit.put("tunnel_refused", **_asked(control, user, address, None), reason=reason)
 
@@ -95,58 +95,60 @@ class PolicyObserver(TunnelObserver[Tunnel]):
 
     def __init__(
         self,
-        guard: Policy,
-        control: dict[str, Any],
+        policy: Policy,
+        control: Opening,
         user: str,
         address: str,
         rule: str | None = None,
     ) -> None:
-        self.is_paced = guard.pacer.is_pacing
-        self._guard = guard
+        self.is_paced = policy.pacer.shaper.is_on
+        self._policy = policy
         self._user = user
-        self._kind = control["type"]
+        self._is_resume = isinstance(control, Resume)
         self._fields = _asked(control, user, address, rule)
         self._started_at = time.monotonic()
 
     def first_credit(self, is_up: bool, wanted: int) -> int:
         """As in Record."""
-        return self._guard.pacer.first_credit(self._user, is_up, wanted)
+        return self._policy.pacer.shaper.first_credit(self._user, is_up, wanted)
 
     def started(self, tunnel: Tunnel) -> None:
         """As in Record."""
-        self._guard.pacer.started(self._user, tunnel)
+        self._policy.pacer.started(self._user, tunnel)
 
     def accepted(self, tunnel: Tunnel) -> None:
         """As in Record."""
-        event = "tunnel_resumed" if self._kind == "resume" else "tunnel_opened"
-        self._guard.audit.put(event, **self._fields)
-        self._guard.pacer.opened(tunnel)
+        event = "tunnel_resumed" if self._is_resume else "tunnel_opened"
+        self._policy.audit.put(event, **self._fields)
+        self._policy.pacer.accepted(tunnel)
 
-    def hungry(self, tunnel: Tunnel, is_up: bool) -> None:
+    def credit_headroom(self, tunnel: Tunnel, is_up: bool) -> None:
         """As in Record."""
-        self._guard.pacer.hungry(tunnel, is_up)
+        self._policy.pacer.credit_headroom(tunnel, is_up)
 
     def ended(self, tunnel: Tunnel, reason: str) -> None:
         """As in Record."""
-        guard = self._guard
-        guard.limits.forget(self._user, tunnel)
-        guard.pacer.ended(tunnel)
+        policy = self._policy
+        policy.limits.forget(self._user, tunnel)
+        policy.pacer.ended(tunnel)
         if not tunnel.is_opened:
-            guard.audit.put("tunnel_refused", **self._fields, reason=reason)
+            policy.audit.put("tunnel_refused", **self._fields, reason=reason)
             return
         up, down = (flow.forwarded - flow.begun_at for flow in (tunnel.up, tunnel.down))
         secs = round(time.monotonic() - self._started_at, 3)
-        guard.audit.put("tunnel_closed", **self._fields, up=up, down=down, secs=secs, reason=reason)
+        policy.audit.put(
+            "tunnel_closed", **self._fields, up=up, down=down, secs=secs, reason=reason
+        )
 
 
-def _asked(control: dict[str, Any], user: str, address: str, rule: str | None) -> dict[str, Any]:
+def _asked(control: Opening, user: str, address: str, rule: str | None) -> dict[str, Any]:
     """Return who wants what, without anything secret."""
-    host, port = control["host"], control["port"]
+    host, port = control.host, control.port
     return {
-        "tunnel": control["tunnel_id"],
+        "tunnel": control.tunnel_id,
         "user": user,
         "address": address,
-        "client": control["client"],
+        "client": control.client,
         "target": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
         "rule": rule,
     }

@@ -1,6 +1,6 @@
-"""What a proxy user may open: how many tunnels at once, and how many a second. No I/O.
+"""Limits of a proxy user: how many tunnels at once, and how many opens a second. No I/O.
 
-The limit by client is where its tunnels are counted, in tunnel.py.
+The limit by client is in channels.py, where a client's tunnels are counted.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from http_network_relay.wire.errors import TunnelRefused
+from http_network_relay.wire.codes import Code
+from http_network_relay.wire.errors import Refused
 from server.config import Config
+from server.limits.token_bucket import TokenBuckets
 
-# What may come at once: these seconds' worth, and one at least. A tool that fans out comes in
-# one burst; only what never stops is cut down to the rate.
+# Seconds of the rate that may come at once, and one open at least. A tool that fans out comes in
+# one burst; only opens that never stop are cut down to the rate.
 _BURST_S = 10.0
-# A user's tunnels that have ended are forgotten when they open the next one; buckets when they
-# are full again, looked at when there are so many.
-_MANY_BUCKETS = 1000
 
 
 class Counted(Protocol):
@@ -43,42 +42,32 @@ class Limits:
     def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = config.tunnels_per_user
         self._rate = config.opens_per_s
-        self._clock = clock
-        # Guards everything below.
+        size = max(1.0, self._rate * _BURST_S)
+        # By user and kind: open or resume.
+        self._opens: TokenBuckets[tuple[str, str]] = TokenBuckets(self._rate, size, clock=clock)
+        # Guards _tunnels.
         self._lock = threading.Lock()
         self._tunnels: dict[str, list[Counted]] = {}
-        # (user, open or resume) -> (tokens, when it was so).
-        self._buckets: dict[tuple[str, str], tuple[float, float]] = {}
 
-    def spend(self, user: str, kind: str) -> None:
-        """Take note of an `open` or `resume`. Raises TunnelRefused.
+    def count_open(self, user: str, kind: str) -> None:
+        """Count an `open` or `resume` against the rate. Raises Refused.
 
         Each kind has a bucket of its own, so that new tunnels never take from those that come
         back. All of a user's tunnels come back at once after a restart; those that find the
         bucket empty try again by themselves, within seconds.
         """
-        if not self._rate:
-            return
-        size = max(1.0, self._rate * _BURST_S)
-        key, now = (user, kind), self._clock()
-        with self._lock:
-            tokens, since = self._buckets.get(key, (size, now))
-            tokens = min(size, tokens + (now - since) * self._rate)
-            if len(self._buckets) >= _MANY_BUCKETS:
-                self._forget_full_locked(size, now)
-            self._buckets[key] = (tokens if tokens < 1 else tokens - 1, now)
-        if tokens < 1:
-            raise TunnelRefused(
-                "too_many_opens",
+        if self._rate and not self._opens.take((user, kind), 1):
+            raise Refused(
+                Code.TOO_MANY_OPENS,
                 f"more than {self._rate:g} tunnels a second were opened or resumed with this "
                 "token; try again",
             )
 
     def admit(self, user: str, tunnel: Counted) -> None:
-        """Count a tunnel until it is over. Raises TunnelRefused.
+        """Count a tunnel until it is over. Raises Refused.
 
-        A `resume` counts as any other, but not beside the tunnel's own older leg. An `open`
-        always counts: its id is the user's choice, and may be in use, here or at another client.
+        A `resume` does not count beside the tunnel's own older leg. An `open` always counts: its
+        id is the user's choice, and may be in use, here or at another client.
         """
         if not self._most:
             return
@@ -90,8 +79,8 @@ class Limits:
                 tunnels.append(tunnel)
             self._tunnels[user] = tunnels
         if others >= self._most:
-            raise TunnelRefused(
-                "user_full",
+            raise Refused(
+                Code.USER_FULL,
                 f"as many tunnels are open with this token as may be ({self._most}); end one",
             )
 
@@ -103,13 +92,6 @@ class Limits:
                 self._tunnels[user] = tunnels
             else:
                 self._tunnels.pop(user, None)
-
-    def _forget_full_locked(self, size: float, now: float) -> None:
-        self._buckets = {
-            key: (tokens, since)
-            for key, (tokens, since) in self._buckets.items()
-            if tokens + (now - since) * self._rate < size
-        }
 
 
 def _count(tunnels: list[Counted]) -> int:

@@ -95,9 +95,9 @@ class FlowCounters:
             raise TunnelError("ack of an eof that is not due")
         self.delivered = delivered
         self.eof_acked = self.eof_acked or eof
-        return self.grant(limit)
+        return self.raise_limit(limit)
 
-    def grant(self, asked: int) -> int:
+    def raise_limit(self, asked: int) -> int:
         """Return the limit to pass on: what the receiver asks, as far as the budget goes.
 
         Never below `delivered` + the smallest window, which was reserved at the start,
@@ -105,7 +105,7 @@ class FlowCounters:
         before: see begin().
         """
         self._asked = asked
-        return self._settle(self.limit if self._is_paced else self._highest())
+        return self._set_limit(self.limit if self._is_paced else self._highest())
 
     def ask_first(self, asked: int) -> int:
         """Take the first limit of a paced direction in; return how much credit begin() takes."""
@@ -114,18 +114,18 @@ class FlowCounters:
 
     def begin(self, credit: int) -> int:
         """Return the first limit to pass on: `credit` bytes, or less, from where we stand."""
-        return self._settle(min(self._highest(), self.forwarded + credit))
+        return self._set_limit(min(self._highest(), self.forwarded + credit))
 
     @property
-    def hunger(self) -> int:
+    def headroom(self) -> int:
         """By how much the limit of a paced direction might rise now."""
         is_ended = self.eof_count is not None
         return 0 if is_ended else max(0, self._highest() - self.limit)
 
     def raise_by(self, size: int) -> int:
         """Raise the limit of a paced direction by `size` at most; return by how much it rose."""
-        rise = min(size, self.hunger)
-        self._settle(self.limit + rise)
+        rise = min(size, self.headroom)
+        self._set_limit(self.limit + rise)
         return rise
 
     def _highest(self) -> int:
@@ -134,7 +134,7 @@ class FlowCounters:
         reach = max(MIN_WINDOW_BYTES, min(self._cap, self._reserved + self._budget.growth))
         return min(self._asked, max(self.delivered + reach, self.limit))
 
-    def _settle(self, limit: int) -> int:
+    def _set_limit(self, limit: int) -> int:
         self.limit = limit
         needed = max(MIN_WINDOW_BYTES, self.limit - self.delivered)
         self._budget.free += self._reserved - needed

@@ -1,4 +1,4 @@
-"""Who is told of a tunnel's life."""
+"""The observer of a tunnel's life."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ TunnelT = TypeVar("TunnelT")
 
 
 class TunnelObserver(Generic[TunnelT]):
-    """Who is told of a tunnel's life; does nothing by itself.
+    """Follows a tunnel's life; this base class does nothing.
 
-    All but `hungry` come with the lock of the channels held, so that they are told in the order
-    in which it happened, before either end can know and come back: they must not wait, nor
-    touch the tunnel's ends.
+    All methods but `credit_headroom` are called under the lock of the channels: in the order of
+    the events, and before either end can know of the event and come back. An override MUST NOT
+    wait, and MUST NOT call the tunnel.
     """
 
-    # Whether credit is given by first_credit() and Tunnel.raise_limit() alone.
+    # Whether first_credit() and Tunnel.raise_limit() alone give credit.
     is_paced = False
 
     def first_credit(self, is_up: bool, wanted: int) -> int:
-        """Return how much of the credit of a paced direction its user may have at once."""
+        """Return the part of a paced direction's first credit that its user may have at once."""
         return wanted
 
     def started(self, tunnel: TunnelT) -> None:
-        """It has a channel, and the client will be asked."""
+        """The tunnel has a channel, and its `open` or `resume` is queued next."""
 
     def accepted(self, tunnel: TunnelT) -> None:
         """The client has answered `opened` or `resumed`."""
 
-    def hungry(self, tunnel: TunnelT, is_up: bool) -> None:
+    def credit_headroom(self, tunnel: TunnelT, is_up: bool) -> None:
         """An ack of a paced direction has come: its limit could rise."""
 
     def ended(self, tunnel: TunnelT, reason: str) -> None:
-        """It is over, or was never accepted."""
+        """The tunnel has ended, accepted or not."""

@@ -153,7 +153,7 @@ class RelayWorker(ThreadWorker):
         if self._pending:
             self._drop(next(iter(self._pending)))
             return
-        _log.warning("connections wait error=%s mend=raise-the-limit-of-open-files", error)
+        _log.warning("connections wait error=%s fix=raise-the-limit-of-open-files", error)
         self._accept_again_at = time.monotonic() + _ACCEPT_REST_S
 
     def _begin_head(self, client_sock: socket.socket, address: Any, server: Any) -> None:

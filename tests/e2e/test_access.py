@@ -35,7 +35,7 @@ from tests.support.targets import EchoTarget
 from tests.support.waiting import eventually
 
 SECRETS = {"free": secret_of("cs-free"), "tied": secret_of("cs-tied")}
-TOKENS = {"seed": TOKEN, "ops": secret_of("pu-ops"), "net": secret_of("pu-net")}
+TOKENS = {"short": TOKEN, "ops": secret_of("pu-ops"), "net": secret_of("pu-net")}
 # What docs/access.md promises.
 GONE_S = 5.0
 RELOADED = "credentials reloaded"
@@ -46,12 +46,12 @@ ids = itertools.count(1)
 # What a user may open.
 
 # P has an echo, and the client `tied` was started with --allow 127.0.0.1:P; Q has an echo too.
-# `seed` may open everything. The rules of the others:
+# `short` may open everything. The rules of the others:
 OPS_RULES = ["free:127.0.0.1:P", "tied:localhost:P", "tied:127.0.0.2:P"]
 NET_RULES = ["*:127.0.0.0/8:P", "tied:local*:Q"]
 
 MATRIX = {
-    # client, host, port -> the answer to an `open` of seed, ops, net
+    # client, host, port -> the answer to an `open` of short, ops, net
     ("free", "127.0.0.1", "P"): ("opened", "opened", "opened"),
     ("free", "::ffff:127.0.0.1", "P"): ("opened", "opened", "opened"),
     ("free", "[::ffff:7f00:1]", "P"): ("opened", "opened", "opened"),
@@ -98,10 +98,10 @@ OF_RESUME = {
 
 @dataclass
 class World:
-    """Two servers with the same two clients each: one has rules, one the seed form."""
+    """Two servers with the same two clients each: one has rules, one the short form."""
 
     named: Server
-    seed: Server
+    short: Server
     p: EchoTarget
     q: EchoTarget
     # By name, those of the first server.
@@ -120,8 +120,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """Everything that the matrix needs."""
     with ExitStack() as stack:
         p, q = stack.enter_context(EchoTarget()), stack.enter_context(EchoTarget())
-        everything = {"secrets": [TOKENS["seed"]], "allow": ["*:*:*"]}
-        users = {"seed": everything}
+        everything = {"secrets": [TOKENS["short"]], "allow": ["*:*:*"]}
+        users = {"short": everything}
         for name, rules in (("ops", OPS_RULES), ("net", NET_RULES)):
             allow = [rule.replace("P", str(p.port)).replace("Q", str(q.port)) for rule in rules]
             users[name] = {"secrets": [TOKENS[name]], "allow": allow}
@@ -167,7 +167,7 @@ def test_matrix_of_users_clients_and_targets_when_opened(
     before = world.dialled
     opened = 0
     for user, expected in zip(TOKENS, MATRIX[target], strict=True):
-        servers = [world.named, world.seed] if user == "seed" else [world.named]
+        servers = [world.named, world.short] if user == "short" else [world.named]
         for server in servers:
             assert ask(server, TOKENS[user], "open", **opening)["code"] == expected, user
             opened += expected == "opened"
@@ -184,7 +184,7 @@ def test_matrix_of_users_clients_and_targets_when_resumed(
     opening = {"client": client, "host": host, "port": world.port(port)}
     before = world.dialled
     for user, answer in zip(TOKENS, MATRIX[target], strict=True):
-        servers = [world.named, world.seed] if user == "seed" else [world.named]
+        servers = [world.named, world.short] if user == "short" else [world.named]
         for server in servers:
             code = ask(server, TOKENS[user], "resume", **opening)["code"]
             assert code == OF_RESUME[answer], user
@@ -209,8 +209,8 @@ REFUSALS = {
     ("free", "localhost", "ops"): (7, "no rule lets ops open localhost:"),
     ("nobody", "127.0.0.1", "ops"): (7, "no rule lets ops open 127.0.0.1:"),
     ("tied", "127.0.0.2", "ops"): (7, "its client was started with --allow"),
-    ("nobody", "127.0.0.1", "seed"): (4, "no client is named nobody"),
-    ("free", "127.1", "seed"): (2, "could be taken for an address"),
+    ("nobody", "127.0.0.1", "short"): (4, "no client is named nobody"),
+    ("free", "127.1", "short"): (2, "could be taken for an address"),
     ("free", "0x7f000001", "ops"): (2, "could be taken for an address"),
     ("nobody", "2130706433", "net"): (2, "could be taken for an address"),
 }

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import venv
 from collections.abc import Iterator
@@ -134,6 +135,20 @@ def test_tunnel_works_when_all_three_are_installed_commands(
     """A whole tunnel without the project's folder."""
     argv = [str(installed / "ssh-proxy-command")]
     assert echo(argv, server_url, tmp_path, clean_environment()) == WENT_WELL
+
+
+def test_command_says_nothing_when_ctrl_c_comes_during_its_start(
+    installed: Path, tmp_path: Path
+) -> None:
+    """No traceback while the imports of the installed command are still on their way."""
+    (tmp_path / "websocket.py").write_text(
+        "import os, signal, threading\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "threading.Event().wait(10)\n"
+    )
+    argv = [str(installed / "ssh-proxy-command")]
+    done = echo(argv, "ws://127.0.0.1:1", tmp_path, clean_environment(PYTHONPATH=str(tmp_path)))
+    assert done == Finished(-signal.SIGINT, b"", [])
 
 
 def test_script_works_alone_when_websocket_client_is_the_newest(

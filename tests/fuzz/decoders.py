@@ -17,8 +17,9 @@ from http_network_relay.wire.errors import ConfigError
 from server.access.form import parse_credentials
 from server.access.json_lines import JsonError, parse_json
 from server.addresses import block_of, parse_networks, source_address
-from server.config import LIMITS, TRUSTED_PROXIES_VARIABLE, Config
+from server.config import SETTINGS, TRUSTED_PROXIES, Config
 from tests.fuzz.source import Source, control
+from tests.support.controls import as_dict, encode, from_dict
 from tests.support.programs import load
 
 PACKAGE = load("package")
@@ -60,9 +61,9 @@ def _outcome_of_wire(function: Callable[..., Any], *args: Any, **options: Any) -
 
 
 def _parse(payload: bytes, side: str, has_channel: bool) -> Any:
-    return PACKAGE.parse_control(
-        PACKAGE.decode_text(payload), getattr(PACKAGE, side), has_channel=has_channel
-    )
+    text = PACKAGE.decode_text(payload)
+    parsed = PACKAGE.parse_control(text, getattr(PACKAGE, side), has_channel=has_channel)
+    return as_dict(parsed, PACKAGE)
 
 
 def fuzz_controls(data: bytes) -> None:
@@ -81,7 +82,7 @@ def fuzz_controls(data: bytes) -> None:
     assert set(parsed) <= known, f"unknown fields pass: {set(parsed) - known}"
     fields = {name: parsed[name] for name in parsed if name not in ("type", "channel")}
     assert all(type(value) in (int, str, bool) for value in fields.values())
-    encoded = PACKAGE.encode_control(parsed["type"], parsed.get("channel", 0), **fields)
+    encoded = PACKAGE.encode_control(from_dict(parsed, PACKAGE))
     assert len(encoded) <= PACKAGE.MAX_CONTROL_BYTES
     again = _outcome_of_wire(_parse, encoded, *side)
     assert again == parsed, "the control does not read as it was written"
@@ -210,24 +211,25 @@ def fuzz_settings(data: bytes) -> None:
         with contextlib.suppress(PACKAGE.RelayError):
             PACKAGE.proxy_for(endpoint, {name: proxy, "no_proxy": no_proxy})
     PACKAGE.bypasses_proxy(url[:60], 443, no_proxy)
-    for check in ("ping_interval", "max_window", "resume_timeout"):
-        _outcome(PACKAGE.RelayError, getattr(PACKAGE, check), value, {})
+    for name in ("PING_INTERVAL", "MAX_WINDOW", "RESUME_TIMEOUT"):
+        row = getattr(PACKAGE, name)
+        _outcome(PACKAGE.RelayError, row.number, {row.variable: value})
     words = [word for word in (no_proxy, proxy, value, url) if not word.startswith("-")]
     environ = {"HTTP_NETWORK_RELAY_SECRET_KEY": value, "HTTP_NETWORK_RELAY_SERVER_URL": "ws://h"}
     _outcome(PACKAGE.RelayError, PACKAGE.read_settings, words, environ)
-    for limit in LIMITS:
-        config = Config.from_env({limit.variable: value, TRUSTED_PROXIES_VARIABLE: no_proxy})
+    for limit in SETTINGS.values():
+        config = Config.from_env({limit.variable: value, TRUSTED_PROXIES.variable: no_proxy})
         _outcome(ConfigError, config.validate)
 
 
 # The first inputs of each decoder in a guided run; all are valid or nearly valid.
 SEEDS: dict[str, list[bytes]] = {
     "controls": [
-        b"\0\1" + PACKAGE.encode_control("ack", delivered=7, limit=9, eof=True),
-        b"\1\1" + PACKAGE.encode_control("opened", 1, limit=9, grace_s=120),
-        b"\2\1" + PACKAGE.encode_control("going_away", spread_ms=10),
+        b"\0\1" + encode("ack", delivered=7, limit=9, eof=True),
+        b"\1\1" + encode("opened", 1, limit=9, grace_s=120),
+        b"\2\1" + encode("going_away", spread_ms=10),
         b"\2\1"
-        + PACKAGE.encode_control(
+        + encode(
             "resume",
             3,
             client="lab-1",
@@ -243,7 +245,7 @@ SEEDS: dict[str, list[bytes]] = {
             received=0,
             delivered=0,
         ),
-        b"\3\1" + PACKAGE.encode_control("refused", code="busy", message="later \u00e9"),
+        b"\3\1" + encode("refused", code="busy", message="later \u00e9"),
         b"\0\0",
         # Inputs that once raised an undocumented exception.
         b'\0\1{"type":"ack","delivered":1.0,"limit":2.5,"eof":true}',

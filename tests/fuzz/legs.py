@@ -30,7 +30,6 @@ from http_network_relay.leg.duplex_socket import wait_ready
 from http_network_relay.leg.send_queue import Frame
 from http_network_relay.rules.target import TargetRule
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
-from http_network_relay.wire.controls import encode_control
 from http_network_relay.wire.errors import RelayError
 from server.access.credentials import Credentials
 from server.config import Config
@@ -40,6 +39,7 @@ from server.relay import Relay
 from tests.fuzz.machines import Pest, opening
 from tests.fuzz.source import Source, bad_frame, frame
 from tests.fuzz.streams import _UPGRADE_ENVIRON
+from tests.support.controls import encode
 from tests.support.targets import EchoTarget
 from tests.support.waiting import eventually
 
@@ -105,7 +105,7 @@ class GoodUser:
         self._thread.start()
 
     def _say(self, kind: str, **fields: Any) -> None:
-        self._transport.outbox.put_ack(0, Frame(OP_TEXT, b"", encode_control(kind, **fields)))
+        self._transport.outbox.put_ack(0, Frame(OP_TEXT, b"", encode(kind, **fields)))
         self._transport.outbox.push()
 
     def _run(self) -> None:
@@ -122,7 +122,7 @@ class GoodUser:
             # On a slow machine the window is smaller than the largest of them.
             piece = data[sent : self._limit - self._moved]
             if piece:
-                self._transport.outbox.put_data(0, b"", piece)
+                self._transport.outbox.put_data_now(0, b"", piece)
                 self._transport.outbox.push()
                 sent += len(piece)
             else:
@@ -328,13 +328,13 @@ class World:
         """Give the pests' tunnels up; raises Violation where anything of them is left."""
         for tunnel in self._agent._tunnels.alive():
             if tunnel not in self._good_tunnels:
-                link = tunnel.end._link
-                if link and link.outbox is not self._good_run.transport.outbox:
+                channel = tunnel.end._core.channel
+                if channel and channel.outbox is not self._good_run.connection.outbox:
                     raise Violation(f"{tunnel.about} was not told that its leg has ended")
                 tunnel.end.reset(RelayError("user_lost", "the end of the rounds"))
         self._wait(self._left_threads, "threads are left")
         self._target.forget()
-        self._wait(lambda: self._relay._legs[2:], "legs are left")
+        self._wait(lambda: list(self._relay._legs)[2:], "legs are left")
         self._wait(lambda: len(self._relay._registry) - 2, "slots are left")
         leg = self._relay._registry.client_leg("good")
         assert isinstance(leg, ClientLeg)
@@ -344,7 +344,7 @@ class World:
 
     def _left_threads(self) -> set[threading.Thread]:
         # A good leg may have needed a writer by now.
-        good = {f"leg-writer:{leg.label}" for leg in self._relay._legs[:2]}
+        good = {f"leg-writer:{leg.label}" for leg in list(self._relay._legs)[:2]}
         left = set(threading.enumerate()) - self._threads
         return {thread for thread in left if thread.name not in good}
 

@@ -6,22 +6,23 @@ input makes them say, nearly right or wrong, and a good tunnel beside them must 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
 from client.forwarder import Forwarder
 from client.leg import Leg
 from client.tunnel_table import TunnelTable
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.end.state import EndState
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
 from http_network_relay.wire.controls import (
     FIELDS,
     FROM_CLIENT,
     TO_CLIENT,
     TO_USER,
+    Opened,
     encode_channel,
-    encode_control,
     parse_control,
 )
 from http_network_relay.wire.errors import LegError, RelayError, TunnelError
@@ -33,7 +34,8 @@ from server.legs.user_leg import UserLeg
 from server.relay import Relay
 from tests.fuzz.decoders import Decoder
 from tests.fuzz.source import IDS, Source, control
-from tests.support.taking import TakingOutlet
+from tests.support.controls import encode
+from tests.support.taking import drained
 
 USERS = ("token-good", "token-pest")
 _WINDOW = 2**18
@@ -70,7 +72,9 @@ def view_of(leg: Any, channel: int) -> View:
             return View()
         end = found[0].end
         return View(
-            end.is_open and end.is_at(found[1]), end._stream.out.sent, end._stream.out.eof_sent
+            end._core.state is EndState.OPEN and end.is_at(found[1]),
+            end._core.stream.out.sent,
+            end._core.stream.out.eof_sent,
         )
     is_client = isinstance(leg, ClientLeg)
     tunnel = leg.channels.tunnels.get(channel) if is_client else leg.tunnel
@@ -115,7 +119,7 @@ class Pest:
         if isinstance(self.leg, ClientLeg) and channel not in self._answered:
             self._answered.add(channel)
             asked = self.leg.channels.tunnels.get(channel)
-            is_resume = asked is not None and asked.asked["type"] == "resume"
+            is_resume = asked is not None and asked.is_resume
             kind = "resumed" if is_resume else "opened"
             kind = "refused" if source.is_rare(8) else kind
             return OP_TEXT, self._control(source, kind, channel)
@@ -159,12 +163,6 @@ class Pest:
         return control(source, kind, 0 if self._is_user else channel, known)
 
 
-def drained(outbox: Any) -> Iterator[Any]:
-    """Take all that waits in an outbox, the server's or the client's."""
-    while (frame := outbox.take(with_close=True)) is not None:
-        yield frame
-
-
 # The server.
 
 
@@ -175,9 +173,6 @@ class Clock:
 
     def __init__(self) -> None:
         self.is_aborted = False
-
-    def outlet(self, outbox: Any) -> TakingOutlet:
-        return TakingOutlet(outbox)
 
     def abort(self) -> None:
         self.is_aborted = True
@@ -200,9 +195,9 @@ class ServedLegs:
         self.pest = self._client("pest", "b")
         self.user = self._user("good")
         self.users = [self._user("pest") for _ in range(4)]
-        self.user._on_message(encode_control("open", **opening("f" * 32)).decode())
+        self.user._on_message(encode("open", **opening("f" * 32)).decode())
         self.channel = self.good.channels.highest
-        text = encode_control("opened", self.channel, limit=2**40, grace_s=120)
+        text = encode("opened", self.channel, limit=2**40, grace_s=120)
         self.good._on_message(text.decode())
         list(drained(self.good.outbox))
         list(drained(self.user.outbox))
@@ -232,7 +227,7 @@ class ServedLegs:
         assert up == [(encode_channel(self.channel), b"there")], up
         assert down == [(OP_BINARY, b"back!")], down
         for leg, channel in ((self.good, self.channel), (self.user, 0)):
-            text = encode_control("ack", channel, delivered=self.moved, limit=2**40, eof=False)
+            text = encode("ack", channel, delivered=self.moved, limit=2**40, eof=False)
             leg._on_message(text.decode())
         list(drained(self.user.outbox))
         assert self.user.tunnel is not None
@@ -322,24 +317,26 @@ class _Tunnel(Forwarder):
 
     def start(self) -> None:
         """In the place of the thread's: dial, and say so."""
-        self.end.on_open(self._opening["limit"], min(self._grace_s, self._opening["grace_s"]))
-        self._first_link.put_first("opened", limit=self.end.first_limit, grace_s=self._grace_s)
+        self.end.on_open(self._opening.limit, min(self._grace_s, self._opening.grace_s))
+        self._first_channel.put_first(Opened(self.end.first_limit, self._grace_s))
 
     def advance(self, source: Source) -> None:
         """Do a step of its reader and one of its writer."""
         end = self.end
         if not self.is_echoing():
             return
-        if (size := end.credit()) and source.is_rare(2):
-            end.send(bytes(min(size, 1 + source.number(3000))))
+        if (size := end.outbound.credit()) and source.is_rare(2):
+            end.outbound.send(bytes(min(size, 1 + source.number(3000))))
         elif source.is_rare(8):
-            end.send_eof()
-        if end._has_news_locked():
-            chunk = end.next_chunk()
+            end.outbound.send_eof()
+        with end._core.lock:
+            has_news = end.inbound.has_news_locked()
+        if has_news:
+            chunk = end.inbound.next_chunk()
             if chunk:
-                end.delivered(len(chunk))
+                end.inbound.delivered(len(chunk))
             elif chunk == b"":
-                end.delivered_eof()
+                end.inbound.delivered_eof()
 
     def is_echoing(self) -> bool:
         """Whether it is not over; one that is over is taken out of the table once."""
@@ -356,7 +353,7 @@ class _Transport:
     """Takes the place of a client's transport: an outbox, and nothing comes."""
 
     def __init__(self) -> None:
-        self.outbox = SendQueue()
+        self.outbox = FrameSender()
 
     def close(self, code: int, reason: str = "", *, flush: bool = True) -> None:
         self.outbox.close(Frame(OP_CLOSE, b"", code.to_bytes(2, "big")), flush=flush)
@@ -374,9 +371,9 @@ def _fuzz_client_legs(source: Source) -> None:
     good_leg = Leg(_Transport(), tunnels)  # type: ignore[arg-type]
     # The pest knows the good tunnel's id and user, and not its token.
     fields = opening(IDS[0], resume_token="1" * 64)
-    good_leg._on_control(encode_control("open", 1, **fields, user="anna"))
-    good, link = good_leg._channels[1]
-    list(drained(link.outbox))
+    good_leg._on_control(encode("open", 1, **fields, user="anna"))
+    good, channel = good_leg._channels[1]
+    list(drained(channel.outbox))
     known = {**opening("0" * 32), "user": "anna"}
     leg = Leg(_Transport(), tunnels)  # type: ignore[arg-type]
     pest = Pest(leg, known)
@@ -392,20 +389,20 @@ def _fuzz_client_legs(source: Source) -> None:
         for tunnel in tunnels.alive():
             if tunnel is not good:
                 tunnel.advance(source)  # type: ignore[attr-defined]
-        _check_said(leg._transport.outbox, FROM_CLIENT, has_channel=True)
+        _check_said(leg._connection.outbox, FROM_CLIENT, has_channel=True)
         if is_gone:
             # As Leg.serve() does, then; the pest is back on another leg.
             tunnels.detach(leg._channels.values(), RelayError("leg_lost", "lost"))
             leg = Leg(_Transport(), tunnels)  # type: ignore[arg-type]
             pest = Pest(leg, known)
     # Before it is used: a tunnel that was taken away would be waited for without end.
-    assert good.end.is_at(link), "the good tunnel was taken away"
+    assert good.end.is_at(channel), "the good tunnel was taken away"
     good_leg._on_data(encode_channel(1) + b"there")
-    good.end.send(b"back!")
-    assert good.end.next_chunk() == b"there"
-    assert [bytes(f.payload) for f in drained(link.outbox)] == [b"back!"]
+    good.end.outbound.send(b"back!")
+    assert good.end.inbound.next_chunk() == b"there"
+    assert [bytes(f.payload) for f in drained(channel.outbox)] == [b"back!"]
     for tunnel in tunnels.alive():
-        kept = tunnel.end._stream
+        kept = tunnel.end._core.stream
         assert 0 <= kept.into.delivered <= kept.into.received <= kept.into.limit
         assert kept.out.kept_bytes <= kept.out.taken
 

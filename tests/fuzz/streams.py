@@ -24,8 +24,9 @@ from simple_websocket import Server as LibraryServer
 import http_network_relay.dial.connect
 from http_network_relay.dial.connection import Connection as ClientTransport
 from http_network_relay.dial.connection import _HandshakeSocket, _upgrade, websocket_client
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.dial.endpoint import Endpoint
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.wire.constants import (
     MAX_DATA_BYTES,
     OP_BINARY,
@@ -34,16 +35,17 @@ from http_network_relay.wire.constants import (
     OP_TEXT,
     SUBPROTOCOL,
 )
+from http_network_relay.wire.controls import decode_text
 from http_network_relay.wire.errors import LegError, RelayError
-from http_network_relay.wire.errors import LegError as ServerLegError
 from server.access.credentials import Credentials
 from server.app import build_app
 from server.config import Config
-from server.legs.websocket import SERVER_OPTIONS, Connection, Message, ReadEnd, prepare_upgrade
+from server.legs.websocket import SERVER_OPTIONS, Connection, prepare_upgrade
 from server.relay import Relay
 from server.worker.relay_worker import RelayWorker, _Head
 from tests.fuzz.decoders import Decoder, check_sentence
 from tests.fuzz.source import Source, bad_frame, frame
+from tests.support.taking import UnsentFrames, drained
 
 _MAX_MESSAGE_BYTES = MAX_DATA_BYTES + 4
 _FAR = 2.0**40  # A deadline that never comes, on any clock.
@@ -150,7 +152,7 @@ def fuzz_client_frames(data: bytes) -> None:
         assert stream.is_right <= (message[1] == 1006)
     stream.check(came)
     assert all(opcode in (OP_TEXT, OP_BINARY) for opcode, _ in came)
-    assert len(transport.outbox._fast) <= 1, "more than one pong waits"
+    assert len(list(drained(transport.outbox))) <= 1, "more than one pong waits"
 
 
 _UPGRADE_ENVIRON = {
@@ -168,28 +170,28 @@ def fuzz_server_frames(data: bytes) -> None:
     stream = Stream(Source(data), masked=True)
     sock = PlayedSocket(stream.pieces)
     environ: dict[str, Any] = {**_UPGRADE_ENVIRON, "gunicorn.socket": sock}
-    leg_socket = prepare_upgrade(environ)
+    handshake_socket = prepare_upgrade(environ)
     library = LibraryServer(environ, **SERVER_OPTIONS)
     assert sock.sent.startswith(b"HTTP/1.1 101 ")
     sock.sent = b""
     came: list[tuple[int, bytes]] = []
 
-    def on_message(message: Message) -> None:
-        is_text = isinstance(message, str)
-        payload = message.encode() if isinstance(message, str) else bytes(message)
-        came.append((OP_TEXT if is_text else OP_BINARY, payload))
-
-    outbox = SendQueue()
+    outbox = UnsentFrames()
+    connection = Connection(handshake_socket)
+    connection.start(library, outbox)
     try:
-        ended = Connection(leg_socket).read(library, on_message, outbox)
-    except ServerLegError as exc:
-        assert exc.close_code == 1007
-        ended = ReadEnd.BROKEN
+        while (message := connection.receive())[0] != OP_CLOSE:
+            came.append((message[0], bytes(message[1])))
+            if message[0] == OP_TEXT:
+                decode_text(message[1])
+        end = message[1]
+    except LegError as exc:
+        assert exc.close_code in (1002, 1007, 1009)
+        end = exc.close_code
     assert not sock.sent, "the reader wrote by itself"
     stream.check(came)
-    assert not (stream.is_right and ended is not ReadEnd.LOST), ended
-    while (taken := outbox.take(with_close=True)) is not None:
-        assert taken.opcode in (OP_PONG, OP_CLOSE)
+    assert not (stream.is_right and end != ABNORMAL_CLOSURE), end
+    assert all(taken.opcode in (OP_PONG, OP_CLOSE) for taken in drained(outbox))
 
 
 # HTTP.
@@ -290,7 +292,7 @@ class _AnsweringSocket(PlayedSocket):
 def fuzz_answers(data: bytes) -> None:
     """What a server, or something in between, answers to the WebSocket handshake."""
     sock = _AnsweringSocket([data[at : at + 1000] for at in range(0, len(data), 1000)])
-    shim = _HandshakeSocket(sock, _FAR)  # type: ignore[arg-type]
+    shim = _HandshakeSocket(sock, Deadline(_FAR))  # type: ignore[arg-type]
     try:
         _upgrade(websocket_client(), _ENDPOINT, ["Authorization: Basic hush"], shim)
     except RelayError as exc:
@@ -310,9 +312,8 @@ def fuzz_proxies(data: bytes) -> None:
         peer.shutdown(socket.SHUT_WR)
         proxy = http_network_relay.dial.http_proxy.Proxy("proxy.example", 3128, "Basic hush")
         try:
-            http_network_relay.dial.http_proxy.connect_through(
-                ours, proxy, _ENDPOINT, _FAR, lambda: False
-            )
+            far = Deadline(_FAR)
+            http_network_relay.dial.http_proxy.connect_through(ours, proxy, _ENDPOINT, far)
         except RelayError as exc:
             check_sentence(exc)
             assert exc.code == "proxy_failed"

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from http_network_relay.wire.codes import ERRORS, HTTP_ANSWERS
+from http_network_relay.wire.codes import Code
 from tests.support.processes import ROOT
 
 PACKAGES = ("http_network_relay", "server", "client")
@@ -16,9 +16,9 @@ def code_files() -> list[Path]:
 
 def codes_in_code() -> set[str]:
     """Every code that the code can raise, send or answer."""
-    makers = {"RelayError", "HttpRefusal", "TunnelRefused", "refuse", "client_lost", "_lost"}
+    makers = {"RelayError", "Refused", "refuse", "client_lost", "_lost"}
     makers |= {"_refuse_user", "_reset_client"}
-    found = {*ERRORS, *HTTP_ANSWERS}
+    found = {code.value for code in Code}
     for path in code_files():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not isinstance(node, ast.Call):

@@ -25,7 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from server.relay import SPREAD_MS_PER_LEG
+from server.live_legs import SPREAD_MS_PER_LEG
 from tests.support.flows import lines_since
 from tests.support.ports import free_port
 from tests.support.processes import (

@@ -81,7 +81,7 @@ def test_whole_text(build: Build) -> None:
         f"{rest_of_head}\n"
         "import os\nimport sys\n\n"
         + rule("low.py")
-        + "# Low things.\n#\n#     an example\n\n"
+        + "# Low things.\n#     an example\n\n"
         + "ONE = 1\n\n\nclass Low:\n    '''Doc.'''\n\n    name = os.name\n\n\n"
         + rule("main.py")
         + "\n# Kept.\nTWO = ONE + 1  # Kept too.\n"

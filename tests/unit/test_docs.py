@@ -10,7 +10,8 @@ import pytest
 
 import client.config
 import server.__main__
-from http_network_relay.wire.codes import ERRORS, HTTP_ANSWERS
+import server.config
+from http_network_relay.wire.codes import Code
 from tests.support.code import PACKAGES, code_files, codes_in_code
 from tests.support.pages import PAGES, rows, section
 from tests.support.processes import ROOT
@@ -23,7 +24,7 @@ PROTOCOL = (ROOT / "docs" / "protocol.md").read_text("utf-8")
 
 # The section of docs/reference.md -> the program's parser.
 PROGRAMS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    "## Server": server.__main__._parser,
+    "## Server": server.__main__.make_parser,
     "## Client": client.config.make_parser,
     "## Proxy command": lambda: load("script").make_parser(),
 }
@@ -83,10 +84,33 @@ def test_reference_lists_the_default_of_every_flag(
     assert known == {flag: listed[flag] for flag in known}
 
 
-def test_every_variable_in_the_code_is_in_the_reference() -> None:
+def test_reference_explains_every_flag_as_the_help_does(
+    program: tuple[str, argparse.ArgumentParser],
+) -> None:
+    """Meaning and range, from the row of the setting; the page may say more behind them."""
+    text, parser = program
+    listed = {}
+    for row in rows(text):
+        # Without markup, and numbers as a program prints them.
+        meaning = re.sub(r"(?<=\d),(?=\d{3})", "", row[-1].replace("`", ""))
+        listed.update(dict.fromkeys(_FLAG.findall(row[0]), meaning))
+    known = {}
+    for action in parser._actions:
+        told = re.sub(r" \((HTTP_|default:)[^()]*(\(default\)s)?\)$", "", action.help or "")
+        known.update(dict.fromkeys(action.option_strings, told.replace("`", "")))
+    del known["-h"], known["--help"]
+    assert {flag: meaning[: len(known[flag])] for flag, meaning in listed.items()
+            if flag in known} == known  # fmt: skip
+
+
+def test_every_variable_of_the_code_is_in_the_reference() -> None:
     """None is read in secret, and none is promised that nobody reads."""
+    tables = (*server.config.SETTINGS.values(), *client.config.SETTINGS, client.config.ALLOW)
+    known = {row.variable for row in (*tables, *load("script").SETTINGS)}
     code = "".join(path.read_text("utf-8") for path in code_files())
-    assert set(_VARIABLE.findall(REFERENCE)) == set(_VARIABLE.findall(code))
+    # Only a row may make the name of a variable; a text may name one of them.
+    assert set(_VARIABLE.findall(code)) <= known
+    assert set(_VARIABLE.findall(REFERENCE)) == known
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -112,7 +136,7 @@ def test_reference_lists_every_positional_argument() -> None:
 def test_page_lists_every_exit_code(page: str, heading: str) -> None:
     """Each exit code that an error can have is explained."""
     listed = {row[0] for row in rows(section(page, heading))}
-    assert listed == {"0", "128+n", *(str(exit_code) for exit_code, _ in ERRORS.values())}
+    assert listed == {"0", "128+n", *(str(code.exit_code) for code in Code)}
 
 
 def test_exit_codes_mean_the_same_on_both_pages() -> None:
@@ -180,13 +204,15 @@ def test_http_answers_are_the_documented_ones() -> None:
     for status, code, when in rows(section(PROTOCOL, "## Before the upgrade")):
         retry_after = re.search(r"`Retry-After: (\d+)`", when)
         listed[code.strip("`")] = (int(status), int(retry_after[1]) if retry_after else None)
-    assert listed == {code: tuple(answer) for code, answer in HTTP_ANSWERS.items()}
+    assert listed == {
+        code: (code.http_status, code.retry_after_s or None) for code in Code if code.http_status
+    }
 
 
 def test_retryable_refusals_are_the_documented_ones() -> None:
     """The column `retry` is what the ends do."""
     for code, _, _, retry in rows(section(PROTOCOL, "### In `refused`")):
-        assert retry == ("yes" if ERRORS[code.strip("`")][1] else "no"), code
+        assert retry == ("yes" if Code(code.strip("`")).is_retryable else "no"), code
 
 
 def test_every_close_code_is_documented() -> None:

@@ -20,7 +20,7 @@ _CITATION = re.compile(
 )
 # `rule 3 of the design`, and `(rule 7)` for short.
 _RULE = re.compile(r"(?<![\w-])rule\s(\d+)(?![\w.]*\d)")
-_RULES = "## Rules of the design"
+_RULES = "## Rules"
 
 
 @cache
@@ -117,11 +117,20 @@ def test_every_citation_of_a_page_names_one_of_its_headings() -> None:
 
 
 def test_every_rule_that_code_cites_is_one_of_the_design() -> None:
-    """`rule N` alone is one of docs/decisions/README.md, "Rules of the design"."""
-    known = rules_of(section((DOCS / "decisions" / "README.md").read_text("utf-8"), _RULES))
+    """`rule N` alone is one of docs/architecture.md, "Rules"."""
+    known = rules_of(section((DOCS / "architecture.md").read_text("utf-8"), _RULES))
     assert known == set(range(1, len(known) + 1))
     for path in citing_files():
         if path in PAGES:
             continue
         for number in _RULE.findall(_CITATION.sub("", joined(path))):
             assert int(number) in known, f"{path.relative_to(ROOT)}: rule {number}"
+
+
+def test_every_rule_of_the_design_names_a_test_that_exists() -> None:
+    """docs/architecture.md, "Rules": the name of a test function and its file."""
+    text = section((DOCS / "architecture.md").read_text("utf-8"), _RULES)
+    named = re.findall(r"^ +Test: `(test_\w+)` in\n +`(tests/[\w/]+\.py)`\.$", text, re.MULTILINE)
+    assert len(named) == len(rules_of(text))
+    for name, path in named:
+        assert f"def {name}(" in (ROOT / path).read_text("utf-8"), path

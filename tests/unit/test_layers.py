@@ -30,13 +30,13 @@ SHARED_ROWS = [
 ]
 SERVER_ROWS = [
     *SHARED_ROWS[:3],
-    {"server.logs"},
+    {"server.logs", "server.service_thread"},
     {"server.addresses", "server.log_paths"},
     {"server.config"},
     {"server.tunnels", "server.access", "server.audit"},
     {"server.limits"},
     {"server.legs", "server.registry"},
-    {"server.relay"},
+    {"server.relay", "server.live_legs", "server.tunnel_opener"},
     {"server.app"},
     {"server.worker"},
     {"server.__main__", "server.access.command", "wsgi", "gunicorn.conf"},
@@ -70,6 +70,7 @@ FENCED = {
     "flask_sock": {"server/app.py"},
     "werkzeug": {"server/app.py"},
     "simple_websocket": set(),  # flask-sock builds its objects; one file is handed them.
+    "wsproto": {"server/legs/websocket.py"},
     "gunicorn": {
         "server/__main__.py",
         "server/worker/gunicorn_settings.py",
@@ -80,7 +81,7 @@ FENCED = {
 # What knows no socket, clock, thread or log.
 PURE = {
     "http_network_relay/wire/constants.py": set(),
-    "http_network_relay/wire/codes.py": set(),
+    "http_network_relay/wire/codes.py": {"enum"},
     "http_network_relay/wire/errors.py": set(),
     "http_network_relay/wire/frames.py": {"functools", "struct"},
     "http_network_relay/wire/controls.py": {"json", "re"},
@@ -359,9 +360,9 @@ def constants_of(path: Path) -> dict[str, ast.expr]:
     found: dict[str, ast.expr] = {}
     for node in tree_of(path).body:
         if isinstance(node, ast.Assign):
-            for target in node.targets:
-                assert isinstance(target, ast.Name)
-                found[target.id] = node.value
+            found |= {
+                target.id: node.value for target in node.targets if isinstance(target, ast.Name)
+            }
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
             assert isinstance(node.target, ast.Name)
             found[node.target.id] = node.value

@@ -1,1 +1,1 @@
-
+"""`server credentials`: the command that edits the credentials file."""

@@ -153,7 +153,7 @@ def kind_of(data: Data, name: str, kind: Kind | None) -> Kind:
 
 
 def user_names(data: Data) -> list[str]:
-    """Return the proxy users' names; those of the seed form as logs have them."""
+    """Return the proxy users' names; those of the short form as logs have them."""
     users = data["proxy_users"]
     return list(dict.fromkeys(map(user_name_of, users))) if isinstance(users, list) else list(users)
 
@@ -168,7 +168,7 @@ def secrets_of(data: Data, kind: Kind, name: str) -> list[str]:
 
 
 def _named_users(data: Data) -> Data:
-    """Return the proxy users by name; tokens of the seed form become such, with their names.
+    """Return the proxy users by name; tokens of the short form become such, with their names.
 
     They keep what they could do, and their logins stay valid.
     """

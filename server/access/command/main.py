@@ -6,6 +6,7 @@ It prints a secret when it makes it and never again: the file holds a hash.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -32,7 +33,7 @@ from server.access.command.write import edited
 from server.access.credentials import HASH_PREFIX, Kind, digest_in_file, id_of, utc_today
 from server.access.file import load_credentials, read_file
 from server.access.json_lines import parse_json
-from server.config import CREDENTIALS_FILE_VARIABLE, DEFAULT_CREDENTIALS_FILE, Config
+from server.config import CREDENTIALS_FILE
 from server.logs import set_up_logging
 
 _EXIT_FAILED = 1
@@ -62,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--credentials-file",
             metavar="FILE",
-            help=f"(${CREDENTIALS_FILE_VARIABLE}, default: {DEFAULT_CREDENTIALS_FILE})",
+            help=f"({CREDENTIALS_FILE.variable}, default: {CREDENTIALS_FILE.default})",
         )
         return one.add_argument
 
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> int:
         args = make_parser().parse_args(argv)
         args.file_flag = []
         if args.credentials_file is None:
-            args.credentials_file = Config.from_env().credentials_file
+            args.credentials_file = CREDENTIALS_FILE.text(os.environ)
         else:
             args.file_flag = [f"--credentials-file={args.credentials_file}"]
         args.run(args)

@@ -152,7 +152,7 @@ def test_every_try_says_who_it_is_and_is_the_same_instance() -> None:
 def test_refusal_is_an_error_line_and_tried_at_the_cap(
     status: str, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody is there to start it again; the operator may mend it."""
+    """Nobody is there to start it again; the operator may correct it."""
     waits, _ = tries(answering(status, code), 3)
     assert waits == [CAP_S] * 3
     assert levels(caplog) == ["ERROR"] * 3
@@ -184,8 +184,8 @@ def test_replaced_by_itself_is_no_warning(caplog: pytest.LogCaptureFixture) -> N
 
 def holding(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """From here on each leg seems to have held so long."""
-    real = Backoff.held
-    monkeypatch.setattr(Backoff, "held", lambda self, _, **kw: real(self, seconds, **kw))
+    real = Backoff.lasted
+    monkeypatch.setattr(Backoff, "lasted", lambda self, _, **kw: real(self, seconds, **kw))
 
 
 def test_leg_that_held_starts_the_backoff_anew_before_it_is_asked(

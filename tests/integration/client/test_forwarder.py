@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import client.forwarder
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.leg.duplex_socket import wait_ready
 from http_network_relay.wire.constants import MIN_WINDOW_BYTES
 from http_network_relay.wire.errors import DialError, RelayError
@@ -168,7 +169,7 @@ def test_target_is_read_only_as_far_as_credit_goes(server: ServerSide) -> None:
         server.wait_bytes(1, 100_001)
         tunnel = server.tunnel(1)
         assert tunnel.end.counts[0] == 100_001
-        assert tunnel.end.credit() == 0
+        assert tunnel.end.outbound.credit() == 0
 
 
 # Refusals.
@@ -250,7 +251,7 @@ def test_target_that_takes_no_more_is_read_to_its_end_first(server: ServerSide) 
         conversation.wait(lambda me: me.is_closed)
         server.send(1, b"more")
         tunnel = server.tunnel(1)
-        eventually(lambda: tunnel.end._consumer_failed)
+        eventually(lambda: tunnel.end.outbound._consumer_failed)
         assert server.find("reset", 1) is None
         server.ack(1, 10)
         assert server.control("reset", 1)["code"] == "target_reset"
@@ -453,7 +454,7 @@ def stick(server: ServerSide, channel: int) -> None:
     """Send a window to a target that does not read, until its writer is stuck."""
     server.send(channel, bytes(MIN_WINDOW_BYTES))
     tunnel = server.tunnel(channel)
-    eventually(lambda: tunnel.end._stream.into.received == MIN_WINDOW_BYTES)
+    eventually(lambda: tunnel.end._core.stream.into.received == MIN_WINDOW_BYTES)
     assert tunnel._sock is not None
     eventually(lambda: not wait_ready(tunnel._sock, write=True, timeout_s=0.0))  # type: ignore[arg-type]
     assert tunnel.end.counts[1] < MIN_WINDOW_BYTES
@@ -504,7 +505,7 @@ def test_reset_during_the_dial_closes_the_late_socket(
     dialled, go_on = threading.Event(), threading.Event()
     real = client.forwarder.dial_tcp
 
-    def dial(host: str, port: int, deadline: float, *_: Any) -> socket.socket:
+    def dial(host: str, port: int, deadline: Deadline, *_: Any) -> socket.socket:
         sock = real(host, port, deadline)
         dialled.set()
         assert go_on.wait(5.0)

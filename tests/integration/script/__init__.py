@@ -1,0 +1,1 @@
+"""The proxy command over real sockets."""

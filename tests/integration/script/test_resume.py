@@ -18,8 +18,8 @@ import pytest
 
 import ssh_proxy_command as script
 from http_network_relay.wire.constants import MIN_WINDOW_BYTES
-from http_network_relay.wire.controls import encode_control
 from tests.support.client.by_hand import PlayedLeg, PlayedServer
+from tests.support.controls import encode
 from tests.support.processes import ROOT, child_environment
 from tests.support.secrecy import check_no_secret, note_secrets, secret_of
 from tests.support.targets import pseudo_random_bytes
@@ -661,7 +661,7 @@ class Answering:
     """What Session needs of a transport; calls `hook` and then answers `resumed`."""
 
     def __init__(self, hook: Callable[[], Any] | None) -> None:
-        self.outbox = script.SendQueue()
+        self.outbox = script.FrameSender()
         self.gave_up = None
         self.closes: list[int] = []
         self._hook = hook
@@ -678,16 +678,17 @@ class Answering:
     def receive(self, _on_pause: object = None) -> tuple[int, Any]:
         assert self._hook is not None, "waited for an answer that nobody needs"
         self._hook()
-        text = encode_control("resumed", received=0, delivered=0, limit=WINDOW)
+        text = encode("resumed", received=0, delivered=0, limit=WINDOW)
         return script.OP_TEXT, text
 
 
 def detached_session(grace_s: float = 60.0) -> Any:
     argv = ["lab-1", "127.0.0.1", "22", "--secret-key", "x", "--server-url", "ws://127.0.0.1:1"]
     session: Any = script.Session(script.read_settings(argv, {}))
-    session._end = script.TunnelEnd(session._link, WINDOW, session._on_change)
+    session._end = script.UserEnd(session._channel, WINDOW, session._on_change)
     session._end.on_open(WINDOW, grace_s)
-    session._end.detach(session._link, script.RelayError("leg_lost", "lost"))
+    session._opening = script.Open("lab-1", "127.0.0.1", 22, "tcp", "0" * 32, "", 0, 120)
+    session._end.detach(session._channel, script.RelayError("leg_lost", "lost"))
     return session
 
 

@@ -7,44 +7,51 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.leg.frame_sender import FrameSender
-from http_network_relay.leg.send_queue import Frame, SendQueue
-from http_network_relay.wire.codes import CLOSE_RESTART
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
+from http_network_relay.leg.send_queue import Frame
+from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
+from server.access.credentials import Login
 from server.legs import leg as leg_module
 from server.legs.leg import Helpers, Leg
 from server.legs.sender import LegSender
-from server.legs.websocket import ReadEnd, close_frame
+from server.legs.websocket import close_frame
 from tests.support.pairs import read_frame, tcp_pair
+from tests.support.taking import put_data
 from tests.support.waiting import eventually
 
 CLOSE = (OP_CLOSE, close_frame(CLOSE_RESTART).payload)
 
 
 class OneWay:
-    """In place of a Transport: the real outlet on a socket; what comes in ends it."""
+    """In place of a Transport: the real sender on a socket; what comes in ends it."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self.duplex = DuplexSocket(sock)
         self.heard_at = float("inf")
 
-    def outlet(self, outbox: SendQueue) -> FrameSender:
-        return FrameSender(outbox, self.duplex, self.abort, lambda: None)
+    def start(self, _websocket: object, outbox: FrameSender) -> None:
+        outbox.start(self.duplex)
 
-    def read(self, *_: Any) -> ReadEnd:
-        return ReadEnd.CLOSED if self.duplex.recv(1) else ReadEnd.LOST
+    def receive(self) -> tuple[int, int]:
+        return OP_CLOSE, CLOSE_NORMAL if self.duplex.recv(1) else ABNORMAL_CLOSURE
 
     def finish_sending(self) -> None:
         self._sock.shutdown(socket.SHUT_WR)
 
     def abort(self) -> None:
         self.duplex.abort()
+
+    stop = abort
+
+
+TESTED = Login("client", "tested", b"")
 
 
 class LegWithoutTunnels(Leg):
@@ -59,7 +66,7 @@ class Served:
         self.near, self.far = tcp_pair()
         self.far.settimeout(10)
         helpers = Helpers(lambda _: None, sender.call if sender is not None else lambda _: None)
-        self.leg = LegWithoutTunnels(OneWay(self.near), "tested", 20.0, helpers)  # type: ignore[arg-type]
+        self.leg = LegWithoutTunnels(OneWay(self.near), TESTED, 20.0, helpers)  # type: ignore[arg-type]
         self.outbox = self.leg.outbox
         self._reader = threading.Thread(target=self.leg.run, args=(None,))
         self._reader.start()
@@ -119,7 +126,7 @@ def test_no_writer_is_needed_for_what_the_socket_takes(served: Served) -> None:
 def test_what_was_put_before_the_leg_is_served_is_sent(sender: LegSender) -> None:
     """Between the upgrade and run() a client can be reached already."""
     near, far = tcp_pair()
-    leg = LegWithoutTunnels(OneWay(near), "tested", 20.0, Helpers(lambda _: None, sender.call))  # type: ignore[arg-type]
+    leg = LegWithoutTunnels(OneWay(near), TESTED, 20.0, Helpers(lambda _: None, sender.call))  # type: ignore[arg-type]
     leg.outbox.put_first(1, text("early"))
     leg.outbox.push()
     reader = threading.Thread(target=leg.run, args=(None,))
@@ -136,7 +143,7 @@ def test_what_was_put_before_the_leg_is_served_is_sent(sender: LegSender) -> Non
 def test_writer_comes_when_the_socket_is_full_and_stays(served: Served) -> None:
     """Nothing is lost on the way from one to the other."""
     for number in range(64):
-        served.outbox.put_data(1, b"head", bytes([number]) * 60_000)
+        put_data(served.outbox, 1, b"head", bytes([number]) * 60_000)
     served.outbox.push()
     (writer,) = eventually(writers)
     for number in range(64):
@@ -151,12 +158,12 @@ def test_writer_comes_when_the_socket_is_full_and_stays(served: Served) -> None:
 
 def test_call_of_a_writer_is_left_to_it(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sender comes late: were it to hear that call, the writer would sleep on."""
-    served.outbox.put_data(1, b"head", bytes(1_000_000))
+    put_data(served.outbox, 1, b"head", bytes(1_000_000))
     served.outbox.push()
     # Not when it runs, but when the sender has left the outbox to it.
-    eventually(lambda: served.outbox.on_call is None)
+    eventually(lambda: served.leg._writer is not None)
     heard: list[str] = []
-    monkeypatch.setattr(served.outbox, "hear_call", lambda: heard.append("by the sender"))
+    monkeypatch.setattr(served.outbox, "push_all", lambda: heard.append("by the sender"))
     served.leg.send_waiting()
     assert heard == []
     assert len(read_frame(served.far)[1]) == 1_000_004
@@ -188,7 +195,7 @@ def test_leg_whose_writer_cannot_start_ends(
 
     monkeypatch.setattr(leg_module.threading, "Thread", NoThread)
     for _ in range(64):
-        served.outbox.put_data(1, b"head", bytes(60_000))
+        put_data(served.outbox, 1, b"head", bytes(60_000))
     served.outbox.push()
     served.join()
     assert served.leg.reason == "internal_error"
@@ -212,7 +219,7 @@ def _crowd(served: Served, chance: random.Random) -> None:
 
     def put(channel: int) -> None:
         for number, (kind, size, _) in enumerate(draws):
-            served.outbox.put_data(channel, b"ch%d" % channel, b"%04d" % number + bytes(size))
+            put_data(served.outbox, channel, b"ch%d" % channel, b"%04d" % number + bytes(size))
             if kind < 10:
                 served.outbox.push()
             elif kind == 10:

@@ -176,7 +176,7 @@ def test_new_worker_serves_when_the_master_gets_sighup(tmp_path: Path) -> None:
 
 
 def test_old_worker_goes_on_when_sighup_finds_bad_credentials(tmp_path: Path) -> None:
-    """A typing error in the file must not end the relay; the next SIGHUP takes the mended one."""
+    """A typing error in the file must not end the relay; the next SIGHUP takes the right file."""
     with start_server(tmp_path, threads=8) as server, RawClient(server.url) as client:
         worker = server.worker_pid
         write_credentials(tmp_path, "{")

@@ -27,7 +27,7 @@ CREDENTIALS = {
 }
 ID = "ab" * 16
 # Held for so short a time, in the server that `hasty` is.
-HELD_S = 0.3
+PENDING_S = 0.3
 
 
 def start(folder: Path, **settings: Any) -> Server:
@@ -368,12 +368,12 @@ def test_resume_is_refused_when_the_client_stays_away(tmp_path: Path) -> None:
     conf = tmp_path / "hasty.py"
     conf.write_text(
         "from server.worker.gunicorn_settings import *\n"
-        "import server.legs.pending_resumes\n"
-        f"server.legs.pending_resumes.HELD_RESUME_S = {HELD_S}\n"
+        "import server.legs.user_leg\n"
+        f"server.legs.user_leg.PENDING_RESUME_S = {PENDING_S}\n"
     )
     with start(tmp_path, args=["-c", str(conf)]) as server, RawUser(server.url) as user:
         user.send_resume(tunnel_id=ID)
-        user.expect_nothing(HELD_S / 2)
+        user.expect_nothing(PENDING_S / 2)
         assert user.recv_control("refused", 2)["code"] == "client_offline"
         assert user.recv_close(1)[0] == 1000
         server.wait_for_line("leg down reason=client_offline ", 3)

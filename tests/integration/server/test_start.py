@@ -48,7 +48,7 @@ def failed_start(tmp_path: Path, **options: object) -> tuple[int, list[str]]:
 
 @pytest.mark.parametrize("case", BAD_CREDENTIALS)
 def test_start_fails_with_one_line_when_the_credentials_are_bad(tmp_path: Path, case: str) -> None:
-    """Checked in the master: exit 2, the file and the mend, no worker, no secret."""
+    """Checked in the master: exit 2, the file and the fix, no worker, no secret."""
     status, lines = failed_start(tmp_path, credentials=BAD_CREDENTIALS[case])
     assert status == 2
     assert len(lines) == 1
@@ -104,7 +104,7 @@ def test_websockets_are_refused_when_another_worker_class_is_in_force(tmp_path: 
         for path, headers in ((CLIENT_PATH, client_headers()), (USER_PATH, user_headers())):
             answer = handshake_status(server.url + path, headers)
             assert (answer.status, answer.json["code"]) == (500, "wrong_worker")
-        server.wait_for_line("ERROR websockets are refused code=wrong_worker mend=")
+        server.wait_for_line("ERROR websockets are refused code=wrong_worker fix=")
         assert server.text.count(" ERROR ") == 1
         assert server.health() == 200
 
@@ -130,7 +130,7 @@ def test_websockets_are_refused_when_our_settings_are_not_in_force(
         server.wait_healthy()
         answer = handshake_status(server.url + CLIENT_PATH, client_headers())
         assert (answer.status, answer.json["code"]) == (500, "wrong_worker")
-        server.wait_for_line("ERROR websockets are refused code=wrong_worker mend=")
+        server.wait_for_line("ERROR websockets are refused code=wrong_worker fix=")
 
 
 def test_start_ends_without_a_loop_when_our_settings_are_not_in_force(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The shared package over real sockets."""

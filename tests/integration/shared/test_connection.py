@@ -22,6 +22,7 @@ from wsproto.events import BytesMessage
 
 from http_network_relay.dial import connection as transport_module
 from http_network_relay.dial.connection import Connection, connect
+from http_network_relay.dial.deadline import Deadline
 from http_network_relay.dial.endpoint import parse_server_url
 from http_network_relay.leg.duplex_socket import wait_ready
 from http_network_relay.leg.send_queue import Frame
@@ -29,7 +30,7 @@ from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_PING, OP_P
 from http_network_relay.wire.errors import LegError, RelayError
 from http_network_relay.wire.frames import frame_header, mask
 from tests.support.client.by_hand import HandServer, Visitor, frame, hand_server, stay
-from tests.support.taking import take
+from tests.support.taking import put_data, queue_lock, take
 from tests.support.waiting import eventually
 
 SECRET = "Basic c2VjcmV0LW9mLXRoZS1jbGllbnQ="
@@ -295,7 +296,7 @@ def test_any_answer_is_an_error_of_ours(answer: bytes) -> None:
         def send(self, data: bytes) -> int:
             return len(data)
 
-    shim = transport_module._HandshakeSocket(Said(), time.monotonic() + 5)  # type: ignore[arg-type]
+    shim = transport_module._HandshakeSocket(Said(), Deadline(5))  # type: ignore[arg-type]
     endpoint = transport_module.Endpoint(False, "relay.example", 80, "/p")
     library = transport_module.websocket_client()
     with pytest.raises(RelayError):
@@ -435,7 +436,7 @@ def test_fragments_without_end_cost_neither_memory_nor_time() -> None:
     with hand_server(serve) as server, leg(server) as transport:
         opcode, payload = transport.receive()
         assert (opcode, len(payload)) == (OP_BINARY, 60_003)
-        assert len(transport._parts) == 0
+        assert len(transport._messages._parts) == 0
 
 
 def test_lost_connection_is_a_close_without_a_code() -> None:
@@ -664,7 +665,7 @@ def test_pings_are_answered_while_a_large_send_is_stuck_and_no_frame_breaks() ->
     block = bytes(range(256)) * 256
     with hand_server(serve) as server, leg(server) as transport:
         for _ in range(blocks):
-            transport.outbox.put_data(7, b"\0\0\0\7", block)
+            put_data(transport.outbox, 7, b"\0\0\0\7", block)
         transport.outbox.push()
         eventually(lambda: not _can_write(transport))
         go_on.set()
@@ -691,7 +692,7 @@ def deaf() -> Iterator[HandServer]:
 def fill(transport: Connection) -> None:
     """Send until the writer is stuck in the kernel."""
     for channel in range(1, 200):
-        transport.outbox.put_data(channel, b"\0\0\0\1", bytes(65536))
+        put_data(transport.outbox, channel, b"\0\0\0\1", bytes(65536))
     transport.outbox.push()
     eventually(lambda: not _can_write(transport))
 
@@ -769,7 +770,7 @@ def test_tick_never_waits_for_the_outbox() -> None:
         leg(server, is_started=False, ping_interval_s=1.0) as transport,
     ):
         now = transport._ping_at
-        with transport.outbox._ready:
+        with queue_lock(transport.outbox):
             ticked: list[float] = []
             timer = threading.Thread(target=lambda: ticked.append(transport.tick(now, slept=False)))
             timer.start()

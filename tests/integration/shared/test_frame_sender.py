@@ -1,4 +1,4 @@
-"""The outlet over real sockets: whole frames in the outbox's order, whoever sends them."""
+"""FrameSender over real sockets: whole frames in the queue's order, whoever sends them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 
 from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.leg.frame_sender import FrameSender
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
 from tests.support.pairs import Pair, read_frame, tcp_pair, tls_pair
+from tests.support.taking import put_data
 from tests.support.waiting import eventually
 
 CLOSE = Frame(OP_CLOSE, b"", b"\x03\xe8")
@@ -48,24 +49,38 @@ def no_key() -> bytes | None:
     return None
 
 
+class NotingDuplex(DuplexSocket):
+    """Notes that it was aborted."""
+
+    def __init__(self, sock: Any) -> None:
+        super().__init__(sock)
+        self.lost = threading.Event()
+
+    def abort(self) -> None:
+        self.lost.set()
+        super().abort()
+
+
 class Leg:
-    """Outbox, outlet and writer thread over one socket."""
+    """A sender and its writer thread over one socket."""
 
     def __init__(self, sock: Any, make_key: Callable[[], bytes | None] = no_key) -> None:
-        self.outbox = SendQueue()
-        self.duplex = DuplexSocket(sock)
-        self.lost = threading.Event()
-        self.outlet = FrameSender(self.outbox, self.duplex, self.lost.set, make_key)
+        self.outbox = FrameSender(make_key)
+        self.duplex = NotingDuplex(sock)
         self.failures: list[OSError] = []
         self._writer = threading.Thread(target=self._run, name="leg-writer:test")
 
+    @property
+    def lost(self) -> threading.Event:
+        return self.duplex.lost
+
     def start(self) -> None:
+        self.outbox.start(self.duplex)
         self._writer.start()
-        self.outlet.start()
 
     def _run(self) -> None:
         try:
-            self.outlet.run()
+            self.outbox.run()
         except OSError as exc:
             self.failures.append(exc)
 
@@ -74,10 +89,9 @@ class Leg:
         assert not self._writer.is_alive()
 
     def stop(self) -> None:
-        self.outbox.stop()
         self.duplex.abort()
+        self.outbox.stop()
         self.join()
-        self.outlet.stop()
 
 
 class Pipe:
@@ -89,6 +103,7 @@ class Pipe:
         self.by_writer = bytearray()
         # Called at the begin of each send_now().
         self.inside: Callable[[], None] = lambda: None
+        self.aborts = 0
 
     def send_now(self, header: bytes, payload: Any) -> memoryview | None:
         self.inside()
@@ -102,13 +117,19 @@ class Pipe:
         self.data += data
         self.by_writer += data
 
+    def abort(self) -> None:
+        self.aborts += 1
 
-def lone(pipe: Pipe, on_lost: Callable[[], None] = lambda: None) -> tuple[SendQueue, FrameSender]:
-    """An outlet without a writer thread."""
-    outbox = SendQueue()
-    outlet = FrameSender(outbox, pipe, on_lost, no_key)  # type: ignore[arg-type]
-    outlet.start()
-    return outbox, outlet
+
+def lone(pipe: Pipe) -> tuple[FrameSender, list[None]]:
+    """A sender without a writer thread, and the calls for one."""
+    calls: list[None] = []
+    outbox = FrameSender(call=lambda: calls.append(None))
+    outbox.start(pipe)  # type: ignore[arg-type]
+    # So that the next call is noted.
+    assert outbox.push_all()
+    calls.clear()
+    return outbox, calls
 
 
 def text(name: str) -> Frame:
@@ -130,8 +151,8 @@ def frames(data: bytes | bytearray) -> list[tuple[int, bytes]]:
     return found
 
 
-def put(outbox: SendQueue, channel: int, data: bytes) -> None:
-    outbox.put_data(channel, channel.to_bytes(4, "big"), data)
+def put(outbox: FrameSender, channel: int, data: bytes) -> None:
+    put_data(outbox, channel, channel.to_bytes(4, "big"), data)
 
 
 # Many who send.
@@ -199,25 +220,26 @@ def test_frames_stay_whole_and_in_order_while_many_push_and_the_peer_reads_slowl
         thread.join()
     leg.outbox.close(CLOSE)
     assert read_frame(far) == (OP_CLOSE, CLOSE.payload)
+    assert not leg.lost.is_set()
     leg.stop()
     assert received == sent
     assert seen == firsts
     assert not leg.failures
-    assert not leg.lost.is_set()
 
 
-class Ordered(SendQueue):
-    """Notes in which order frames were taken."""
+def note_taken(outbox: FrameSender) -> list[Frame]:
+    """In which order frames are taken from now on."""
+    taken: list[Frame] = []
+    real = outbox._queue.take
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.taken: list[Frame] = []
-
-    def take(self, *, with_close: bool = False) -> Frame | None:
-        frame = super().take(with_close=with_close)
+    def take(*, with_close: bool = False) -> Frame | None:
+        frame = real(with_close=with_close)
         if frame is not None:
-            self.taken.append(frame)
+            taken.append(frame)
         return frame
+
+    outbox._queue.take = take  # type: ignore[method-assign]
+    return taken
 
 
 @pytest.mark.usefixtures("fast_switching")
@@ -225,8 +247,8 @@ def test_order_is_the_outboxs_when_eight_threads_push(pair: Pair) -> None:
     """What is taken first is on the wire first, by whichever thread."""
     near, far = pair
     leg = Leg(near)
-    leg.outbox = ordered = Ordered()
-    leg.outlet = FrameSender(ordered, leg.duplex, leg.lost.set, no_key)
+    ordered = leg.outbox
+    taken = note_taken(ordered)
     leg.start()
     count = 12
 
@@ -254,7 +276,7 @@ def test_order_is_the_outboxs_when_eight_threads_push(pair: Pair) -> None:
     ordered.close(CLOSE)
     reader.join()
     leg.stop()
-    assert received == [(frame.opcode, frame.head + frame.payload) for frame in ordered.taken]
+    assert received == [(frame.opcode, frame.head + frame.payload) for frame in taken]
     data = b"".join(payload[4:] for opcode, payload in received if opcode == OP_BINARY)
     assert data.count(b";") == 8 * (count - count // 4)
 
@@ -262,9 +284,9 @@ def test_order_is_the_outboxs_when_eight_threads_push(pair: Pair) -> None:
 def test_nothing_is_lost_when_a_push_finds_the_lock_taken() -> None:
     """It leaves at once; the one inside looks again after it has let go."""
     pipe = Pipe()
-    outbox, outlet = lone(pipe)
+    outbox, _calls = lone(pipe)
     put(outbox, 1, b"one")
-    real = outbox.take
+    real = outbox._queue.take
 
     def take(*, with_close: bool = False) -> Frame | None:
         frame = real(with_close=with_close)
@@ -279,25 +301,25 @@ def test_nothing_is_lost_when_a_push_finds_the_lock_taken() -> None:
         return frame
 
     late: list[int] = []
-    outbox.take = take  # type: ignore[method-assign]
+    outbox._queue.take = take  # type: ignore[method-assign]
     outbox.push()
     assert late
     assert frames(pipe.data) == [(OP_BINARY, b"\0\0\0\1one"), (OP_BINARY, b"\0\0\0\2two")]
     assert not outbox.has_frames
-    assert not outlet._send_lock.locked()
+    assert not outbox._send_lock.locked()
 
 
 @pytest.mark.usefixtures("fast_switching")
 def test_nothing_is_left_when_all_pushes_have_returned() -> None:
     """Without a writer's help: many threads, again and again."""
 
-    def put_and_push(outbox: SendQueue, channel: int) -> None:
+    def put_and_push(outbox: FrameSender, channel: int) -> None:
         put(outbox, channel, b"x")
         outbox.push()
 
     for _ in range(20):
         pipe = Pipe()
-        outbox, _outlet = lone(pipe)
+        outbox, calls = lone(pipe)
         threads = [
             threading.Thread(target=put_and_push, args=(outbox, channel)) for channel in range(1, 5)
         ]
@@ -307,7 +329,7 @@ def test_nothing_is_left_when_all_pushes_have_returned() -> None:
             thread.join()
         assert not outbox.has_frames
         assert len(frames(pipe.data)) == 4
-        assert not outbox._is_called
+        assert not calls
 
 
 # What the socket does not take.
@@ -317,18 +339,18 @@ def test_nothing_is_left_when_all_pushes_have_returned() -> None:
 def test_rest_of_a_frame_is_the_writers_and_goes_first(taken: int) -> None:
     """Later frames and pushes wait behind it, the fast lane too."""
     pipe = Pipe(allowance=taken)
-    outbox, outlet = lone(pipe)
+    outbox, calls = lone(pipe)
     put(outbox, 1, b"first")
     outbox.push()
     assert len(pipe.data) == taken
-    assert outbox._is_called
+    assert calls
     put(outbox, 2, b"second")
     outbox.put_ack(1, text("ack"))
     pipe.allowance = sys.maxsize
     outbox.push()
     assert len(pipe.data) == taken, "a push sent before the rest"
     outbox.close(CLOSE)
-    outlet.run()
+    outbox.run()
     assert frames(pipe.data) == [
         (OP_BINARY, b"\0\0\0\1first"),
         (OP_TEXT, b"ack"),
@@ -341,14 +363,14 @@ def test_rest_of_a_frame_is_the_writers_and_goes_first(taken: int) -> None:
 def test_push_sends_again_after_the_rest_has_gone() -> None:
     """The writer waits then, and whoever puts sends by himself."""
     pipe = Pipe(allowance=4)
-    outbox, outlet = lone(pipe)
-    writer = threading.Thread(target=outlet.run)
+    outbox, _calls = lone(pipe)
+    writer = threading.Thread(target=outbox.run)
     put(outbox, 1, b"first")
     outbox.push()
     pipe.allowance = sys.maxsize
     writer.start()
     eventually(lambda: len(frames(pipe.data)) == 1 if len(pipe.data) == 11 else False)
-    eventually(lambda: not outlet._send_lock.locked() and outlet._rest is None)
+    eventually(lambda: not outbox._send_lock.locked() and outbox._rest is None)
     pushed_by: list[str] = []
     pipe.inside = lambda: pushed_by.append(threading.current_thread().name)
     put(outbox, 1, b"second")
@@ -381,15 +403,15 @@ def test_slow_peer_gets_every_byte_by_the_writer(pair: Pair) -> None:
 def test_push_hands_over_to_the_writer_after_256_kib() -> None:
     """A thread that pushes has its own work to do."""
     pipe = Pipe()
-    outbox, outlet = lone(pipe)
+    outbox, calls = lone(pipe)
     for channel in range(1, 11):
         put(outbox, channel, bytes(65_536))
     outbox.push()
     assert len(frames(pipe.data)) == PUSH_BYTES // 65_536
-    assert outbox._is_called
-    assert not outlet._send_lock.locked()
+    assert calls
+    assert not outbox._send_lock.locked()
     outbox.close(CLOSE)
-    outlet.run()
+    outbox.run()
     assert [opcode for opcode, _ in frames(pipe.data)] == [OP_BINARY] * 10 + [OP_CLOSE]
 
 
@@ -402,21 +424,20 @@ def test_error_under_a_push_is_told_and_does_not_reach_the_pusher() -> None:
     def fail() -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    lost: list[int] = []
     pipe = Pipe()
     pipe.inside = fail
-    outbox, outlet = lone(pipe, lambda: lost.append(1))
+    outbox, _ = lone(pipe)
     put(outbox, 1, b"x")
     outbox.push()
-    assert lost == [1]
-    assert not outlet._send_lock.locked()
+    assert pipe.aborts == 1
+    assert not outbox._send_lock.locked()
 
 
 def test_peer_that_has_gone_is_told_by_a_push(pair: Pair) -> None:
     """Over a real socket: within a few sends."""
     near, far = pair
     leg = Leg(near)
-    leg.outlet.start()  # Without a writer.
+    leg.outbox.start(leg.duplex)  # Without a writer.
     far.close()
 
     def is_lost() -> bool:
@@ -430,8 +451,8 @@ def test_peer_that_has_gone_is_told_by_a_push(pair: Pair) -> None:
 def test_nobody_sends_after_stop() -> None:
     """The socket is freed then, and its number may be another's."""
     pipe = Pipe()
-    outbox, outlet = lone(pipe)
-    outlet.stop()
+    outbox, _calls = lone(pipe)
+    outbox.stop()
     put(outbox, 1, b"x")
     outbox.push()
     assert pipe.data == b""
@@ -447,13 +468,13 @@ def test_stop_waits_for_the_one_who_sends() -> None:
         assert go_on.wait(5.0)
 
     pipe.inside = wait
-    outbox, outlet = lone(pipe)
+    outbox, _calls = lone(pipe)
     put(outbox, 1, b"x")
     put(outbox, 2, b"y")
     pusher = threading.Thread(target=outbox.push)
     pusher.start()
     assert inside.wait(5.0)
-    stopper = threading.Thread(target=outlet.stop)
+    stopper = threading.Thread(target=outbox.stop)
     stopper.start()
     stopper.join(0.05)
     assert stopper.is_alive()
@@ -468,14 +489,14 @@ def test_stop_waits_for_the_one_who_sends() -> None:
 def test_close_goes_out_by_the_writer_alone_and_behind_everything() -> None:
     """A push leaves it where it is."""
     pipe = Pipe()
-    outbox, outlet = lone(pipe)
+    outbox, _calls = lone(pipe)
     put(outbox, 1, b"last")
     outbox.close(CLOSE)
     outbox.push()
     assert frames(pipe.data) == [(OP_BINARY, b"\0\0\0\1last")]
     outbox.push()
     assert len(frames(pipe.data)) == 1
-    outlet.run()
+    outbox.run()
     assert frames(pipe.data) == [(OP_BINARY, b"\0\0\0\1last"), (OP_CLOSE, CLOSE.payload)]
     put(outbox, 1, b"late")
     outbox.push()
@@ -516,7 +537,7 @@ def test_close_is_the_last_frame_while_others_push(pair: Pair) -> None:
     for thread in [*threads, reader]:
         thread.join()
     leg.join()
-    leg.outlet.stop()
+    leg.outbox.stop()
     near.shutdown(socket.SHUT_WR)
     assert far.recv(1) == b""
     of_nine = [payload[4:] for _, payload in received if payload[:4] == b"\0\0\0\x09"]
@@ -536,9 +557,8 @@ def test_each_frame_has_a_key_of_its_own() -> None:
     keys = [b"\1\2\3\4", bytes(4), b"\xff\0\0\0"]
     left = iter(keys)
     pipe = Pipe()
-    outbox = SendQueue()
-    outlet = FrameSender(outbox, pipe, lambda: None, lambda: next(left))  # type: ignore[arg-type]
-    outlet.start()
+    outbox = FrameSender(lambda: next(left))
+    outbox.start(pipe)  # type: ignore[arg-type]
     mine = bytearray(b"abcdefg")
     for channel in (1, 2, 3):
         outbox.put_first(channel, Frame(OP_BINARY, b"head", mine))
@@ -584,6 +604,9 @@ class WatchedLock:
     def release(self) -> None:
         self._lock.release()
 
+    def locked(self) -> bool:
+        return self._lock.locked()
+
     def __enter__(self) -> None:
         self.acquire()
 
@@ -593,12 +616,11 @@ class WatchedLock:
 
 def test_writer_waits_for_the_end_of_a_frame_that_another_thread_sends() -> None:
     """Rule 4: the lock is held from a frame's first byte to its last."""
-    outbox, duplex = SendQueue(), SlowDuplex()
-    outlet = FrameSender(outbox, duplex, lambda: None, no_key)  # type: ignore[arg-type]
-    lock = outlet._send_lock = WatchedLock()  # type: ignore[assignment]
-    outlet.start()
-    writer = threading.Thread(target=outlet.run)
-    outbox.put_data(1, b"", b"data")
+    outbox, duplex = FrameSender(), SlowDuplex()
+    outbox.start(duplex)  # type: ignore[arg-type]
+    lock = outbox._send_lock = WatchedLock()  # type: ignore[assignment]
+    writer = threading.Thread(target=outbox.run)
+    put_data(outbox, 1, b"", b"data")
     pusher = threading.Thread(target=outbox.push)
     pusher.start()
     assert duplex.is_inside.wait(5)

@@ -24,7 +24,8 @@ from http_network_relay.wire.constants import (
     OP_PONG,
     OP_TEXT,
 )
-from http_network_relay.wire.controls import encode_channel, encode_control
+from http_network_relay.wire.controls import encode_channel
+from tests.support.controls import encode
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 SUBPROTOCOL = "http-network-relay.v1"
@@ -223,7 +224,7 @@ class PlayedLeg:
         self.close_code: int | None = None
 
     def say(self, kind: str, channel: int = 0, **fields: Any) -> None:
-        self.visitor.sock.sendall(frame(OP_TEXT, encode_control(kind, channel, **fields)))
+        self.visitor.sock.sendall(frame(OP_TEXT, encode(kind, channel, **fields)))
 
     def send(self, data: bytes, channel: int = 0) -> None:
         head = encode_channel(channel) if channel else b""

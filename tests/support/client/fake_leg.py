@@ -11,7 +11,7 @@ from typing import Any
 from client.forwarder import Forwarder
 from client.leg import Leg
 from client.tunnel_table import TunnelTable
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.wire.constants import (
     DEFAULT_MAX_WINDOW_BYTES,
     MIN_WINDOW_BYTES,
@@ -19,8 +19,9 @@ from http_network_relay.wire.constants import (
     OP_CLOSE,
     OP_TEXT,
 )
-from http_network_relay.wire.controls import encode_channel, encode_control
+from http_network_relay.wire.controls import encode_channel
 from http_network_relay.wire.errors import RelayError
+from tests.support.controls import encode
 from tests.support.taking import take
 from tests.support.waiting import eventually
 
@@ -29,7 +30,7 @@ class FakeTransport:
     """What Leg needs of a Transport: a real outbox, and messages from a queue."""
 
     def __init__(self) -> None:
-        self.outbox = SendQueue()
+        self.outbox = FrameSender()
         self.messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.closes: list[tuple[int, str, bool]] = []
         self.gave_up = None
@@ -117,7 +118,7 @@ class ServerSide:
     # What the server says.
 
     def say(self, kind: str, channel: int = 0, **fields: Any) -> None:
-        text = encode_control(kind, channel, **fields)
+        text = encode(kind, channel, **fields)
         self.transport.messages.put((OP_TEXT, text))
 
     def say_raw(self, payload: bytes, opcode: int = OP_TEXT) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.wire.constants import FLUSH_S, OP_TEXT
 from server.tunnels.channels import Channels
 from tests.support.taking import take
@@ -32,7 +32,7 @@ class FakeUserLeg:
     """A user's leg without a socket."""
 
     def __init__(self) -> None:
-        self.outbox = SendQueue()
+        self.outbox = FrameSender()
         self.ends: list[tuple[int, str]] = []
         self.expects_close = 0
 
@@ -47,13 +47,13 @@ class FakeUserLeg:
 class FakeClientLeg:
     """A client's leg without a socket."""
 
-    def __init__(self, budget: int = 64 * MIB) -> None:
-        self.outbox = SendQueue()
-        self.channels: Channels[Any] = Channels(budget)
+    def __init__(self, budget: int = 64 * MIB, tunnels_at_most: int = 0) -> None:
+        self.outbox = FrameSender()
+        self.channels: Channels[Any] = Channels(budget, tunnels_at_most)
         self.label = "gw"
 
 
-def taken(outbox: SendQueue) -> list[Any]:
+def taken(outbox: FrameSender) -> list[Any]:
     """What waits in the outbox, in order: controls as objects, data as bytes."""
     frames: list[Any] = []
     while outbox.has_frames:

@@ -13,10 +13,11 @@ import pytest
 import http_network_relay.dial.connect
 from client.config import read_config
 from client.forwarder import Forwarder
-from http_network_relay.end.channel import Link
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.end.channel import Channel
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.rules.target import TargetRule
 from http_network_relay.wire.errors import RelayError
+from tests.support.controls import from_dict
 from tests.support.taking import take
 from tests.support.targets import EchoTarget
 from tests.support.waiting import eventually
@@ -55,8 +56,10 @@ def info(address: str, port: int) -> tuple[Any, ...]:
     return (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
 
 
-def make_tunnel(outbox: SendQueue, host: str, port: int, *allow: str) -> Forwarder:
+def make_tunnel(outbox: FrameSender, host: str, port: int, *allow: str) -> Forwarder:
     opening = {
+        "type": "open",
+        "client": "gw",
         "user": "ops",
         "tunnel_id": "a" * 32,
         "resume_token": "b" * 64,
@@ -67,10 +70,10 @@ def make_tunnel(outbox: SendQueue, host: str, port: int, *allow: str) -> Forward
         "grace_s": 0,
     }
     rules = tuple(TargetRule.parse(text) for text in allow)
-    return Forwarder(opening, Link(outbox, 1), WINDOW, 0, rules, lambda _: None)
+    return Forwarder(from_dict(opening), Channel(outbox, 1), WINDOW, 0, rules, lambda _: None)
 
 
-def first_control(outbox: SendQueue) -> dict[str, Any]:
+def first_control(outbox: FrameSender) -> dict[str, Any]:
     """What goes to the server before all else."""
     eventually(lambda: outbox.has_frames)
     frame = take(outbox)
@@ -121,7 +124,7 @@ def test_only_allowed_addresses_are_dialled_when_rules_are_given(
 ) -> None:
     """One lookup, whose answers are judged; what is not allowed sees no packet."""
     rules, host, dialled = DIALS[name]
-    outbox = SendQueue()
+    outbox = FrameSender()
     tunnel = make_tunnel(outbox, host, 22, *rules)
     tunnel.thread.start()
     tunnel.thread.join(5)
@@ -141,7 +144,7 @@ def test_lookalike_is_refused_when_it_comes_to_the_client(
     machine: Machine, host: str, rules: list[str]
 ) -> None:
     """Whatever the server let pass: not even looked up, with rules or without."""
-    outbox = SendQueue()
+    outbox = FrameSender()
     tunnel = make_tunnel(outbox, host, 22, *rules)
     tunnel.thread.start()
     tunnel.thread.join(5)
@@ -165,7 +168,7 @@ def test_tunnel_opens_when_one_of_the_addresses_is_allowed(
 
         monkeypatch.setattr(socket, "getaddrinfo", look_up)
         rule = f"127.0.0.1:{target.port}" if kind == "address" else f"db.lan:{target.port}"
-        outbox = SendQueue()
+        outbox = FrameSender()
         tunnel = make_tunnel(outbox, "db.lan", target.port, rule)
         tunnel.thread.start()
         assert first_control(outbox)["type"] == "opened"
@@ -187,7 +190,7 @@ def test_answer_is_judged_once_when_the_resolver_changes_its_mind(
         return [info(address, port) for address in next(turns)]
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    outbox = SendQueue()
+    outbox = FrameSender()
     tunnel = make_tunnel(outbox, "db.lan", 22, "10.0.0.2:22")
     tunnel.thread.start()
     tunnel.thread.join(5)
@@ -199,7 +202,7 @@ def test_answer_is_judged_once_when_the_resolver_changes_its_mind(
 def test_dial_takes_no_lookup_slot_when_a_name_is_denied(machine: Machine) -> None:
     """Denied names give back what they took: more of them than there are slots."""
     for _ in range(40):
-        outbox = SendQueue()
+        outbox = FrameSender()
         tunnel = make_tunnel(outbox, "db.lan", 22, "10.0.0.9:22")
         tunnel.thread.start()
         tunnel.thread.join(5)

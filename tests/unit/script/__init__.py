@@ -1,1 +1,1 @@
-"""The proxy command's own part: what stands outside its shared block."""
+"""The proxy command's own part without a network."""

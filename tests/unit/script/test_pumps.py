@@ -35,10 +35,10 @@ class Desk:
     def __init__(self, *, limit: int = WINDOW, grace_s: float = 0) -> None:
         self.stdin_r, self.stdin_w = os.pipe()
         self.stdout_r, self.stdout_w = os.pipe()
-        self.outbox = script.SendQueue()
+        self.outbox = script.FrameSender()
         self.pumps = script.Pumps()
-        self.link = script.Link(self.outbox)
-        self.end = script.TunnelEnd(self.link, WINDOW, self.pumps.wake)
+        self.channel = script.Channel(self.outbox)
+        self.end = script.UserEnd(self.channel, WINDOW, self.pumps.wake)
         self.end.on_open(limit, grace_s)
         # Guards what was sent; woken at each frame.
         self._changed = threading.Condition()
@@ -138,14 +138,14 @@ def test_stdin_goes_up_and_its_end_is_an_eof(desk: Desk) -> None:
     desk.wait(lambda: desk.controls)
     assert desk.controls == [{"type": "eof", "count": 3}]
     # The other direction lives on.
-    desk.end.on_data(desk.link, b"answer")
+    desk.end.inbound.on_data(desk.channel, b"answer")
     assert read_exactly(desk.stdout_r, 6) == b"answer"
 
 
 def test_what_came_goes_to_stdout_and_its_end_closes_it(desk: Desk) -> None:
     """The reader sees the end while stdin is still open; then the ack says eof."""
-    desk.end.on_data(desk.link, b"answer")
-    desk.end.on_eof(desk.link, 6)
+    desk.end.inbound.on_data(desk.channel, b"answer")
+    desk.end.inbound.on_eof(desk.channel, 6)
     assert read_exactly(desk.stdout_r, 6) == b"answer"
     assert os.read(desk.stdout_r, 1) == b""
     desk.wait(lambda: desk.controls)
@@ -160,8 +160,8 @@ def test_clean_end_ends_both_pumps(desk: Desk) -> None:
     """Both eofs and both acks: nobody is asked for an exit code."""
     desk.close(desk.stdin_w)
     desk.wait(lambda: desk.controls)
-    desk.end.on_eof(desk.link, 0)
-    desk.end.on_ack(desk.link, script.Ack(0, WINDOW, True))
+    desk.end.inbound.on_eof(desk.channel, 0)
+    desk.end.outbound.on_ack(desk.channel, script.Ack(0, WINDOW, True))
     desk.pumps.join(5.0)
     assert desk.end.is_finished
     assert not desk.pumps._up.is_alive()
@@ -177,9 +177,9 @@ def test_stdin_is_left_alone_without_credit(make_desk: Callable[..., Desk]) -> N
     poll = select.poll()
     poll.register(desk.stdin_r, select.POLLIN)
     assert poll.poll(0)
-    desk.end.on_ack(desk.link, script.Ack(10, 13, False))
+    desk.end.outbound.on_ack(desk.channel, script.Ack(10, 13, False))
     desk.wait(lambda: len(desk.up) == 13)
-    desk.end.on_ack(desk.link, script.Ack(13, 100, False))
+    desk.end.outbound.on_ack(desk.channel, script.Ack(13, 100, False))
     desk.wait(lambda: desk.up == b"0123456789abcdef")
 
 
@@ -188,15 +188,15 @@ def test_stdout_that_somebody_made_non_blocking_is_waited_for(desk: Desk) -> Non
     os.set_blocking(desk.stdout_w, False)
     data = bytes(range(256)) * 1000
     for start in range(0, len(data), 64_000):
-        desk.end.on_data(desk.link, data[start : start + 64_000])
+        desk.end.inbound.on_data(desk.channel, data[start : start + 64_000])
     assert read_exactly(desk.stdout_r, len(data)) == data
     assert desk.end.ended is None
 
 
 def test_stuck_stdout_does_not_hold_stdin_up(desk: Desk) -> None:
     """Its reader sleeps; what is typed still goes."""
-    desk.end.on_data(desk.link, bytes(60_000))
-    desk.end.on_data(desk.link, bytes(60_000))
+    desk.end.inbound.on_data(desk.channel, bytes(60_000))
+    desk.end.inbound.on_data(desk.channel, bytes(60_000))
     os.write(desk.stdin_w, b"typed")
     desk.wait(lambda: desk.up == b"typed")
 
@@ -204,7 +204,7 @@ def test_stuck_stdout_does_not_hold_stdin_up(desk: Desk) -> None:
 def test_ack_says_what_was_written_and_not_what_came(desk: Desk) -> None:
     """Bytes in a queue are not delivered."""
     for _ in range(4):
-        desk.end.on_data(desk.link, bytes(64 * 1024))
+        desk.end.inbound.on_data(desk.channel, bytes(64 * 1024))
     # A pipe takes 64 KiB; more is not acked before somebody reads.
     desk.wait(lambda: desk.controls)
     assert all(ack["delivered"] <= 2 * 64 * 1024 for ack in desk.controls)
@@ -404,7 +404,7 @@ def test_no_quick_stdout_for_anything_else(
 @QUICK_PIPE
 def test_what_comes_is_in_stdout_when_the_reader_goes_on(desk: Desk) -> None:
     """Without pump-down."""
-    desk.end.on_data(desk.link, b"answer")
+    desk.end.inbound.on_data(desk.channel, b"answer")
     assert desk.end.counts[1] == 6
     assert holds(desk.stdout_r)
     assert read_exactly(desk.stdout_r, 6) == b"answer"
@@ -415,11 +415,11 @@ def test_order_is_kept_when_stdout_fills_up(desk: Desk) -> None:
     """The reader's part first, then pump-down's, then the reader's again."""
     data = random.Random(3).randbytes(180_000)
     for start in range(0, len(data), 30_000):
-        desk.end.on_data(desk.link, data[start : start + 30_000])
+        desk.end.inbound.on_data(desk.channel, data[start : start + 30_000])
     assert read_exactly(desk.stdout_r, len(data)) == data
     eventually(lambda: desk.end.counts[1] == len(data))
-    eventually(lambda: not desk.end._consumer_hands_on)
-    desk.end.on_data(desk.link, b"more")
+    eventually(lambda: not desk.end.inbound._consumer_delivers)
+    desk.end.inbound.on_data(desk.channel, b"more")
     assert read_exactly(desk.stdout_r, 4) == b"more"
 
 
@@ -434,7 +434,7 @@ def test_stdout_as_a_file_carries_all_the_same(
     desk.start()
     try:
         assert desk.pumps._quick_stdout is None
-        desk.end.on_data(desk.link, b"answer")
+        desk.end.inbound.on_data(desk.channel, b"answer")
         eventually(lambda: desk.end.counts[1] == 6)
         assert (tmp_path / "out").read_bytes() == b"before answer"
     finally:
@@ -512,7 +512,7 @@ def test_write_to_a_reader_that_has_gone_counts_as_sigpipe(desk: Desk) -> None:
     desk.pumps._watches_stdout = False
     desk.pumps.wake()
     os.close(desk.stdout_r)
-    desk.end.on_data(desk.link, b"x")
+    desk.end.inbound.on_data(desk.channel, b"x")
     gone(desk)
     assert desk.pumps.exit_code == 141
 
@@ -558,15 +558,15 @@ def test_what_was_taken_is_sent_after_a_signal_when_a_resume_left_it_without_cre
     sending.start()
     desk.wait(lambda: len(desk.up) == WINDOW)
     sending.join()
-    desk.end.detach(desk.link, LOST)
+    desk.end.detach(desk.channel, LOST)
     desk.up.clear()
-    desk.link = script.Link(desk.outbox)
+    desk.channel = script.Channel(desk.outbox)
     desk.end.begin_resume()
-    desk.end.on_resumed(desk.link, script.Position(0, 0, WINDOW // 2))
+    desk.end.on_resumed(desk.channel, script.Position(0, 0, WINDOW // 2))
     desk.pumps.leave(143)
     desk.wait(lambda: len(desk.up) == WINDOW // 2)
     assert "reset" not in desk.kinds()
-    desk.end.on_ack(desk.link, script.Ack(WINDOW // 2, WINDOW, False))
+    desk.end.outbound.on_ack(desk.channel, script.Ack(WINDOW // 2, WINDOW, False))
     gone(desk)
     assert desk.up == data
 
@@ -578,10 +578,10 @@ def test_user_who_goes_away_does_not_wait_for_credit_that_never_comes(
     desk = make_desk(grace_s=60)
     os.write(desk.stdin_w, bytes(1000))
     desk.wait(lambda: len(desk.up) == 1000)
-    desk.end.detach(desk.link, LOST)
-    desk.link = script.Link(desk.outbox)
+    desk.end.detach(desk.channel, LOST)
+    desk.channel = script.Channel(desk.outbox)
     desk.end.begin_resume()
-    desk.end.on_resumed(desk.link, script.Position(0, 0, 0))
+    desk.end.on_resumed(desk.channel, script.Position(0, 0, 0))
     begun = time.monotonic()
     desk.pumps.leave(143)
     gone(desk)
@@ -600,11 +600,11 @@ def test_signal_does_not_wait_for_stdin(desk: Desk) -> None:
 def test_signal_when_both_eofs_are_there_lets_the_tunnel_finish(desk: Desk) -> None:
     """Only the acks are missing: a clean end stays one."""
     desk.close(desk.stdin_w)
-    desk.end.on_eof(desk.link, 0)
+    desk.end.inbound.on_eof(desk.channel, 0)
     desk.wait(lambda: len(desk.controls) == 2)
     desk.pumps.leave(129)
     eventually(lambda: desk.pumps.exit_code == 129)
-    desk.end.on_ack(desk.link, script.Ack(0, WINDOW, True))
+    desk.end.outbound.on_ack(desk.channel, script.Ack(0, WINDOW, True))
     desk.pumps.join(5.0)
     assert desk.end.is_finished
     assert "reset" not in desk.kinds()
@@ -658,7 +658,7 @@ def test_broken_descriptor_is_an_internal_error(
         if which == "stdin":
             real_write(desk.stdin_w, b"x")
         else:
-            desk.end.on_data(desk.link, b"x")
+            desk.end.inbound.on_data(desk.channel, b"x")
         desk.wait(lambda: desk.controls)
         assert desk.controls[-1]["code"] == "internal_error"
         assert which in desk.controls[-1]["message"]
@@ -676,14 +676,14 @@ NOTHING = script.Position(0, 0, WINDOW)
 
 def lose(desk: Desk) -> None:
     """The leg is lost; what the pumps are told, they have been told."""
-    assert desk.end.detach(desk.link, LOST)
-    desk.link = script.Link(desk.outbox)
+    assert desk.end.detach(desk.channel, LOST)
+    desk.channel = script.Channel(desk.outbox)
 
 
 def come_back(desk: Desk, peer: script.Position = NOTHING) -> script.Position:
     """Resume on a new link, into the same outbox; what the end says of itself."""
     position = desk.end.begin_resume()
-    desk.end.on_resumed(desk.link, peer)
+    desk.end.on_resumed(desk.channel, peer)
     return position
 
 
@@ -730,15 +730,15 @@ def test_what_came_goes_to_stdout_without_a_leg(make_desk: Callable[..., Desk]) 
     desk = make_desk(grace_s=60)
     data = os.urandom(200_000)
     for start in range(0, len(data), 50_000):
-        desk.end.on_data(desk.link, data[start : start + 50_000])
-    desk.end.on_eof(desk.link, len(data))
+        desk.end.inbound.on_data(desk.channel, data[start : start + 50_000])
+    desk.end.inbound.on_eof(desk.channel, len(data))
     lose(desk)
     assert read_exactly(desk.stdout_r, len(data)) == data
     assert os.read(desk.stdout_r, 1) == b""
-    eventually(lambda: desk.end.counts[1] == len(data) and desk.end._stream.into.eof_delivered)
+    eventually(lambda: desk.end.counts[1] == len(data) and desk.end._core.stream.into.eof_delivered)
     position = come_back(desk)
     assert (position.received, position.delivered) == (len(data), len(data))
-    desk.end.on_eof(desk.link, len(data))
+    desk.end.inbound.on_eof(desk.channel, len(data))
     desk.wait(lambda: desk.controls and desk.controls[-1].get("eof"))
 
 
@@ -757,9 +757,9 @@ def test_user_who_goes_away_without_a_leg_ends_the_tunnel_at_once(
     else:
         os.close(desk.stdout_r)
     if how == "epipe":
-        desk.end._inbound.append(b"x")  # Came before the loss, and is written now.
-        with desk.end._changed:
-            desk.end._changed.notify_all()
+        desk.end.inbound._queue.append(b"x")  # Came before the loss, and is written now.
+        with desk.end._core.changed:
+            desk.end._core.changed.notify_all()
     desk.pumps.join(5.0)
     assert time.monotonic() - begun < 0.9
     assert desk.end.is_over
@@ -795,9 +795,9 @@ def test_pumps_carry_without_poll(
     try:
         os.write(desk.stdin_w, b"0123456789more")
         desk.wait(lambda: desk.up == b"0123456789")
-        desk.end.on_ack(desk.link, script.Ack(10, 100, False))
+        desk.end.outbound.on_ack(desk.channel, script.Ack(10, 100, False))
         desk.wait(lambda: desk.up == b"0123456789more")
-        desk.end.on_data(desk.link, b"down")
+        desk.end.inbound.on_data(desk.channel, b"down")
         assert read_exactly(desk.stdout_r, 4) == b"down"
         desk.close(desk.stdin_w)
         desk.wait(lambda: desk.kinds() == ["eof"])

@@ -1,1 +1,1 @@
-"""Unit tests of the server: no network, no process."""
+"""The server's code without a network or a process."""

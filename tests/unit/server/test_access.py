@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 import server.access.access
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.wire.constants import OP_CLOSE, OP_TEXT
-from http_network_relay.wire.errors import ConfigError, TunnelRefused
+from http_network_relay.wire.errors import ConfigError, Refused
 from server.access.access import Access
 from server.access.credentials import Credentials, Login, digest_of
 from server.access.file_watch import FileWatch
@@ -26,10 +27,10 @@ from server.config import Config
 from server.legs.client_leg import ClientLeg
 from server.legs.leg import Leg
 from server.legs.user_leg import UserLeg
-from server.legs.websocket import ReadEnd
 from server.registry import Slot
 from server.relay import Relay
-from tests.support.taking import TakingOutlet
+from tests.support.controls import from_dict
+from tests.support.taking import FrameTaker
 from tests.support.waiting import eventually
 
 DAY = date(2026, 6, 1)
@@ -55,12 +56,13 @@ def other_credentials() -> Credentials:
 
 
 def asked(client: str, host: str, port: int) -> dict[str, Any]:
-    return {"type": "open", "client": client, "host": host, "port": port}
+    rest = {"protocol": "tcp", "tunnel_id": "", "resume_token": "", "limit": 0, "grace_s": 0}
+    return {"type": "open", "client": client, "host": host, "port": port, **rest}
 
 
-def refusal(access: Access, user: str, *target: Any) -> TunnelRefused:
-    with pytest.raises(TunnelRefused) as caught:
-        access.check_open(user, asked(*target))
+def refusal(access: Access, user: str, *target: Any) -> Refused:
+    with pytest.raises(Refused) as caught:
+        access.check_open(user, from_dict(asked(*target)))
     return caught.value
 
 
@@ -86,7 +88,7 @@ ALLOWED = {
 @pytest.mark.parametrize("target", ALLOWED, ids=str)
 def test_rule_is_returned_when_it_allows(access: Access, target: tuple[Any, ...]) -> None:
     """Its text, for the log."""
-    assert access.check_open(target[0], asked(*target[1:])) == ALLOWED[target]
+    assert access.check_open(target[0], from_dict(asked(*target[1:]))) == ALLOWED[target]
 
 
 REFUSED = {
@@ -124,12 +126,12 @@ def test_denied_tells_nothing_of_clients_when_no_rule_matches(access: Access) ->
     assert there.replace(" gw", " no") == not_there
 
 
-def test_everything_is_allowed_when_the_user_is_of_the_seed_form() -> None:
+def test_everything_is_allowed_when_the_user_is_of_the_short_form() -> None:
     """No rule limits a token of the list; what is no address stays refused."""
-    access = Access(credentials(["pu-seed"]), None, lambda: None)
-    login = access.credentials.login_user("pu-seed")
+    access = Access(credentials(["pu-short"]), None, lambda: None)
+    login = access.credentials.login_user("pu-short")
     assert login is not None
-    assert access.check_open(login.name, asked("gw", "10.1.2.3", 1))
+    assert access.check_open(login.name, from_dict(asked("gw", "10.1.2.3", 1)))
     assert refusal(access, login.name, "gw", "127.1", 1).code == "target_invalid"
     assert refusal(access, login.name, "no", "10.1.2.3", 1).code == "client_unknown"
 
@@ -147,7 +149,7 @@ def test_one_state_is_asked_when_it_changes_meanwhile() -> None:
             return name == "lab-1"
 
     access.credentials = Turning([], [])
-    assert access.check_open("ops", asked("lab-1", "127.0.0.1", 22)) == "rule"
+    assert access.check_open("ops", from_dict(asked("lab-1", "127.0.0.1", 22))) == "rule"
     assert refusal(access, "ops", "lab-1", "127.0.0.1", 22).code == "denied"
 
 
@@ -367,12 +369,12 @@ class Wire:
         self.written: list[Any] = []
         self._is_over = threading.Event()
 
-    def read(self, *_: Any) -> ReadEnd:
+    def receive(self) -> tuple[int, int]:
         self._is_over.wait(5)
-        return ReadEnd.LOST
+        return OP_CLOSE, ABNORMAL_CLOSURE
 
-    def outlet(self, outbox: SendQueue) -> TakingOutlet:
-        return TakingOutlet(outbox, self._write)
+    def start(self, _websocket: object, outbox: FrameSender) -> None:
+        outbox.start(FrameTaker(self._write))  # type: ignore[arg-type]
 
     def _write(self, frame: Any) -> None:
         payload = bytes(frame.payload)
@@ -390,6 +392,8 @@ class Wire:
 
     def abort(self) -> None:
         self._is_over.set()
+
+    stop = abort
 
 
 OPS = Login("user", "ops", digest_of("pu-ops"))
@@ -452,4 +456,4 @@ def test_client_leg_is_closed_when_it_was_let_in_by_old_credentials(relay: Relay
     assert wire.written == [1008]
     assert user.leg.tunnel is None
     assert not user.leg.outbox.has_frames
-    assert len(relay._held) == 1
+    assert len(relay._pending) == 1

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from http_network_relay.settings import Setting
 from http_network_relay.wire.errors import ConfigError
-from server.config import LIMITS, Config, Limit
+from server.config import SETTINGS, Config
 
 
 def test_defaults_hold_when_the_environment_is_empty() -> None:
@@ -16,7 +17,9 @@ def test_defaults_hold_when_the_environment_is_empty() -> None:
         config = Config.from_env(environ)
         config.validate()
         assert config == Config("credentials.json", 20.0, 4 * 1024 * 1024)
-        assert config == Config(**{limit.field: limit.default for limit in LIMITS})  # type: ignore[arg-type]
+        assert config == Config()
+    for field, row in SETTINGS.items():
+        assert str(getattr(Config(), field)).removesuffix(".0") == row.default
 
 
 def test_environment_wins_over_defaults() -> None:
@@ -63,19 +66,34 @@ def test_validate_names_variable_and_flag_when_a_value_is_bad(variable: str, val
     assert "--" in str(caught.value)
 
 
-@pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: limit.field)
-def test_limit_is_read_and_checked(limit: Limit) -> None:
+NUMBERS = {field: row for field, row in SETTINGS.items() if row.highest}
+
+
+@pytest.mark.parametrize(("field", "row"), NUMBERS.items(), ids=NUMBERS)
+def test_limit_is_read_and_checked(field: str, row: Setting) -> None:
     """Its variable sets its field; its ends are legal, what is beyond them is not."""
-    for number in (limit.lowest, limit.highest):
-        config = Config.from_env({limit.variable: f"{number:.15g}"})
+    for number in (row.lowest, row.highest):
+        config = Config.from_env({row.variable: f"{number:.15g}"})
         config.validate()
-        assert getattr(config, limit.field) == number
-    bad = ["x", "-1", "nan", f"{limit.highest * 2:.15g}"] + (["1.5"] if limit.is_whole else [])
-    for text in bad if limit.can_be_off else [*bad, "0"]:
-        with pytest.raises(ConfigError, match=f"{limit.variable} .{limit.flag}. must be"):
-            Config.from_env({limit.variable: text}).validate()
-    if limit.can_be_off:
-        Config.from_env({limit.variable: "0"}).validate()
+        assert getattr(config, field) == number
+    bad = ["x", "-1", "nan", f"{row.highest * 2:.15g}"] + (["1.5"] if row.is_whole else [])
+    for text in bad if row.zero else [*bad, "0"]:
+        with pytest.raises(ConfigError, match=rf"{row.flag} \({row.variable}\) must be"):
+            Config.from_env({row.variable: text}).validate()
+    if row.zero:
+        Config.from_env({row.variable: "0"}).validate()
+        assert row.lowest > 0.01
+        with pytest.raises(ConfigError):
+            Config.from_env({row.variable: "0.01"}).validate()
+
+
+def test_settings_stay_as_they_are_when_another_one_is_wrong() -> None:
+    """A wrong number changes no other field."""
+    wrong = {row.variable: "x" for row in NUMBERS.values()}
+    config = Config.from_env({**wrong, "HTTP_NETWORK_RELAY_CREDENTIALS_FILE": "/etc/relay.json"})
+    assert config.credentials_file == "/etc/relay.json"
+    with pytest.raises(ConfigError, match="--ping-interval"):
+        config.validate()
 
 
 def test_other_settings_of_the_guard_are_read(tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def test_expired_login_is_refused_and_only_the_log_says_why(
         assert not caplog.records
         assert over.check_user("hush") is None
         assert not over.check_client("a", "hush")
-    assert [record.getMessage().split(" mend")[0] for record in caplog.records] == [
+    assert [record.getMessage().split(" fix")[0] for record in caplog.records] == [
         f"login refused reason=expired {kind}=a secret={hashed('hush')[7:15]} expired=2026-11-22"
         for kind in ("user", "client")
     ]
@@ -264,7 +264,7 @@ def test_login_stays_valid_until_its_secret_is_gone() -> None:
     assert not make(clients=(entry("ops", "old"),)).is_valid(login)
 
 
-def test_login_of_the_seed_form_stays_valid_in_the_new_form() -> None:
+def test_login_of_the_short_form_stays_valid_in_the_new_form() -> None:
     """A token that got a name in the file, the one that logs had, is the same login."""
     login = Credentials.plain({}, ["tok"]).login_user("tok")
     assert login is not None
@@ -272,7 +272,7 @@ def test_login_of_the_seed_form_stays_valid_in_the_new_form() -> None:
     assert make(entry(login.name, "tok", allow=rules)).is_valid(login)
 
 
-def test_user_of_the_seed_form_may_open_everything_that_is_a_target() -> None:
+def test_user_of_the_short_form_may_open_everything_that_is_a_target() -> None:
     """No rule limits it, but what only looks like an address is refused everywhere."""
     credentials = Credentials.plain({"gw": "c"}, ["tok"])
     name = credentials.check_user("tok")

@@ -154,12 +154,12 @@ def test_rotation_ends_the_old_secrets_at_once_when_told_so(path: Path, run: Run
     assert credentials.may_open("ops", "lab", "lan", 22)
 
 
-def test_seed_form_is_kept_until_an_edit_needs_another(path: Path, run: Run) -> None:
+def test_short_form_is_kept_until_an_edit_needs_another(path: Path, run: Run) -> None:
     """Adding a client converts nothing; a token with a name becomes an object, its login stays."""
-    seed = {"clients": {"a": "plain-a"}, "proxy_users": ["tok-1", "tok-2"]}
-    write(path, seed)
+    short = {"clients": {"a": "plain-a"}, "proxy_users": ["tok-1", "tok-2"]}
+    write(path, short)
     run("add-client", "b")
-    assert read(path)["proxy_users"] == seed["proxy_users"]
+    assert read(path)["proxy_users"] == short["proxy_users"]
     assert read(path)["clients"]["a"] == "plain-a"
     before = load_credentials(str(path))
     logins = [before.login_user(token) for token in ("tok-1", "tok-2")]
@@ -176,7 +176,7 @@ def test_seed_form_is_kept_until_an_edit_needs_another(path: Path, run: Run) -> 
     assert read(path)["clients"]["a"]["secrets"][0] == "plain-a"
 
 
-def test_seed_token_is_revoked_by_the_name_that_logs_have(path: Path, run: Run) -> None:
+def test_short_form_token_is_revoked_by_the_name_that_logs_have(path: Path, run: Run) -> None:
     """The list stays a list."""
     write(path, {"clients": {"a": "x"}, "proxy_users": ["tok-1", "tok-2"]})
     name = load_credentials(str(path)).check_user("tok-1")
@@ -301,12 +301,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize(
-    ("line", "code", "mend"),
-    [(line, 1, mend) for line, mend in FAILS.items()]
-    + [(line, 2, mend) for line, mend in WRONG.items()],
+    ("line", "code", "fix"),
+    [(line, 1, fix) for line, fix in FAILS.items()]
+    + [(line, 2, fix) for line, fix in WRONG.items()],
 )
 def test_refusal_is_one_line_and_changes_nothing(
-    path: Path, run: Run, line: str, code: int, mend: str
+    path: Path, run: Run, line: str, code: int, fix: str
 ) -> None:
     """1: the file says no; 2: the command line is wrong."""
     content = {
@@ -318,7 +318,7 @@ def test_refusal_is_one_line_and_changes_nothing(
     found, out, err = run(*line.split())
 
     assert (found, out) == (code, "")
-    assert mend in err
+    assert fix in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert "hush" not in err

@@ -111,9 +111,9 @@ def test_every_failure_counts_once_when_threads_race() -> None:
 
 def test_no_thread_waits_for_a_failed_login() -> None:
     """A delay would be a way to hold all threads: a refusal takes as long as counting it."""
-    guard = Policy(Config(failed_logins=1))
+    policy = Policy(Config(failed_logins=1))
     begun = time.monotonic()
-    codes = [guard.failed_login("client", "gw", "203.0.113.7", "no").code for _ in range(500)]
+    codes = [policy.failed_login("client", "gw", "203.0.113.7", "no").code for _ in range(500)]
     assert codes == ["unauthorized", *["too_many"] * 499]
     # Far above what a busy machine needs, and far below 500 of any delay that would be felt.
     assert time.monotonic() - begun < 5

@@ -16,7 +16,7 @@ CAP = 4 * MIB
 
 def direction(budget: WindowBudget | None = None, asked: int = 300 * KIB) -> FlowCounters:
     made = FlowCounters(budget or WindowBudget(BUDGET), CAP)
-    made.grant(asked)
+    made.raise_limit(asked)
     return made
 
 
@@ -74,12 +74,12 @@ def test_direction_takes_all_of_its_window_and_ends() -> None:
     ("asked", "granted"),
     [(0, 0), (1000, 1000), (CAP, CAP), (CAP + 1, CAP), (2**53, CAP)],
 )
-def test_grant_lowers_what_is_above_the_cap(asked: int, granted: int) -> None:
+def test_raised_limit_lowers_what_is_above_the_cap(asked: int, granted: int) -> None:
     """A limit is passed on as asked up to the cap, and lowered silently above it."""
     assert direction(asked=asked).limit == granted
 
 
-def test_grant_follows_delivered_and_never_falls() -> None:
+def test_raised_limit_follows_delivered_and_never_falls() -> None:
     """The cap moves along with what was delivered."""
     sent = direction(asked=2**53)
     assert sent.limit == CAP
@@ -88,7 +88,7 @@ def test_grant_follows_delivered_and_never_falls() -> None:
     assert sent.on_ack(MIB, 2**53, False) == CAP + MIB
 
 
-def test_grant_keeps_the_smallest_window_when_the_budget_is_used_up() -> None:
+def test_raised_limit_keeps_the_smallest_window_when_the_budget_is_used_up() -> None:
     """Large windows leave room for newcomers, and nobody falls below 256 KiB."""
     budget = WindowBudget(BUDGET)
     greedy = [direction(budget, asked=2**53) for _ in range(64)]
@@ -129,7 +129,7 @@ def test_window_given_back_serves_others() -> None:
 def test_direction_counts_on_when_it_starts_where_an_end_stands() -> None:
     """After a resume: bytes from `received` on, acks from `delivered` on, the limit anew."""
     sent = FlowCounters(WindowBudget(BUDGET), CAP, 10 * MIB, 9 * MIB)
-    assert sent.grant(2**53) == 9 * MIB + CAP
+    assert sent.raise_limit(2**53) == 9 * MIB + CAP
     send(sent, 3 * MIB)
     with pytest.raises(TunnelError):
         sent.on_data(1)
@@ -148,7 +148,7 @@ def test_limit_may_be_below_the_bytes_when_a_resume_finds_little_budget() -> Non
     greedy = [direction(budget, asked=2**53) for _ in range(64)]
     assert greedy[-1].limit == MIN_WINDOW_BYTES
     sent = FlowCounters(budget, CAP, 4 * MIB, MIB)
-    assert sent.grant(2**53) == MIB + MIN_WINDOW_BYTES
+    assert sent.raise_limit(2**53) == MIB + MIN_WINDOW_BYTES
     with pytest.raises(TunnelError):
         sent.on_data(1)
     assert sent.on_ack(4 * MIB, 2**53, False) == 4 * MIB + MIN_WINDOW_BYTES
@@ -183,7 +183,7 @@ def test_paced_limit_rises_only_when_it_is_raised() -> None:
     assert sent.raise_by(1000) == 1000
     assert sent.limit == FIRST_CREDIT_BYTES + 1000
     assert sent.raise_by(64 * MIB) == 2 * MIB - FIRST_CREDIT_BYTES - 1000
-    assert (sent.hunger, sent.raise_by(1)) == (0, 0)
+    assert (sent.headroom, sent.raise_by(1)) == (0, 0)
     sent.release()
     assert budget.free == BUDGET
 
@@ -229,4 +229,4 @@ def test_paced_limit_rises_no_more_after_the_eof() -> None:
     sent = FlowCounters(WindowBudget(BUDGET), CAP, is_paced=True)
     sent.begin(sent.ask_first(MIB))
     sent.on_eof(0)
-    assert (sent.hunger, sent.raise_by(100)) == (0, 0)
+    assert (sent.headroom, sent.raise_by(100)) == (0, 0)

@@ -62,9 +62,9 @@ GOOD: dict[str, Any] = {
     "all": ISSUE,
     "empty": {"clients": {}, "proxy_users": []},
     "empty by name": {"clients": {}, "proxy_users": {}},
-    "seed": {"clients": {"a": "x", "b": "x"}, "proxy_users": ["y", "z"]},
-    "seed, hashed": {"clients": {"a": hashed("x")}, "proxy_users": [hashed("y")]},
-    "seed, client and token equal": {"clients": {"a": "x"}, "proxy_users": ["x"]},
+    "short": {"clients": {"a": "x", "b": "x"}, "proxy_users": ["y", "z"]},
+    "short, hashed": {"clients": {"a": hashed("x")}, "proxy_users": [hashed("y")]},
+    "short, client and token equal": {"clients": {"a": "x"}, "proxy_users": ["x"]},
     "expired client": with_client({"secrets": ["x"], "expires": "2020-01-01"}),
     "everything before the first client": {
         "clients": {},
@@ -84,7 +84,7 @@ GOOD: dict[str, Any] = {
         "proxy_users": {"o": {"secrets": ["t"], "allow": ["a*:*:*"]}},
     },
 }
-# What is wrong -> the file, a piece of the mend, and whether a schema can tell.
+# What is wrong -> the file, a piece of the fix, and whether a schema can tell.
 BAD: dict[str, tuple[Any, str, bool]] = {
     "key unknown": (with_user(alow=["*:*:*"]), 'it may have "secrets", "allow", "expires"', True),
     "key is a secret": (with_user(**{"hush-hush-hush-hush": 1}), "has an unknown key", True),
@@ -211,14 +211,14 @@ def test_good_file_loads_and_fits_the_schema(case: str) -> None:
 @pytest.mark.parametrize("case", BAD)
 def test_bad_file_is_refused_with_line_and_mend_and_by_the_schema(case: str) -> None:
     """One line without a secret; the schema agrees as far as a schema can tell."""
-    content, mend, schema_can_tell = BAD[case]
+    content, fix, schema_can_tell = BAD[case]
 
     with pytest.raises(CredentialsError) as caught:
         parse(json.dumps(content, indent=1))
 
     message = str(caught.value)
     assert re.match(rf"{PATH}: line \d+: ", message)
-    assert mend in message
+    assert fix in message
     assert "hush" not in message
     assert "\n" not in message
     assert VALIDATOR.is_valid(content) is not schema_can_tell

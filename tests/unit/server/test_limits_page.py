@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from http_network_relay.wire.codes import HTTP_ANSWERS
-from server.addresses import DEFAULT_TRUSTED_PROXIES
+from http_network_relay.wire.codes import Code
 from server.audit import AuditLog
-from server.config import LIMITS, Config
+from server.config import SETTINGS, Config
 from server.limits.policy import Policy, PolicyObserver
 from server.tunnels.tunnel import Tunnel
+from tests.support.controls import from_dict
 from tests.support.pages import rows, section
 from tests.support.processes import ROOT
 from tests.support.server.fake_legs import CAP, OPEN, RESUME, FakeClientLeg, FakeUserLeg
@@ -25,9 +25,12 @@ def test_page_lists_every_setting_with_its_default() -> None:
     listed = {}
     for flag, variable, _unit, default, _code in rows(section(PAGE, "## Settings")):
         listed[flag.strip("`"), variable.strip("`")] = default.strip("`").split(";")[0]
-    known = {(limit.flag, limit.variable): f"{limit.default:g}" for limit in LIMITS}
-    known["--trusted-proxies", "HTTP_NETWORK_RELAY_TRUSTED_PROXIES"] = DEFAULT_TRUSTED_PROXIES
-    known["--audit-log", "HTTP_NETWORK_RELAY_AUDIT_LOG"] = "off"
+    elsewhere = {"credentials_file", "ping_interval_s", "max_window_bytes"}
+    known = {
+        (row.flag, row.variable): row.default or "off"
+        for field, row in SETTINGS.items()
+        if field not in elsewhere
+    }
     assert listed == known
 
 
@@ -35,7 +38,7 @@ def test_statuses_of_the_page_are_those_of_the_server() -> None:
     """429, 408, 431."""
     told = re.findall(r"`(\w+)` \(HTTP (\d+)\)", PAGE)
     assert {code: int(status) for code, status in told} == {
-        code: HTTP_ANSWERS[code].status for code in ("too_many", "head_timeout", "head_too_large")
+        code: Code(code).http_status for code in ("too_many", "head_timeout", "head_too_large")
     }
 
 
@@ -78,22 +81,22 @@ def test_audit_lines_of_the_page_have_the_fields_of_the_code() -> None:
     shown = [json.loads(line) for line in block.splitlines()]
     assert [event["event"] for event in shown[-1:]] == ["lost"]  # The writer's own.
 
-    guard = Policy(Config())
-    guard.audit = Noting()
-    guard.leg_up("client", "gw", "a")
-    guard.leg_down("client", "gw", "a", "lost", 1.0)
-    guard.failed_login("client", "gw", "a", "")
-    guard.refused(OPEN, "u", "a", "client_offline")
+    policy = Policy(Config())
+    policy.audit = Noting()
+    policy.leg_up("client", "gw", "a")
+    policy.leg_down("client", "gw", "a", "lost", 1.0)
+    policy.failed_login("client", "gw", "a", "")
+    policy.refused(from_dict(OPEN), "u", "a", "client_offline")
     for first, answer in (
         (OPEN, {"type": "opened", "limit": 300_000, "grace_s": 0}),
         (RESUME, {"type": "resumed", "received": 0, "delivered": 0, "limit": 300_000}),
     ):
         leg = FakeClientLeg()
-        record = PolicyObserver(guard, first, "u", "a")
-        tunnel = Tunnel(leg, FakeUserLeg(), first, "u", "*", record=record)
+        record = PolicyObserver(policy, from_dict(first), "u", "a")
+        tunnel = Tunnel(leg, FakeUserLeg(), from_dict(first), "u", "*", observer=record)
         with leg.channels.lock:
             tunnel.assign_locked(CAP)
-        tunnel.on_client_control(answer)
+        tunnel.on_client_control(from_dict(answer))
         tunnel.user_lost()
-    written = {event["event"]: list(event) for event in guard.audit.events}
+    written = {event["event"]: list(event) for event in policy.audit.events}
     assert {event["event"]: list(event) for event in shown[:-1]} == written

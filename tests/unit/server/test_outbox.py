@@ -82,7 +82,7 @@ def test_try_put_never_waits_when_the_lock_is_taken() -> None:
     taken, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with box._ready:
+        with box._lock:
             taken.set()
             release.wait(5)
 

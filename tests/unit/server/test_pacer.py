@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from http_network_relay.end.stream import Ack, Stream
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.wire.constants import MIN_WINDOW_BYTES
 from server.config import Config
 from server.limits.pacer import Pacer
@@ -19,6 +19,7 @@ from server.limits.policy import Policy, PolicyObserver
 from server.tunnels.flow_counters import FIRST_CREDIT_BYTES
 from server.tunnels.tunnel import Tunnel
 from tests.support.clock import Clock
+from tests.support.controls import from_dict
 from tests.support.server.fake_legs import (
     CAP,
     OPEN,
@@ -44,12 +45,16 @@ class Ends:
         self.client_leg, self.user_leg = bench.client_leg, FakeUserLeg()
         self.user, self.client = Stream(CAP), Stream(CAP)
         control = {**OPEN, "tunnel_id": f"{number:032x}", "limit": MIN_WINDOW_BYTES}
-        record = PolicyObserver(bench.guard, control, user, "addr")
-        self.tunnel = Tunnel(self.client_leg, self.user_leg, control, user, "*", record=record)
+        record = PolicyObserver(bench.policy, from_dict(control), user, "addr")
+        self.tunnel = Tunnel(
+            self.client_leg, self.user_leg, from_dict(control), user, "*", observer=record
+        )
         with self.client_leg.channels.lock:
             frame = self.tunnel.assign_locked(CAP)
         self.client.out.limit = json.loads(frame.payload)["limit"]
-        self.tunnel.on_client_control({"type": "opened", "limit": MIN_WINDOW_BYTES, "grace_s": 0})
+        self.tunnel.on_client_control(
+            from_dict({"type": "opened", "limit": MIN_WINDOW_BYTES, "grace_s": 0})
+        )
         self.arrived = {"up": 0, "down": 0}
         self.ended: list[dict[str, Any]] = []
 
@@ -76,9 +81,9 @@ class Ends:
             if (count := sender.out.next_eof()) is not None:
                 control = {"type": "eof", "count": count}
                 if way == "up":
-                    self.tunnel.on_user_control(control)
+                    self.tunnel.on_user_control(from_dict(control))
                 else:
-                    self.tunnel.on_client_control(control)
+                    self.tunnel.on_client_control(from_dict(control))
                 receiver.into.on_eof(count)
                 ack = receiver.into.on_eof_delivered(self.bench.clock.now)
                 assert ack is not None
@@ -92,9 +97,9 @@ class Ends:
             "eof": ack.eof,
         }
         if way == "up":
-            self.tunnel.on_client_control(control)
+            self.tunnel.on_client_control(from_dict(control))
         else:
-            self.tunnel.on_user_control(control)
+            self.tunnel.on_user_control(from_dict(control))
         self.read()
 
     def read(self) -> None:
@@ -117,19 +122,19 @@ class Ends:
 
 
 class Bench:
-    """A guard whose pacer is looked at by hand."""
+    """A policy whose pacer is looked at by hand."""
 
     def __init__(self, **settings: Any) -> None:
         self.clock = Clock()
         config = Config(**settings)
-        self.guard = Policy(config)
-        self.guard.pacer = Pacer(config, clock=self.clock)
+        self.policy = Policy(config)
+        self.policy.pacer = Pacer(config, clock=self.clock)
         self.client_leg = FakeClientLeg()
         self.tunnels: list[Ends] = []
 
-    def open(self, user: str = "u") -> Ends:
+    def open(self, user: str = "u", client_leg: FakeClientLeg | None = None) -> Ends:
         # A client's leg of its own for each: its outbox is then read by one.
-        self.client_leg = FakeClientLeg()
+        self.client_leg = client_leg or FakeClientLeg()
         self.tunnels.append(Ends(self, user, len(self.tunnels)))
         return self.tunnels[-1]
 
@@ -140,7 +145,7 @@ class Bench:
             # Until nothing moves at this moment.
             while True:
                 before = [dict(ends.arrived) for ends in self.tunnels]
-                self.guard.pacer.look()
+                self.policy.pacer.look()
                 for ends in self.tunnels:
                     ends.read()
                     ends.pass_on()
@@ -265,10 +270,12 @@ def test_credit_is_given_back_when_the_client_refuses() -> None:
     for _ in range(10):
         tunnel, _, user_leg = unanswered(bench, OPEN)
         assert tunnel.down.limit == FIRST_CREDIT_BYTES
-        tunnel.on_client_control({"type": "refused", "code": "target_refused", "message": ""})
+        tunnel.on_client_control(
+            from_dict({"type": "refused", "code": "target_refused", "message": ""})
+        )
         assert [m["type"] for m in taken(user_leg.outbox)] == ["refused"]
         bench.run(0.05)
-    assert not bench.guard.pacer._meters
+    assert not bench.policy.pacer.shaper._meters
 
 
 def test_resume_begins_where_the_end_stands_when_its_user_owes_too_much() -> None:
@@ -279,11 +286,11 @@ def test_resume_begins_where_the_end_stands_when_its_user_owes_too_much() -> Non
     control = {**RESUME, "limit": 300_000}
     tunnel, client_leg, user_leg = unanswered(bench, control)
     assert tunnel.down.limit == RESUME["received"]
-    tunnel.on_client_control(dict(RESUMED))
+    tunnel.on_client_control(from_dict(dict(RESUMED)))
     (resumed,) = taken(user_leg.outbox)
     assert resumed["limit"] == RESUMED["received"]
     bench.clock.advance(20)
-    bench.guard.pacer.look()
+    bench.policy.pacer.look()
     for outbox, stands in ((client_leg.outbox, RESUME), (user_leg.outbox, RESUMED)):
         (ack,) = taken(outbox)
         assert (ack["type"], ack["delivered"]) == ("ack", stands["delivered"])
@@ -318,7 +325,9 @@ def test_eof_and_reset_are_never_held_when_the_tokens_are_used_up() -> None:
     short.pass_on()
     assert short.user.out.eof_acked
     assert short.tunnel.is_over
-    bulk.tunnel.on_client_control({"type": "reset", "code": "client_stopped", "message": ""})
+    bulk.tunnel.on_client_control(
+        from_dict({"type": "reset", "code": "client_stopped", "message": ""})
+    )
     bulk.read()
     assert [end["code"] for end in bulk.ended] == ["client_stopped"]
 
@@ -329,21 +338,20 @@ def test_pacer_keeps_nothing_of_tunnels_that_ended() -> None:
     for number in range(50):
         bench.open(f"user-{number}").tunnel.user_lost()
     bench.run(2)
-    assert not bench.guard.pacer._entries
-    assert not bench.guard.pacer._meters
-    assert len(bench.guard.pacer._purses) == 0
-    assert len(bench.guard.pacer._ages) == 50
+    assert not bench.policy.pacer.lifetimes._entries
+    assert not bench.policy.pacer.shaper._entries
+    assert not bench.policy.pacer.shaper._meters
+    assert len(bench.policy.pacer.shaper._tokens) == 0
+    assert len(bench.policy.pacer.lifetimes._ages) == 50
 
 
 def test_limits_leave_in_order_when_two_threads_raise_them() -> None:
     """An ack that is counted but not yet queued holds the pacer up: else a limit would fall."""
     bench = Bench(bytes_per_s=RATE)
-    ends = bench.open()
-    ends.read()
     limits: list[int] = []
     counted, raised = threading.Event(), threading.Event()
 
-    class SlowOutbox(SendQueue):
+    class SlowOutbox(FrameSender):
         def put_ack(self, channel: int, frame: Any) -> None:
             if not counted.is_set():
                 counted.set()
@@ -356,11 +364,14 @@ def test_limits_leave_in_order_when_two_threads_raise_them() -> None:
         ends.tunnel.raise_limit(False, 1000)
         raised.set()
 
-    ends.client_leg.outbox = SlowOutbox()
+    client_leg = FakeClientLeg()
+    client_leg.outbox = SlowOutbox()
+    ends = bench.open(client_leg=client_leg)
+    ends.read()
     thread = threading.Thread(target=raise_limit)
     thread.start()
     ack = {"type": "ack", "delivered": 0, "limit": MIN_WINDOW_BYTES, "eof": False}
-    ends.tunnel.on_user_control(ack)
+    ends.tunnel.on_user_control(from_dict(ack))
     thread.join()
     assert limits == [FIRST_CREDIT_BYTES, FIRST_CREDIT_BYTES + 1000]
 
@@ -413,12 +424,12 @@ def test_age_goes_on_when_a_tunnel_is_resumed() -> None:
     bench.run(10, 0.5)
     leg = FakeClientLeg()
     control = {**RESUME, "tunnel_id": f"{0:032x}"}
-    record = PolicyObserver(bench.guard, control, "u", "addr")
-    tunnel = Tunnel(leg, FakeUserLeg(), control, "u", "*", record=record)
+    record = PolicyObserver(bench.policy, from_dict(control), "u", "addr")
+    tunnel = Tunnel(leg, FakeUserLeg(), from_dict(control), "u", "*", observer=record)
     with leg.channels.lock:
         tunnel.assign_locked(CAP)
     resumed = {"type": "resumed", "received": 0, "delivered": 0, "limit": 300_000}
-    tunnel.on_client_control(resumed)
+    tunnel.on_client_control(from_dict(resumed))
     bench.run(9, 0.5)
     assert not tunnel.is_over
     bench.run(2, 0.5)
@@ -428,8 +439,8 @@ def test_age_goes_on_when_a_tunnel_is_resumed() -> None:
 def unanswered(bench: Bench, control: dict[str, Any]) -> tuple[Tunnel, FakeClientLeg, FakeUserLeg]:
     """A tunnel whose client says nothing, but has read that it is asked."""
     client_leg, user_leg = FakeClientLeg(), FakeUserLeg()
-    record = PolicyObserver(bench.guard, control, "u", "addr")
-    tunnel = Tunnel(client_leg, user_leg, control, "u", "*", record=record)
+    record = PolicyObserver(bench.policy, from_dict(control), "u", "addr")
+    tunnel = Tunnel(client_leg, user_leg, from_dict(control), "u", "*", observer=record)
     with client_leg.channels.lock:
         tunnel.assign_locked(CAP)
     return tunnel, client_leg, user_leg
@@ -450,7 +461,7 @@ def test_tunnel_ends_when_its_client_never_answers(code: str, first: dict[str, A
     assert [end["type"] for end in taken(client_leg.outbox)] == (
         ["reset"] if first is OPEN else ["detached"]
     )
-    assert not bench.guard.pacer._ages
+    assert not bench.policy.pacer.lifetimes._ages
 
 
 def test_age_counts_from_the_open_when_the_client_takes_its_time() -> None:
@@ -458,12 +469,12 @@ def test_age_counts_from_the_open_when_the_client_takes_its_time() -> None:
     bench = Bench(idle_timeout_s=60, max_age_s=100)
     tunnel, _, _ = unanswered(bench, OPEN)
     bench.run(50, 0.5)
-    tunnel.on_client_control({"type": "opened", "limit": MIN_WINDOW_BYTES, "grace_s": 0})
+    tunnel.on_client_control(from_dict({"type": "opened", "limit": MIN_WINDOW_BYTES, "grace_s": 0}))
     bench.run(49, 0.5)
     assert not tunnel.is_over
     bench.run(2, 0.5)
     assert tunnel.is_over
-    assert list(bench.guard.pacer._ages.values()) == [1000.5]
+    assert list(bench.policy.pacer.lifetimes._ages.values()) == [1000.5]
 
 
 def test_resume_of_an_old_tunnel_is_judged_when_the_client_has_accepted_it() -> None:
@@ -476,7 +487,7 @@ def test_resume_of_an_old_tunnel_is_judged_when_the_client_has_accepted_it() -> 
     tunnel, client_leg, _ = unanswered(bench, {**RESUME, "tunnel_id": f"{0:032x}"})
     bench.run(10, 0.5)
     assert not tunnel.is_over
-    tunnel.on_client_control(dict(RESUMED))
+    tunnel.on_client_control(from_dict(dict(RESUMED)))
     bench.run(1, 0.5)
     assert [end["code"] for end in taken(client_leg.outbox)] == ["max_age"]
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
 from http_network_relay.wire.constants import FLUSH_S, OP_CLOSE, OP_TEXT
 from http_network_relay.wire.controls import parse_control
 from server.access.credentials import Credentials, Login, digest_of, user_name_of
 from server.config import Config
-from server.legs import pending_resumes as held
 from server.legs.client_leg import ClientLeg
+from server.legs.pending_resumes import PENDING_RESUME_S
 from server.legs.user_leg import UserLeg
-from server.legs.websocket import ReadEnd
 from server.relay import Relay
-from tests.support.taking import TakingOutlet, take
+from tests.support.taking import queue_lock, take
 
 INTERVAL_S = 20.0
 INSTANCE = "a" * 32
@@ -49,13 +49,12 @@ class FakeTransport:
         self.heard_at = time.monotonic()
         self.aborted = threading.Event()
 
-    def read(self, websocket: Any, on_message: Callable[[str], None], outbox: SendQueue) -> ReadEnd:
-        del websocket, on_message, outbox
+    def receive(self) -> tuple[int, int]:
         self.aborted.wait()
-        return ReadEnd.LOST
+        return OP_CLOSE, ABNORMAL_CLOSURE
 
-    def outlet(self, outbox: SendQueue) -> TakingOutlet:
-        return TakingOutlet(outbox)
+    def start(self, _websocket: object, _outbox: FrameSender) -> None:
+        """Nobody sends: the tests take what waits."""
 
     def finish_sending(self) -> None:
         pass
@@ -65,6 +64,8 @@ class FakeTransport:
 
     def abort(self) -> None:
         self.aborted.set()
+
+    stop = abort
 
 
 # Whom the token lets in.
@@ -90,12 +91,12 @@ class Bench:
         slot = self.relay.admit_client(Login("client", name, b""), INSTANCE, "addr")
         self.relay.attach(slot, FakeTransport())  # type: ignore[arg-type]
         assert isinstance(slot.leg, ClientLeg)
-        self.relay._held.open_for(name)
+        self.relay._pending.open_for(name)
         return slot.leg
 
     @property
-    def held(self) -> int:
-        return len(self.relay._held)
+    def pending(self) -> int:
+        return len(self.relay._pending)
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def _switching(request: pytest.FixtureRequest) -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-def taken(outbox: SendQueue) -> list[Any]:
+def taken(outbox: FrameSender) -> list[Any]:
     """What waits there: controls as objects, a close as its code."""
     frames: list[Any] = []
     while outbox.has_frames:
@@ -126,7 +127,7 @@ def taken(outbox: SendQueue) -> list[Any]:
     return frames
 
 
-def kinds(outbox: SendQueue) -> list[Any]:
+def kinds(outbox: FrameSender) -> list[Any]:
     return [m["type"] if isinstance(m, dict) else m for m in taken(outbox)]
 
 
@@ -173,7 +174,7 @@ def test_resume_is_opened_when_its_client_comes(bench: Bench) -> None:
     say(user, RESUME)
     say(other, {**RESUME, "client": "other"})
     assert kinds(user.outbox) == []
-    assert bench.held == 2
+    assert bench.pending == 2
 
     client = bench.client()
 
@@ -181,7 +182,7 @@ def test_resume_is_opened_when_its_client_comes(bench: Bench) -> None:
     assert resume == {**RESUME, "channel": 1, "user": USER.name}
     assert user.tunnel is not None
     assert other.tunnel is None
-    assert bench.held == 1
+    assert bench.pending == 1
 
 
 def test_resume_waits_when_its_clients_leg_was_just_closed(bench: Bench) -> None:
@@ -189,7 +190,7 @@ def test_resume_waits_when_its_clients_leg_was_just_closed(bench: Bench) -> None
     user, old = bench.user(), bench.client()
     old.lost()
     say(user, RESUME)
-    assert bench.held == 1
+    assert bench.pending == 1
     assert kinds(bench.client().outbox) == ["resume"]
     assert taken(user.outbox) == []
 
@@ -199,7 +200,7 @@ def test_open_does_not_wait_when_its_client_is_absent(bench: Bench) -> None:
     user = bench.user()
     say(user, {**RESUME, "type": "open"})
     assert [m["code"] for m in taken(user.outbox)] == ["client_offline"]
-    assert bench.held == 0
+    assert bench.pending == 0
 
 
 def test_resume_does_not_wait_when_nobody_has_its_clients_name(bench: Bench) -> None:
@@ -207,7 +208,7 @@ def test_resume_does_not_wait_when_nobody_has_its_clients_name(bench: Bench) -> 
     user = bench.user()
     say(user, {**RESUME, "client": "nobody"})
     assert [m["code"] for m in taken(user.outbox)] == ["client_unknown"]
-    assert bench.held == 0
+    assert bench.pending == 0
 
 
 def test_resume_is_refused_when_the_client_does_not_come(bench: Bench) -> None:
@@ -215,10 +216,10 @@ def test_resume_is_refused_when_the_client_does_not_come(bench: Bench) -> None:
     user = bench.user()
     begun = time.monotonic()
     say(user, RESUME)
-    assert user.tick(begun + held.HELD_RESUME_S - 0.1) <= time.monotonic() + held.HELD_RESUME_S
+    assert user.tick(begun + PENDING_RESUME_S - 0.1) <= time.monotonic() + PENDING_RESUME_S
     assert kinds(user.outbox) == []
 
-    now = time.monotonic() + held.HELD_RESUME_S
+    now = time.monotonic() + PENDING_RESUME_S
     assert user.tick(now) == now + FLUSH_S
     refused, close = taken(user.outbox)
     assert (refused["type"], refused["code"], close) == ("refused", "client_offline", CLOSE_NORMAL)
@@ -228,7 +229,7 @@ def test_resume_is_refused_when_the_client_does_not_come(bench: Bench) -> None:
     assert user._transport.aborted.is_set()  # type: ignore[attr-defined]
     assert user.reason == "client_offline"
     user.lost()
-    assert bench.held == 0
+    assert bench.pending == 0
 
 
 def test_nothing_follows_the_close_when_a_ping_is_due_then(bench: Bench) -> None:
@@ -246,8 +247,8 @@ def test_timer_does_not_wait_when_a_lock_is_taken(bench: Bench, name: str) -> No
     """It comes again after some milliseconds, and then says it once."""
     user = bench.user()
     say(user, RESUME)
-    now = time.monotonic() + held.HELD_RESUME_S
-    with taken_lock(user._opening if name == "_opening" else user.outbox._ready):
+    now = time.monotonic() + PENDING_RESUME_S
+    with taken_lock(user._opening if name == "_opening" else queue_lock(user.outbox)):
         assert now < user.tick(now) < now + 0.1
     for _ in range(2):
         user.tick(now + 0.1)
@@ -259,7 +260,7 @@ def test_resume_is_forgotten_when_its_leg_is_lost(bench: Bench) -> None:
     user = bench.user()
     say(user, RESUME)
     user.lost()
-    assert bench.held == 0
+    assert bench.pending == 0
     assert taken(bench.client().outbox) == []
 
 
@@ -269,7 +270,7 @@ def test_resume_is_refused_when_the_server_stops(bench: Bench) -> None:
     say(user, RESUME)
     bench.relay.drain()
     assert [m["code"] for m in taken(user.outbox)] == ["server_restart"]
-    assert bench.held == 0
+    assert bench.pending == 0
 
 
 # What a user's end says while its `resume` waits -> what it reads.
@@ -291,7 +292,7 @@ def test_resume_waits_no_more_when_the_user_speaks(bench: Bench, case: str) -> N
     user._on_message(message if isinstance(message, bytes) else json.dumps(message))
     assert kinds(user.outbox) == answers
     user._on_message(b"and again")
-    assert bench.held == 0
+    assert bench.pending == 0
     assert taken(bench.client().outbox) == []
 
 
@@ -304,14 +305,14 @@ def test_replaced_leg_ends_at_once_when_its_resume_waits(bench: Bench) -> None:
     say(slot.leg, RESUME)
     new = relay.admit_user(USER, "addr", RESUME["tunnel_id"])
     assert slot.leg._transport.aborted.is_set()  # type: ignore[attr-defined]
-    assert bench.held == 0
+    assert bench.pending == 0
     relay.attach(new, FakeTransport())  # type: ignore[arg-type]
     assert isinstance(new.leg, UserLeg)
     say(new.leg, {**RESUME, "attempt": 2})
     assert [m["attempt"] for m in taken(bench.client().outbox)] == [2]
 
 
-def test_held_resume_is_opened_when_the_client_is_served(bench: Bench) -> None:
+def test_pending_resume_is_opened_when_the_client_is_served(bench: Bench) -> None:
     """serve() looks for those who wait before it reads."""
     user = bench.user()
     say(user, RESUME)
@@ -324,7 +325,7 @@ def test_held_resume_is_opened_when_the_client_is_served(bench: Bench) -> None:
     thread.join()
     assert [m["code"] for m in taken(user.outbox)] == ["client_offline"]
     assert user.tunnel is not None
-    assert bench.held == 0
+    assert bench.pending == 0
 
 
 @pytest.mark.parametrize("name", ["_opening", "outbox"])
@@ -335,7 +336,7 @@ def test_leg_is_refused_when_it_says_nothing(bench: Bench, name: str) -> None:
     first_s = Config().handshake_timeout_s
     assert begun + first_s - 1 < user.tick(begun) < begun + first_s + 1
     now = time.monotonic() + first_s
-    with taken_lock(user._opening if name == "_opening" else user.outbox._ready):
+    with taken_lock(user._opening if name == "_opening" else queue_lock(user.outbox)):
         assert now < user.tick(now) < now + 0.1
     user.tick(now + 0.1)
     say(user, {**RESUME, "type": "open"})
@@ -365,7 +366,7 @@ def test_tunnel_is_opened_or_refused_when_the_open_comes_at_the_last_moment() ->
 
 
 @pytest.mark.usefixtures("_switching")
-def test_held_resume_keeps_its_deadline_when_it_comes_at_the_last_moment() -> None:
+def test_pending_resume_keeps_its_deadline_when_it_comes_at_the_last_moment() -> None:
     """The timer that looks for the first message must not take the other deadline away."""
     for _ in range(ROUNDS):
         bench = Bench()
@@ -373,7 +374,7 @@ def test_held_resume_keeps_its_deadline_when_it_comes_at_the_last_moment() -> No
         now = time.monotonic() + Config().handshake_timeout_s
         user._transport.heard_at = now
         together(lambda: say(user, RESUME), lambda: user.tick(now))  # noqa: B023
-        later = now + held.HELD_RESUME_S + 1
+        later = now + PENDING_RESUME_S + 1
         for _ in range(2):
             user.tick(later)
         assert kinds(user.outbox) == ["refused", CLOSE_NORMAL]
@@ -396,7 +397,7 @@ def test_nothing_is_opened_when_the_leg_ends_as_its_first_message_is_read(
     end, answers = ENDERS[case]
     user, client = bench.user(), bench.client()
 
-    def parse_late(*args: Any, **options: Any) -> dict[str, Any]:
+    def parse_late(*args: Any, **options: Any) -> Any:
         end(user)
         return parse_control(*args, **options)
 
@@ -405,7 +406,7 @@ def test_nothing_is_opened_when_the_leg_ends_as_its_first_message_is_read(
     assert user.tunnel is None
     assert taken(client.outbox) == []
     assert kinds(user.outbox) == answers
-    assert bench.held == 0
+    assert bench.pending == 0
     assert user.reason == case
 
 
@@ -422,7 +423,7 @@ def test_resume_is_opened_once_when_the_client_comes_in_that_moment() -> None:
         together(lambda: say(user, RESUME), lambda: came.append(bench.client()))  # noqa: B023
         assert kinds(came[0].outbox) == ["resume"]
         assert user.tunnel is not None
-        assert bench.held == 0
+        assert bench.pending == 0
 
 
 @pytest.mark.usefixtures("_switching")
@@ -436,7 +437,7 @@ def test_resume_is_opened_once_when_the_client_replaces_its_leg_in_that_moment()
         on_new, to_user = kinds(came[0].outbox), kinds(user.outbox)
         assert (on_new, to_user) in ((["resume"], []), ([], ["refused"]))
         assert not old.channels.tunnels
-        assert bench.held == 0
+        assert bench.pending == 0
 
 
 @pytest.mark.usefixtures("_switching")
@@ -451,7 +452,7 @@ def test_nothing_is_left_when_the_user_is_lost_as_the_client_comes() -> None:
         # Where the `resume` was queued it was taken back: nobody wrote.
         assert taken(came[0].outbox) == []
         assert not came[0].channels.tunnels
-        assert bench.held == 0
+        assert bench.pending == 0
 
 
 @pytest.mark.usefixtures("_switching")
@@ -461,7 +462,7 @@ def test_resume_is_opened_or_refused_when_its_time_is_over_as_the_client_comes()
         bench = Bench()
         user = bench.user()
         say(user, RESUME)
-        now = time.monotonic() + held.HELD_RESUME_S
+        now = time.monotonic() + PENDING_RESUME_S
         came: list[ClientLeg] = []
         together(lambda: user.tick(now), lambda: came.append(bench.client()))  # noqa: B023
         user.tick(now + 0.1)
@@ -471,13 +472,13 @@ def test_resume_is_opened_or_refused_when_its_time_is_over_as_the_client_comes()
 
 @pytest.mark.usefixtures("_switching")
 def test_resume_is_refused_when_it_comes_as_the_server_stops() -> None:
-    """None is parked behind the drain's back."""
+    """None waits behind the drain's back."""
     for _ in range(ROUNDS):
         bench = Bench()
         user = bench.user()
         together(lambda: say(user, RESUME), bench.relay.drain)  # noqa: B023
         assert [m["code"] for m in taken(user.outbox)] == ["server_restart"]
-        assert bench.held == 0
+        assert bench.pending == 0
 
 
 @pytest.mark.usefixtures("_switching")
@@ -507,8 +508,8 @@ def test_tunnels_end_without_a_reset_when_the_server_stops() -> None:
         counts = {"received": 0, "delivered": 0, "limit": 262_144}
         client._on_message(json.dumps({"type": "resumed", "channel": 1, **counts}))
         assert kinds(user.outbox) == ["resumed"]
-        bench.relay._change_legs(add=user)
-        bench.relay._change_legs(add=client)
+        bench.relay._legs.add(user)
+        bench.relay._legs.add(client)
         bench.relay.drain()
         assert kinds(client.outbox) == kinds(user.outbox) == ["going_away"]
         client._on_message(b"\0\0\0\1still works")
@@ -529,8 +530,8 @@ def test_drain_waits_for_nobody_when_there_are_no_legs(bench: Bench) -> None:
 
     bench = Bench()
     user = bench.user()
-    bench.relay._change_legs(add=user)
+    bench.relay._legs.add(user)
     bench.relay.drain()
     assert not bench.relay.join(0)
-    together(lambda: bench.relay._change_legs(drop=user), lambda: bench.relay.join(60))
+    together(lambda: bench.relay._legs.drop(user), lambda: bench.relay.join(60))
     assert bench.relay.join(0)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from http_network_relay.wire.errors import TunnelRefused
+from http_network_relay.wire.errors import Refused
 from server.config import Config
 from server.limits.quotas import Limits
 from tests.support.clock import Clock
@@ -29,8 +29,8 @@ def spend(limits: Limits, count: int, user: str = "u", kind: str = "open") -> in
     codes = []
     for _ in range(count):
         try:
-            limits.spend(user, kind)
-        except TunnelRefused as exc:
+            limits.count_open(user, kind)
+        except Refused as exc:
             codes.append(exc.code)
     assert set(codes) <= {"too_many_opens"}
     return count - len(codes)
@@ -89,8 +89,8 @@ def test_buckets_that_are_full_again_are_forgotten() -> None:
     limits = Limits(Config(opens_per_s=5), clock=clock)
     for number in range(5000):
         clock.advance(0.01)
-        limits.spend(f"user-{number}", "open")
-    assert len(limits._buckets) <= 1001
+        limits.count_open(f"user-{number}", "open")
+    assert len(limits._opens) <= 1001
 
 
 def test_user_is_refused_when_all_their_tunnels_are_open() -> None:
@@ -99,7 +99,7 @@ def test_user_is_refused_when_all_their_tunnels_are_open() -> None:
     tunnels = [FakeTunnel("a"), FakeTunnel("b")]
     for tunnel in tunnels:
         limits.admit("u", tunnel)
-    with pytest.raises(TunnelRefused, match=r"as may be .2.; end one") as caught:
+    with pytest.raises(Refused, match=r"as may be .2.; end one") as caught:
         limits.admit("u", FakeTunnel("c"))
     assert caught.value.code == "user_full"
     limits.admit("other", FakeTunnel("c"))
@@ -116,7 +116,7 @@ def test_resume_does_not_count_beside_its_own_tunnel() -> None:
     for name in ("a", "b", "a"):
         limits.admit("u", FakeTunnel(name, is_resume=True))
     for tunnel in (FakeTunnel("c"), FakeTunnel("c", is_resume=True)):
-        with pytest.raises(TunnelRefused):
+        with pytest.raises(Refused):
             limits.admit("u", tunnel)
 
 
@@ -133,13 +133,13 @@ def test_equal_id_makes_no_room_when_it_is_another_tunnel(more: FakeTunnel) -> N
     """The id is the user's choice: only the resume of that very tunnel is the same tunnel."""
     limits = Limits(Config(tunnels_per_user=1))
     limits.admit("u", FakeTunnel("a"))
-    with pytest.raises(TunnelRefused):
+    with pytest.raises(Refused):
         limits.admit("u", more)
     # Nor does a second one of that id count for nothing once there is room.
     limits = Limits(Config(tunnels_per_user=2))
     for tunnel in (FakeTunnel("a"), more):
         limits.admit("u", tunnel)
-    with pytest.raises(TunnelRefused):
+    with pytest.raises(Refused):
         limits.admit("u", FakeTunnel("c"))
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from http_network_relay.wire.errors import HttpRefusal
+from http_network_relay.wire.codes import Code
+from http_network_relay.wire.errors import Refused
 from server.access.credentials import Login
 from server.registry import Registry, Slot
 
@@ -15,9 +16,9 @@ def registry(slots: int) -> Registry[str]:
     return made
 
 
-def code_of(caught: pytest.ExceptionInfo[HttpRefusal]) -> tuple[str, int, int | None]:
-    answer = caught.value.answer
-    return caught.value.code, answer.status, answer.retry_after_s
+def code_of(caught: pytest.ExceptionInfo[Refused]) -> tuple[str, int, int]:
+    code = Code(caught.value.code)
+    return code, code.http_status, code.retry_after_s
 
 
 def user(name: str) -> Login:
@@ -33,7 +34,7 @@ def test_admit_refuses_when_all_slots_are_taken() -> None:
     reg = registry(3)
     slots = [reg.admit_user(user("u"), "addr")[0] for _ in range(3)]
 
-    with pytest.raises(HttpRefusal) as caught:
+    with pytest.raises(Refused) as caught:
         reg.admit_user(user("u"), "addr")
     assert code_of(caught) == ("busy", 503, 5)
 
@@ -48,7 +49,7 @@ def test_admit_refuses_clients_when_three_quarters_are_theirs() -> None:
     for number in range(6):
         reg.admit_client(client(f"c{number}"), A, "addr")
 
-    with pytest.raises(HttpRefusal) as caught:
+    with pytest.raises(Refused) as caught:
         reg.admit_client(client("c6"), A, "addr")
 
     assert code_of(caught)[0] == "busy"
@@ -93,7 +94,7 @@ def test_release_of_the_loser_gives_nothing_back() -> None:
     reg.release(old)
 
     assert reg.client_leg("c") == "new leg"
-    with pytest.raises(HttpRefusal):
+    with pytest.raises(Refused):
         reg.admit_user(user("u"), "addr")
     reg.release(new)
     assert reg.client_leg("c") is None
@@ -125,14 +126,14 @@ def test_nothing_is_admitted_or_attached_when_draining() -> None:
         lambda: reg.admit_user(user("u"), "x"),
         lambda: reg.admit_client(client("d"), A, "x"),
     ):
-        with pytest.raises(HttpRefusal) as caught:
+        with pytest.raises(Refused) as caught:
             admit()
         assert code_of(caught) == ("server_restart", 503, 1)
 
 
 def test_nothing_is_admitted_when_no_worker_said_how_much() -> None:
     """The default room is none."""
-    with pytest.raises(HttpRefusal):
+    with pytest.raises(Refused):
         registry(0).admit_user(user("u"), "addr")
 
 
@@ -164,7 +165,7 @@ def test_nothing_is_taken_over_when_user_or_tunnel_differ(name: str, tunnel_id: 
     reg.bind(old, A)
     unbound, _ = reg.admit_client(client("c"), A, "addr")
 
-    with pytest.raises(HttpRefusal) as caught:
+    with pytest.raises(Refused) as caught:
         reg.admit_user(user(name), "addr", tunnel_id)
     assert code_of(caught)[0] == "busy"
 
@@ -188,7 +189,7 @@ def test_takeover_is_refused_when_draining() -> None:
     old, _ = reg.admit_user(user("u"), "addr", A)
     reg.attach(old, "leg")
     reg.drain()
-    with pytest.raises(HttpRefusal) as caught:
+    with pytest.raises(Refused) as caught:
         reg.admit_user(user("u"), "addr", A)
     assert code_of(caught)[0] == "server_restart"
     assert len(reg) == 1

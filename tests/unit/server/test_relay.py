@@ -21,8 +21,9 @@ class ToldLeg:
 
 def spread_of(count: int) -> int:
     relay = Relay(Config(), Credentials({}, {}))
-    legs: Any = tuple(ToldLeg() for _ in range(count))
-    relay._legs = legs
+    legs: list[Any] = [ToldLeg() for _ in range(count)]
+    for leg in legs:
+        relay._legs.add(leg)
     relay.drain()
     (spread_ms,) = {leg.spread_ms for leg in legs}
     return int(spread_ms)

@@ -1,4 +1,4 @@
-"""Tokens by user and direction: what may be borrowed, and what time gives back."""
+"""Tokens by key: what may be taken or owed, and what time gives back."""
 
 import sys
 import threading
@@ -10,6 +10,12 @@ from server.limits.token_bucket import TokenBuckets
 from tests.support.clock import Clock
 
 RATE = 1000.0
+UP = ("u", True)
+
+
+def made(clock: Clock, size: float = RATE) -> TokenBuckets[tuple[str, bool]]:
+    """Buckets that may owe as much as they hold, as those of a user's bytes."""
+    return TokenBuckets(RATE, size, debt=size, clock=clock)
 
 
 @pytest.fixture(params=[0.005, 1e-6], ids=["as-usual", "switching-often"])
@@ -24,53 +30,77 @@ def _switching(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_debt_ends_where_a_seconds_worth_is_owed() -> None:
     """A second's worth that was saved, one that is owed, and then what time gives."""
     clock = Clock()
-    purses = TokenBuckets(RATE, 0, clock=clock)
-    assert [purses.borrow("u", True, 700) for _ in range(4)] == [700, 700, 600, 0]
-    assert purses.left("u", True) == -RATE
+    buckets = made(clock)
+    assert [buckets.take(UP, 700) for _ in range(4)] == [700, 700, 600, 0]
+    assert buckets.level(UP) == -RATE
     clock.advance(0.5)
-    assert purses.borrow("u", True, 700) == 500
+    assert buckets.take(UP, 700) == 500
     # Each user and each way has its own.
-    assert purses.borrow("u", False, 700) == purses.borrow("other", True, 700) == 700
+    assert buckets.take(("u", False), 700) == buckets.take(("other", True), 700) == 700
     clock.advance(3600)
-    assert purses.left("u", True) == RATE
+    assert buckets.level(UP) == RATE
 
 
-def test_least_burst_counts_when_the_rate_is_low() -> None:
-    """One message, or no login would ever be quick."""
-    purses = TokenBuckets(RATE, 5000, clock=Clock())
-    assert purses.borrow("u", True, 12_000) == 10_000
+def test_size_counts_when_the_rate_is_low() -> None:
+    """A pause gives as much as the bucket holds, and as much may be owed."""
+    buckets = made(Clock(), 5000)
+    assert buckets.take(UP, 12_000) == 10_000
 
 
-def test_purse_is_forgotten_when_it_is_full_again() -> None:
+def test_bucket_is_deleted_when_it_is_full_again() -> None:
     """And not before: the debt would be forgiven."""
     clock = Clock()
-    purses = TokenBuckets(RATE, 0, clock=clock)
-    purses.pay("u", True, 10)
-    assert not purses.forget("u", True)
+    buckets = made(clock)
+    buckets.take(UP, 10)
+    assert not buckets.discard_full(UP)
     clock.advance(1)
-    assert purses.forget("u", True)
-    assert len(purses) == 0
+    assert buckets.discard_full(UP)
+    assert len(buckets) == 0
 
 
 @pytest.mark.usefixtures("_switching")
-def test_nobody_borrows_beyond_the_debt_when_threads_race() -> None:
-    """To the byte: nothing is lent twice, and no payment is lost."""
+def test_nobody_takes_beyond_the_debt_when_threads_race() -> None:
+    """To the byte: nothing is given twice, and no refund is lost."""
     for _ in range(100):
-        purses = TokenBuckets(RATE, 0, clock=Clock())
+        buckets = made(Clock())
         barrier = threading.Barrier(4)
-        lent: list[int] = []
+        taken: list[int] = []
 
-        def borrow() -> None:
+        def take() -> None:
             barrier.wait()  # noqa: B023
             for _ in range(50):
-                lent.append(purses.borrow("u", True, 15))  # noqa: B023
-                purses.pay("u", True, 5)  # noqa: B023
-                purses.pay("u", True, -5)  # noqa: B023
+                taken.append(buckets.take(UP, 15))  # noqa: B023
+                buckets.refund(UP, buckets.take(UP, 5))  # noqa: B023
 
-        threads = [threading.Thread(target=borrow) for _ in range(4)]
+        threads = [threading.Thread(target=take) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert sum(lent) <= 2 * RATE
-        assert purses.left("u", True) == RATE - sum(lent)
+        assert sum(taken) <= 2 * RATE
+        assert buckets.level(UP) == RATE - sum(taken)
+
+
+def test_nothing_is_owed_when_no_debt_is_allowed() -> None:
+    """Whole tokens only: a rest of one is kept."""
+    clock = Clock()
+    buckets: TokenBuckets[str] = TokenBuckets(2.0, 3.0, clock=clock)
+    assert [buckets.take("u", 1) for _ in range(4)] == [1, 1, 1, 0]
+    clock.advance(0.4)
+    assert buckets.take("u", 1) == 0
+    clock.advance(0.1)
+    assert buckets.take("u", 1) == 1
+
+
+def test_oldest_bucket_is_deleted_when_there_are_too_many() -> None:
+    """And a full one at once: nothing would be forgiven."""
+    clock = Clock()
+    buckets: TokenBuckets[int] = TokenBuckets(1.0, 1.0, keys_at_most=3, clock=clock)
+    for key in (1, 2, 3, 1, 4):
+        buckets.take(key, 1)
+    assert len(buckets) == 3
+    # 2 was deleted, so it has a token; 1 was used again, and has none.
+    assert [buckets.take(key, 1) for key in (1, 4, 2)] == [0, 0, 1]
+    clock.advance(1)
+    buckets.take(5, 1)
+    assert len(buckets) == 1

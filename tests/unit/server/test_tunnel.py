@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from http_network_relay.leg.send_queue import Frame, SendQueue
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
-from http_network_relay.wire.errors import TunnelError, TunnelRefused
+from http_network_relay.wire.errors import Refused, TunnelError
 from server.tunnels.observer import TunnelObserver
 from server.tunnels.tunnel import Tunnel
+from tests.support.controls import from_dict
 from tests.support.server.fake_legs import (
     CAP,
     MIB,
@@ -36,12 +38,12 @@ class Pair:
     ) -> None:
         self.client = client or FakeClientLeg()
         self.user = FakeUserLeg()
-        self.tunnel = Tunnel(self.client, self.user, dict(first), "token-x", "*")
+        self.tunnel = Tunnel(self.client, self.user, from_dict(first), "token-x", "*")
         with self.client.channels.lock:
             self.first = self.tunnel.assign_locked(CAP)
         if is_opened:
             opened = {"type": "opened", "limit": 300_000, "grace_s": 0}
-            self.tunnel.on_client_control(dict(RESUMED) if first is RESUME else opened)
+            self.tunnel.on_client_control(from_dict(dict(RESUMED) if first is RESUME else opened))
             taken(self.user.outbox)
 
     @property
@@ -61,7 +63,7 @@ class Pair:
 def test_open_is_a_new_object_when_it_is_passed_on() -> None:
     """With channel and user, and the limit as far as the cap allows."""
     client, control = FakeClientLeg(), {**OPEN, "limit": 2**53}
-    tunnel = Tunnel(client, FakeUserLeg(), control, "token-x", "*")
+    tunnel = Tunnel(client, FakeUserLeg(), from_dict(control), "token-x", "*")
     with client.channels.lock:
         frame = tunnel.assign_locked(CAP)
     assert json.loads(frame.payload) == {**control, "limit": CAP, "channel": 1, "user": "token-x"}
@@ -72,7 +74,7 @@ def test_open_is_refused_busy_when_the_budget_is_used_up() -> None:
     client = FakeClientLeg()
     pairs = [Pair(is_opened=False, client=client) for _ in range(256)]
 
-    with pytest.raises(TunnelRefused) as caught:
+    with pytest.raises(Refused) as caught:
         Pair(is_opened=False, client=client)
     assert caught.value.code == "busy"
 
@@ -85,7 +87,7 @@ def test_open_is_refused_when_the_clients_leg_is_closed() -> None:
     """A leg that is on its way out takes no tunnel."""
     client = FakeClientLeg()
     client.channels.is_closed = True
-    with pytest.raises(TunnelRefused) as caught:
+    with pytest.raises(Refused) as caught:
         Pair(client=client)
     assert caught.value.code == "client_offline"
 
@@ -147,25 +149,38 @@ ENDS: dict[str, tuple[bool, End, list[Any], list[Any], list[tuple[int, str]], st
         *([(CLOSE_NORMAL, "server_restart")], "server_restart"),
     ),
     "user gone": (
-        *(True, lambda pair: pair.tunnel.on_user_control(reset("user_gone"))),
+        *(True, lambda pair: pair.tunnel.on_user_control(from_dict(reset("user_gone")))),
         *([{**reset("user_gone"), "channel": 1}], NOTHING, [], "user_gone"),
     ),
     "user gone before opened": (
-        *(False, lambda pair: pair.tunnel.on_user_control(reset("user_gone"))),
+        *(False, lambda pair: pair.tunnel.on_user_control(from_dict(reset("user_gone")))),
         *([{**reset("user_gone"), "channel": 1}], NOTHING, [], "user_gone"),
     ),
     "target reset": (
-        *(True, lambda pair: pair.tunnel.on_client_control(reset("target_reset")), NOTHING),
+        *(
+            True,
+            lambda pair: pair.tunnel.on_client_control(from_dict(reset("target_reset"))),
+            NOTHING,
+        ),
         [reset("target_reset")],
         *([(CLOSE_NORMAL, "target_reset")], "target_reset"),
     ),
     "client stopped before opened": (
-        *(False, lambda pair: pair.tunnel.on_client_control(reset("client_stopped")), NOTHING),
+        *(
+            False,
+            lambda pair: pair.tunnel.on_client_control(from_dict(reset("client_stopped"))),
+            NOTHING,
+        ),
         [{**reset("client_stopped"), "type": "refused"}],
         *([(CLOSE_NORMAL, "client_stopped")], "client_stopped"),
     ),
     "refused": (
-        *(False, lambda pair: pair.tunnel.on_client_control({**reset("busy"), "type": "refused"})),
+        *(
+            False,
+            lambda pair: pair.tunnel.on_client_control(
+                from_dict({**reset("busy"), "type": "refused"})
+            ),
+        ),
         *(NOTHING, [{**reset("busy"), "type": "refused"}]),
         *([(CLOSE_NORMAL, "busy")], "busy"),
     ),
@@ -203,8 +218,8 @@ def test_tunnel_ends_once_and_tells_both_when_it_ends(
         pair.tunnel.fail(TunnelError("again"))
         pair.tunnel.on_user_data(b"late")
         pair.tunnel.on_client_data(memoryview(b"late"))
-        pair.tunnel.on_user_control(reset("user_gone"))
-        pair.tunnel.on_client_control({"type": "eof", "count": 9})
+        pair.tunnel.on_user_control(from_dict(reset("user_gone")))
+        pair.tunnel.on_client_control(from_dict({"type": "eof", "count": 9}))
     assert pair.to_client == pair.to_user == NOTHING
     assert pair.user.ends == closes
     lines = [record.getMessage() for record in caplog.records]
@@ -216,12 +231,12 @@ def test_tunnel_ends_once_and_tells_both_when_it_ends(
 def test_tunnel_is_finished_when_both_final_acks_have_passed() -> None:
     """Then the loss of a leg is nobody's business any more."""
     pair = Pair()
-    pair.tunnel.on_user_control({"type": "eof", "count": 0})
-    pair.tunnel.on_client_control({"type": "eof", "count": 0})
+    pair.tunnel.on_user_control(from_dict({"type": "eof", "count": 0}))
+    pair.tunnel.on_client_control(from_dict({"type": "eof", "count": 0}))
     final = {"type": "ack", "delivered": 0, "limit": 300_000, "eof": True}
-    pair.tunnel.on_client_control(final)
+    pair.tunnel.on_client_control(from_dict(final))
     assert not pair.tunnel.is_over
-    pair.tunnel.on_user_control(final)
+    pair.tunnel.on_user_control(from_dict(final))
 
     assert pair.tunnel.is_over
     assert pair.is_gone()
@@ -236,7 +251,7 @@ def test_tunnel_is_finished_when_both_final_acks_have_passed() -> None:
 def test_unsent_open_is_taken_back_when_the_user_goes_first() -> None:
     """A client that reads slowly never hears of a tunnel that is over already."""
     client, user = FakeClientLeg(), FakeUserLeg()
-    tunnel = Tunnel(client, user, dict(OPEN), "token-x", "*")
+    tunnel = Tunnel(client, user, from_dict(dict(OPEN)), "token-x", "*")
     with client.channels.lock:
         frame = tunnel.assign_locked(CAP)
     client.outbox.put_first(tunnel.channel, frame, cancellable=True)
@@ -249,7 +264,7 @@ def test_reset_deletes_what_waits_except_for_the_ends_that_take_their_turn() -> 
     for code, expected in (("user_gone", [b"\0\0\0\1bytes", "reset"]), ("other", ["reset"])):
         pair = Pair()
         pair.tunnel.on_user_data(b"bytes")
-        pair.tunnel.on_user_control(reset(code))
+        pair.tunnel.on_user_control(from_dict(reset(code)))
         got = [m["type"] if isinstance(m, dict) else m for m in pair.to_client]
         assert got == expected
 
@@ -273,7 +288,7 @@ def test_resume_is_passed_on_whole_when_it_is_assigned() -> None:
 def test_resumed_is_the_users_first_message_when_the_client_accepts() -> None:
     """With the counts of the client's end, and a limit that is lowered as for `opened`."""
     pair = Pair(is_opened=False, first=RESUME)
-    pair.tunnel.on_client_control({**RESUMED, "channel": 1, "limit": 2**53})
+    pair.tunnel.on_client_control(from_dict({**RESUMED, "channel": 1, "limit": 2**53}))
     assert pair.to_user == [{**RESUMED, "limit": 600 + CAP}]
 
 
@@ -282,12 +297,12 @@ def test_counts_go_on_where_the_ends_stand_when_a_tunnel_is_resumed() -> None:
     pair = Pair(first=RESUME)
     pair.tunnel.on_client_data(memoryview(b"d" * 1000))
     pair.tunnel.on_user_data(b"u" * 300)
-    pair.tunnel.on_user_control(ack(6000))
-    pair.tunnel.on_client_control(ack(1000))
-    pair.tunnel.on_user_control({"type": "eof", "count": 1000})
-    pair.tunnel.on_client_control({"type": "eof", "count": 6000})
-    pair.tunnel.on_user_control(ack(6000, eof=True))
-    pair.tunnel.on_client_control(ack(1000, eof=True))
+    pair.tunnel.on_user_control(from_dict(ack(6000)))
+    pair.tunnel.on_client_control(from_dict(ack(1000)))
+    pair.tunnel.on_user_control(from_dict({"type": "eof", "count": 1000}))
+    pair.tunnel.on_client_control(from_dict({"type": "eof", "count": 6000}))
+    pair.tunnel.on_user_control(from_dict(ack(6000, eof=True)))
+    pair.tunnel.on_client_control(from_dict(ack(1000, eof=True)))
     assert pair.is_gone()
     assert pair.user.expects_close == 1
 
@@ -299,17 +314,25 @@ BEYOND: dict[str, End] = {
     "the user sends beyond the limit": lambda pair: [
         pair.tunnel.on_user_data(bytes(65536)) for _ in range(5)
     ][-1],
-    "the user acks less than it said": lambda pair: pair.tunnel.on_user_control(ack(3999)),
-    "the user acks more than it has": lambda pair: pair.tunnel.on_user_control(ack(5001)),
-    "the client acks less than it said": lambda pair: pair.tunnel.on_client_control(ack(599)),
-    "the client acks more than it has": lambda pair: pair.tunnel.on_client_control(ack(701)),
+    "the user acks less than it said": lambda pair: pair.tunnel.on_user_control(
+        from_dict(ack(3999))
+    ),
+    "the user acks more than it has": lambda pair: pair.tunnel.on_user_control(
+        from_dict(ack(5001))
+    ),
+    "the client acks less than it said": lambda pair: pair.tunnel.on_client_control(
+        from_dict(ack(599))
+    ),
+    "the client acks more than it has": lambda pair: pair.tunnel.on_client_control(
+        from_dict(ack(701))
+    ),
     "the user's eof is not at its end": lambda pair: pair.tunnel.on_user_control(
-        {"type": "eof", "count": 699}
+        from_dict({"type": "eof", "count": 699})
     ),
     "an eof of the old channel is acked": lambda pair: pair.tunnel.on_client_control(
-        ack(700, eof=True)
+        from_dict(ack(700, eof=True))
     ),
-    "resumed comes twice": lambda pair: pair.tunnel.on_client_control(dict(RESUMED)),
+    "resumed comes twice": lambda pair: pair.tunnel.on_client_control(from_dict(dict(RESUMED))),
 }
 
 
@@ -334,20 +357,23 @@ def test_resumed_is_an_error_when_its_counts_cannot_be_true() -> None:
     """The user is refused; the client's tunnel is detached, not ended."""
     pair = Pair(is_opened=False, first=RESUME)
     with pytest.raises(TunnelError) as caught:
-        pair.tunnel.on_client_control({**RESUMED, "delivered": 701})
+        pair.tunnel.on_client_control(from_dict({**RESUMED, "delivered": 701}))
     pair.tunnel.fail(caught.value)
     assert pair.to_client == [DETACHED_CLIENT]
     assert [message["type"] for message in pair.to_user] == ["refused"]
 
 
-@pytest.mark.parametrize(("first", "answer"), [(OPEN, "resumed"), (RESUME, "opened")])
+@pytest.mark.parametrize(
+    ("first", "answer"),
+    [(OPEN, RESUMED), (RESUME, {"type": "opened", "limit": 700, "grace_s": 0})],
+)
 def test_answer_is_an_error_when_it_answers_the_other_request(
-    first: dict[str, Any], answer: str
+    first: dict[str, Any], answer: dict[str, Any]
 ) -> None:
     """`opened` answers `open`, and `resumed` answers `resume`."""
     pair = Pair(is_opened=False, first=first)
     with pytest.raises(TunnelError):
-        pair.tunnel.on_client_control({**RESUMED, "type": answer, "grace_s": 0})
+        pair.tunnel.on_client_control(from_dict(answer))
 
 
 # What ends a `resume` before its answer -> what the user reads, and the reason in the log.
@@ -379,7 +405,7 @@ def test_tunnel_is_detached_at_the_client_when_a_resume_ends_before_its_answer(
 def test_users_reset_is_passed_on_when_its_resume_has_no_answer_yet() -> None:
     """A client that refuses the resume drops it; one that accepts it has checked the token."""
     pair = Pair(is_opened=False, first=RESUME)
-    pair.tunnel.on_user_control(reset("user_gone"))
+    pair.tunnel.on_user_control(from_dict(reset("user_gone")))
     assert pair.to_client == [{**reset("user_gone"), "channel": 1}]
     assert pair.to_user == NOTHING
     assert pair.is_gone()
@@ -405,7 +431,7 @@ def test_client_lost_refuses_the_user_when_a_resume_is_unanswered() -> None:
 def test_reset_reaches_the_client_when_a_resumed_tunnel_ends() -> None:
     """After `resumed` the user's end is as good as the one that opened it."""
     pair = Pair(first=RESUME)
-    pair.tunnel.on_user_control(reset("user_gone"))
+    pair.tunnel.on_user_control(from_dict(reset("user_gone")))
     assert pair.to_client == [{**reset("user_gone"), "channel": 1}]
 
 
@@ -417,7 +443,7 @@ def test_old_leg_is_shut_when_its_tunnel_is_resumed_elsewhere(
     pair.tunnel.on_user_data(b"late")
     pair.tunnel.on_client_data(memoryview(b"late"))
     with caplog.at_level(logging.INFO):
-        pair.tunnel.on_client_control(reset("superseded"))
+        pair.tunnel.on_client_control(from_dict(reset("superseded")))
     assert pair.to_user == [reset("superseded")]
     assert pair.to_client == NOTHING
     assert pair.user.ends == [(CLOSE_NORMAL, "superseded")]
@@ -438,16 +464,15 @@ def test_attempt_is_logged_and_no_token_when_a_tunnel_is_resumed(
 
 def test_client_is_full_when_it_has_as_many_tunnels_as_it_may_have() -> None:
     """One that ends makes room at once, and a `resume` does not count beside its own channel."""
-    client = FakeClientLeg()
-    client.channels.tunnels_at_most = 2
+    client = FakeClientLeg(tunnels_at_most=2)
     first = Pair(client=client)
     Pair(client=client, first={**OPEN, "tunnel_id": "cd" * 16})
     newcomer = {**OPEN, "tunnel_id": "ef" * 16}
-    with pytest.raises(TunnelRefused, match=r"as may be .2.") as caught:
+    with pytest.raises(Refused, match=r"as may be .2.") as caught:
         Pair(client=client, first=newcomer, is_opened=False)
     assert caught.value.code == "client_full"
     Pair(client=client, first=RESUME)  # Of the first one's id.
-    with pytest.raises(TunnelRefused):
+    with pytest.raises(Refused):
         Pair(client=client, first=newcomer, is_opened=False)
     first.tunnel.user_lost()
     for tunnel in list(client.channels.tunnels.values())[:1]:
@@ -468,14 +493,16 @@ def test_record_is_told_of_the_start_and_of_the_end_once() -> None:
 
     for answer in ("opened", "refused"):
         client = FakeClientLeg()
-        tunnel = Tunnel(client, FakeUserLeg(), dict(OPEN), "token-x", "*", record=Noting())
+        tunnel = Tunnel(
+            client, FakeUserLeg(), from_dict(dict(OPEN)), "token-x", "*", observer=Noting()
+        )
         with client.channels.lock:
             tunnel.assign_locked(CAP)
         if answer == "opened":
-            tunnel.on_client_control({"type": "opened", "limit": 300_000, "grace_s": 0})
+            tunnel.on_client_control(from_dict({"type": "opened", "limit": 300_000, "grace_s": 0}))
         else:
             refused = {"type": "refused", "code": "target_refused", "message": ""}
-            tunnel.on_client_control(refused)
+            tunnel.on_client_control(from_dict(refused))
         tunnel.user_lost()
         tunnel.client_lost("client_lost")
     assert told == [("accepted", True), ("user_lost", True), ("target_refused", False)]
@@ -489,14 +516,14 @@ ENDINGS: list[tuple[str, Callable[[Tunnel], None], list[str]]] = [
     (
         "user_gone",
         lambda tunnel: tunnel.on_user_control(
-            {"type": "reset", "code": "user_gone", "message": ""}
+            from_dict({"type": "reset", "code": "user_gone", "message": ""})
         ),
         ["client"],
     ),
     (
         "target_failed",
         lambda tunnel: tunnel.on_client_control(
-            {"type": "reset", "code": "target_failed", "message": ""}
+            from_dict({"type": "reset", "code": "target_failed", "message": ""})
         ),
         ["user"],
     ),
@@ -512,7 +539,7 @@ def test_record_is_told_before_an_end_can_know(
     """Whoever is told may come back at once: the audit log has the lines in order even then."""
     told: list[str] = []
 
-    class NotingOutbox(SendQueue):
+    class NotingOutbox(FrameSender):
         def __init__(self, name: str) -> None:
             super().__init__()
             self.name = name
@@ -534,9 +561,9 @@ def test_record_is_told_before_an_end_can_know(
 
     client, user = FakeClientLeg(), FakeUserLeg()
     client.outbox, user.outbox = NotingOutbox("client"), NotingOutbox("user")
-    tunnel = Tunnel(client, user, dict(OPEN), "token-x", "*", record=Noting())
+    tunnel = Tunnel(client, user, from_dict(dict(OPEN)), "token-x", "*", observer=Noting())
     with client.channels.lock:
         tunnel.assign_locked(CAP)
-    tunnel.on_client_control({"type": "opened", "limit": 300_000, "grace_s": 0})
+    tunnel.on_client_control(from_dict({"type": "opened", "limit": 300_000, "grace_s": 0}))
     end(tunnel)
     assert told == ["accepted", "user", reason, *who]

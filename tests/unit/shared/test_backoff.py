@@ -72,16 +72,16 @@ def test_leg_that_held_for_twice_the_last_bound_starts_the_waits_anew(
     """And for a second at least; what held less was no leg."""
     backoff, short = tired(tries), tired(tries)
     goes_on = tired(tries).next_s()
-    backoff.held(enough_s)
+    backoff.lasted(enough_s)
     assert [backoff.next_s(), backoff.next_s()] == [0.0, FIRST_S]
-    short.held(enough_s * 0.999)
+    short.lasted(enough_s * 0.999)
     assert short.next_s() == goes_on
 
 
 def test_leg_that_carried_something_starts_the_waits_anew_at_once() -> None:
     """However short it held: somebody waits for the tunnel that it carried."""
     backoff = tired(9)
-    backoff.held(0.0, was_used=True)
+    backoff.lasted(0.0, was_used=True)
     assert [backoff.next_s(), backoff.next_s()] == [0.0, FIRST_S]
 
 
@@ -91,7 +91,7 @@ def test_leg_that_holds_for_a_moment_each_time_does_not_stop_the_doubling() -> N
     waits = []
     for _ in range(12):
         waits.append(backoff.next_s())
-        backoff.held(0.9)
+        backoff.lasted(0.9)
     assert waits == sorted(waits)
     assert waits[-1] == CAP_S
 

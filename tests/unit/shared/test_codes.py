@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from http_network_relay.wire.codes import ERRORS
+from http_network_relay.wire.codes import Code
 from http_network_relay.wire.errors import RelayError
 
 
 def test_every_code_fits_the_wire() -> None:
     """Lower case and underscores, as docs/protocol.md says."""
-    for code, (exit_code, is_retryable) in ERRORS.items():
+    for code in Code:
         assert code.replace("_", "").isalpha()
         assert code.islower()
-        assert 1 <= exit_code <= 7
-        assert isinstance(is_retryable, bool)
+        assert 1 <= code.exit_code <= 7
+        assert str(code) == f"{code}" == "%s" % code == code.value  # noqa: UP031
 
 
 @pytest.mark.parametrize(
@@ -48,5 +48,5 @@ def test_every_code_is_on_the_protocol_page() -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "protocol.md").read_text("utf-8")
     local = {"usage", "server_unreachable", "tls_failed", "proxy_failed", "not_a_relay"}
     local |= {"leg_lost", "open_timeout"}
-    missing = [code for code in ERRORS if f"`{code}`" not in page and code not in local]
+    missing = [code for code in Code if f"`{code}`" not in page and code not in local]
     assert missing == []

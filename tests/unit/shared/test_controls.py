@@ -23,14 +23,18 @@ from http_network_relay.wire.controls import (
     LEG_TYPES,
     TO_CLIENT,
     TO_USER,
+    OpenRefused,
+    Reset,
     decode_text,
     encode_channel,
     encode_control,
     is_secret,
     parse_control,
     split_channel,
+    type_of,
 )
 from http_network_relay.wire.errors import LegError, TunnelError
+from tests.support.controls import as_dict, from_dict
 
 SIDES = [(FROM_USER, False), (TO_CLIENT, True), (FROM_CLIENT, True), (TO_USER, False)]
 GOOD: dict[str, Any] = {
@@ -87,7 +91,8 @@ def test_wrong_value_in_any_field_is_an_error_of_that_tunnel(kind: str, has_chan
     """Every field of every type against every kind of wrong value."""
     legal = next(legal for legal, has in SIDES if has is has_channel and kind in legal)
     whole = good(kind, has_channel=has_channel)
-    assert parse_control(json.dumps(whole), legal, has_channel=has_channel) == whole
+    parsed = parse_control(json.dumps(whole), legal, has_channel=has_channel)
+    assert as_dict(parsed) == whole
     for name in whole:
         if name in ("type", "channel"):
             continue
@@ -119,16 +124,18 @@ def test_message_cannot_move_a_cursor_or_begin_a_line(message: str) -> None:
     """What is not printable becomes a question mark."""
     control = {**good("refused", has_channel=False), "message": f"a{message}b"}
     parsed = parse_control(json.dumps(control), TO_USER, has_channel=False)
-    assert parsed["message"].isprintable()
-    assert parsed["message"].startswith("a?")
-    assert len(parsed["message"]) == len(message) + 2
+    assert isinstance(parsed, OpenRefused)
+    assert parsed.message.isprintable()
+    assert parsed.message.startswith("a?")
+    assert len(parsed.message) == len(message) + 2
 
 
 def test_message_is_cut_when_it_is_long() -> None:
     """A screen, not a book."""
     control = {**good("reset", has_channel=False), "message": "é" * 1000}
     parsed = parse_control(json.dumps(control, ensure_ascii=False), TO_USER, has_channel=False)
-    assert parsed["message"] == "é" * MAX_MESSAGE_CHARS
+    assert isinstance(parsed, Reset)
+    assert parsed.message == "é" * MAX_MESSAGE_CHARS
 
 
 def assert_is_ours(error: Exception) -> None:
@@ -171,12 +178,11 @@ def test_any_text_is_a_control_or_one_of_two_errors(
         # A peer's own words must not come back through a log or a reset.
         assert_is_ours(exc)
         return
-    known = {"type", "channel", "user", *FIELDS[parsed["type"]]}
-    assert set(parsed) <= known
-    assert parsed["type"] in legal
+    kind = type_of(parsed)
+    assert set(as_dict(parsed)) <= {"type", "channel", "user", *FIELDS[kind]}
+    assert kind in legal
     # What was read can be written, and reads the same.
-    fields = {key: value for key, value in parsed.items() if key not in ("type", "channel")}
-    encoded = encode_control(parsed["type"], parsed.get("channel", 0), **fields)
+    encoded = encode_control(parsed)
     assert len(encoded) <= MAX_CONTROL_BYTES
     assert parse_control(encoded.decode(), legal, has_channel=has_channel) == parsed
 
@@ -222,8 +228,7 @@ def test_every_encoded_control_is_one_line_of_json() -> None:
     """Without white space, type and channel first."""
     for kind in FIELDS:
         whole = good(kind, has_channel=True)
-        fields = {key: value for key, value in whole.items() if key not in ("type", "channel")}
-        encoded = encode_control(kind, 7, **fields).decode()
+        encoded = encode_control(from_dict({**whole, "channel": 7})).decode()
         assert re.match(rf'{{"type":"{kind}","channel":7,', encoded)
         assert "\n" not in encoded
         assert ": " not in encoded

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 import http_network_relay.leg.send_queue
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.send_queue import Frame, SendQueue, append_merged
 from http_network_relay.wire.constants import MAX_DATA_BYTES, OP_BINARY, OP_CLOSE, OP_TEXT
 from tests.support.clock import Clock
-from tests.support.taking import take
+from tests.support.taking import put_data, queue_lock, take
 
 CLOSE = Frame(OP_CLOSE, b"", b"\x03\xe8")
 
@@ -50,7 +51,7 @@ def put_blocks(outbox: SendQueue, channel: int, count: int) -> None:
         put(outbox, channel, bytes(MAX_DATA_BYTES))
 
 
-def names(outbox: SendQueue) -> list[str]:
+def names(outbox: SendQueue | FrameSender) -> list[str]:
     """All that can be taken now: the text of a control, the channel of data."""
     found = []
     while outbox.has_frames:
@@ -258,8 +259,8 @@ def test_first_close_wins() -> None:
 
 @pytest.mark.parametrize("end", ["stop", "close", "put"])
 def test_waiting_writer_is_woken(end: str) -> None:
-    """stop(), close(), and a push while no Outlet has taken its place, wake a writer."""
-    outbox = SendQueue()
+    """stop(), close(), and a push while nobody may send, wake a writer."""
+    outbox = FrameSender()
     taken: list[Frame | None] = []
     writer = threading.Thread(target=lambda: taken.append(take(outbox)))
     writer.start()
@@ -268,7 +269,7 @@ def test_waiting_writer_is_woken(end: str) -> None:
     elif end == "close":
         outbox.close(CLOSE)
     else:
-        put(outbox, 1, b"x")
+        put_data(outbox, 1, b"\0\0\0\1", b"x")
         outbox.push()
     writer.join(5.0)
     assert not writer.is_alive()
@@ -276,7 +277,7 @@ def test_waiting_writer_is_woken(end: str) -> None:
     assert taken == [expected]
 
 
-THOSE_THAT_CALL: dict[str, Callable[[SendQueue], Any]] = {
+THOSE_THAT_CALL: dict[str, Callable[[FrameSender], Any]] = {
     "first": lambda outbox: outbox.put_first(1, text("it")),
     "try": lambda outbox: outbox.try_put_leg("ping", text("it")),
     "eof": lambda outbox: outbox.put_eof(1, text("it")),
@@ -286,9 +287,9 @@ THOSE_THAT_CALL: dict[str, Callable[[SendQueue], Any]] = {
 
 
 @pytest.mark.parametrize("put_it", THOSE_THAT_CALL.values(), ids=THOSE_THAT_CALL)
-def test_put_calls_the_writer(put_it: Callable[[SendQueue], Any]) -> None:
+def test_put_calls_the_writer(put_it: Callable[[FrameSender], Any]) -> None:
     """Who puts such a frame may hold a lock, and so cannot send."""
-    outbox = SendQueue()
+    outbox = FrameSender()
     taken: list[Frame | None] = []
     writer = threading.Thread(target=lambda: taken.append(take(outbox)))
     writer.start()
@@ -300,27 +301,29 @@ def test_put_calls_the_writer(put_it: Callable[[SendQueue], Any]) -> None:
 
 def test_data_acks_and_pongs_call_nobody() -> None:
     """Their push does; a call for each would wake a thread for nothing."""
-    outbox = SendQueue()
-    put(outbox, 1, b"x")
+    calls: list[None] = []
+    outbox = FrameSender(call=lambda: calls.append(None))
+    put_data(outbox, 1, b"\0\0\0\1", b"x")
     outbox.put_ack(1, text("ack"))
     outbox.put_leg("pong", text("pong"))
-    assert not outbox._is_called
+    assert not calls
     assert outbox.has_frames
     outbox.push()
-    assert outbox.wait_call()
-    assert not outbox._is_called
+    assert len(calls) == 1
     assert names(outbox) == ["ack", "pong", "1"]
 
 
 def test_call_before_the_wait_is_not_lost() -> None:
     """It counts once, however often it was made."""
-    outbox = SendQueue()
-    outbox.call_writer()
-    outbox.call_writer()
-    assert outbox.wait_call()
+    calls: list[None] = []
+    outbox = FrameSender(call=lambda: calls.append(None))
+    outbox.put_first(1, text("it"))
+    outbox.put_first(2, text("it"))
+    assert len(calls) == 1
+    assert names(outbox) == ["it", "it"]
     outbox.stop()
-    assert not outbox.wait_call()
-    assert not outbox.wait_call()
+    assert len(calls) == 2
+    assert take(outbox) is None
 
 
 def test_take_leaves_the_close_to_the_writer() -> None:
@@ -328,13 +331,12 @@ def test_take_leaves_the_close_to_the_writer() -> None:
     outbox = SendQueue()
     put(outbox, 1, b"x")
     outbox.close(CLOSE)
-    assert outbox.wait_call()
     assert outbox.take() == Frame(OP_BINARY, b"\0\0\0\1", b"x")
     assert outbox.take() is None
     assert not outbox.has_frames
     assert outbox.take(with_close=True) == CLOSE
     assert outbox.take(with_close=True) is None
-    assert not outbox.wait_call()
+    assert outbox.is_over
 
 
 def test_stop_forgets_all() -> None:
@@ -355,9 +357,9 @@ def test_stop_forgets_all() -> None:
 
 def test_try_put_leg_never_waits_while_the_lock_is_held() -> None:
     """The timer asks again later rather than stand behind whoever is inside."""
-    outbox = SendQueue()
+    outbox = FrameSender()
     answers: list[bool] = []
-    with outbox._ready:
+    with queue_lock(outbox):
         timer = threading.Thread(
             target=lambda: answers.append(outbox.try_put_leg("ping", text("ping")))
         )
@@ -371,7 +373,7 @@ def test_try_put_leg_never_waits_while_the_lock_is_held() -> None:
 
 def test_try_put_leg_wakes_the_writer() -> None:
     """A ping on an idle leg goes out at once."""
-    outbox = SendQueue()
+    outbox = FrameSender()
     taken: list[Frame | None] = []
     writer = threading.Thread(target=lambda: taken.append(take(outbox)))
     writer.start()
@@ -463,13 +465,13 @@ def test_controls_without_end_need_one_slot_each() -> None:
 @pytest.mark.usefixtures("fast_switching")
 def test_two_threads_put_and_a_third_takes_without_loss_or_disorder() -> None:
     """Each channel's bytes come out whole and in order, and the close comes last."""
-    outbox = SendQueue()
+    outbox = FrameSender()
     rounds = 400
 
     def hammer(channels: tuple[int, ...]) -> None:
         for number in range(rounds):
             for channel in channels:
-                put(outbox, channel, number.to_bytes(4, "big"))
+                put_data(outbox, channel, channel.to_bytes(4, "big"), number.to_bytes(4, "big"))
                 outbox.put_ack(channel, text(f"ack {channel} {number}"))
                 if number % 7 == 0:
                     outbox.try_put_leg("ping", text("ping"))

@@ -10,8 +10,13 @@ from hypothesis import strategies as st
 
 import http_network_relay.rules.shadowed
 from client.config import read_config
-from http_network_relay.rules.shadowed import find_shadowed
-from http_network_relay.rules.target import AccessRule, TargetRule
+from http_network_relay.rules.shadowed import (
+    find_shadowed,
+    includes_hosts,
+    includes_name,
+    includes_ports,
+)
+from http_network_relay.rules.target import AccessRule
 from http_network_relay.wire.errors import RelayError
 
 # Few and small parts, so that rules and targets often meet.
@@ -31,14 +36,21 @@ NAMES = st.text("abc", min_size=1, max_size=4)
 ASKED = st.lists(NAMES, min_size=1, max_size=2).map(".".join) | ADDRESSES
 
 
-@settings(deadline=None)
+def includes(wide: AccessRule, narrow: AccessRule) -> bool:
+    """Whether each part of the wide rule includes that of the narrow one."""
+    one, other = wide.target, narrow.target
+    is_included = includes_hosts(one.what, other.what) and includes_ports(one.ports, other.ports)
+    return includes_name(wide.client, narrow.client) and is_included
+
+
+@settings(deadline=None, max_examples=300)
 @given(RULES, RULES, st.lists(st.tuples(NAMES, ASKED, st.integers(1, 4)), max_size=30))
 @example(AccessRule.parse("*:*:*"), AccessRule.parse("a:10.0.0.1:1"), [("a", "10.0.0.1", 1)])
-def test_all_that_is_allowed_is_allowed_by_a_rule_that_covers(
+def test_rule_allows_all_that_a_rule_it_includes_allows(
     wide: AccessRule, narrow: AccessRule, targets: list[tuple[str, str, int]]
 ) -> None:
     """By the server's question and by both of the client's."""
-    if not wide.covers(narrow):
+    if not includes(wide, narrow):
         return
     for client_name, host, port in targets:
         if narrow.matches(client_name, host, port):
@@ -51,19 +63,19 @@ def test_all_that_is_allowed_is_allowed_by_a_rule_that_covers(
 
 @settings(deadline=None)
 @given(st.lists(RULES, max_size=6))
-def test_covered_rule_is_found_when_there_is_one(rules: list[AccessRule]) -> None:
+def test_shadowed_rule_is_found_when_there_is_one(rules: list[AccessRule]) -> None:
     """The same answer as that of comparing each with each."""
     pairs = [
         (place, other)
         for place, narrow in enumerate(rules)
         for other, wide in enumerate(rules)
-        if place != other and wide.covers(narrow)
+        if place != other and includes(wide, narrow)
     ]
     found = find_shadowed(rules)
     assert found in pairs if pairs else found is None
 
 
-COVERED = {
+WIDER = {
     # the narrower one -> the wider one
     "127.0.0.1/32:22": "127.0.0.1:22",
     "127.0.0.1:22": "127.0.0.0/8:22",
@@ -86,15 +98,15 @@ APART = [
 ]
 
 
-@pytest.mark.parametrize("narrow", COVERED)
-def test_rule_is_covered_when_the_other_one_surely_allows_as_much(narrow: str) -> None:
+@pytest.mark.parametrize("narrow", WIDER)
+def test_rule_is_shadowed_when_the_other_one_surely_allows_as_much(narrow: str) -> None:
     """Each kind, for one client and for patterns of clients."""
-    assert TargetRule.parse(COVERED[narrow]).covers(TargetRule.parse(narrow))
-    rules = [AccessRule.parse(f"lab-1:{narrow}"), AccessRule.parse(f"lab-*:{COVERED[narrow]}")]
+    assert includes(AccessRule.parse(f"lab:{WIDER[narrow]}"), AccessRule.parse(f"lab:{narrow}"))
+    rules = [AccessRule.parse(f"lab-1:{narrow}"), AccessRule.parse(f"lab-*:{WIDER[narrow]}")]
     assert find_shadowed(rules) == (0, 1)
     assert find_shadowed(rules[::-1]) == (1, 0)
     assert find_shadowed([AccessRule.parse(f"lab-1*:{narrow}"), rules[1]]) == (0, 1)
-    other_client = AccessRule.parse(f"gw-*:{COVERED[narrow]}")
+    other_client = AccessRule.parse(f"gw-*:{WIDER[narrow]}")
     assert find_shadowed([rules[0], other_client]) is None
 
 
@@ -135,12 +147,12 @@ def test_work_grows_with_the_rules_when_there_are_many(
 
         monkeypatch.setattr(http_network_relay.rules.shadowed, name, ask)
 
-    for name in ("covers_names", "covers_hosts", "covers_ports"):
+    for name in ("includes_name", "includes_hosts", "includes_ports"):
         counting(name)
     count = 1000
     texts = [form.format(n, n // 256, n % 256, n + count) for n in range(1, count + 1)]
     rules = [AccessRule.parse(text) for text in texts]
-    # Prefixes of numbers cover each other: `lab-1*` and `lab-10*`.
+    # Prefixes of numbers include each other: `lab-1*` and `lab-10*`.
     found = find_shadowed(rules)
     assert (found is None) is not re.search(r"\{0\}\*", form)
     assert find_shadowed([*rules, AccessRule.parse("*:*:*")]) is not None
@@ -148,10 +160,10 @@ def test_work_grows_with_the_rules_when_there_are_many(
 
 
 @pytest.mark.parametrize("way", ["flag", "variable"])
-@pytest.mark.parametrize("narrow", [*COVERED, "10.0.0.1:22"])
-def test_client_refuses_a_rule_that_another_one_covers(narrow: str, way: str) -> None:
+@pytest.mark.parametrize("narrow", [*WIDER, "10.0.0.1:22"])
+def test_client_refuses_a_shadowed_rule(narrow: str, way: str) -> None:
     """As the server does; so is one that stands twice."""
-    wide = COVERED.get(narrow, narrow)
+    wide = WIDER.get(narrow, narrow)
     argv = ["--client-name", "lab-1", "--client-secret", "s3cret"]
     environ = {}
     if way == "flag":

@@ -173,7 +173,7 @@ def test_rule_matches_what_it_says_and_nothing_else(text: str) -> None:
 
 
 BAD_RULES = {
-    # rule -> a piece of the mend
+    # rule -> a piece of the fix
     "": "no port",
     "lan": "no port",
     ":22": "no port",
@@ -237,7 +237,7 @@ BAD_RULES = {
 
 @pytest.mark.parametrize("text", BAD_RULES)
 def test_rule_is_an_error_when_it_cannot_match_what_it_seems_to(text: str) -> None:
-    """The error is one line with the mend; the same after a client's name."""
+    """The error is one line with the fix; the same after a client's name."""
     with pytest.raises(RuleError) as caught:
         TargetRule.parse(text)
     assert BAD_RULES[text] in str(caught.value)

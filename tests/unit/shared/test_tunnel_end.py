@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
-import http_network_relay.end.tunnel_end
+import http_network_relay.end.client_end
+import http_network_relay.end.inbound
+import http_network_relay.end.state
 import http_network_relay.leg.send_queue
-from http_network_relay.end.channel import Link
+from http_network_relay.end.channel import Channel
+from http_network_relay.end.client_end import ClientEnd
 from http_network_relay.end.stream import Ack, Position
-from http_network_relay.end.tunnel_end import TunnelEnd
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.end.user_end import UserEnd
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.wire.constants import MAX_DATA_BYTES, MIN_WINDOW_BYTES, OP_BINARY
 from http_network_relay.wire.errors import RelayError, TunnelError
 from tests.support.clock import Clock
@@ -29,42 +32,46 @@ LOST = RelayError("leg_lost", "lost")
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of both files."""
+    """The clock of all files."""
     clock = Clock()
     clock.replace_in(
-        monkeypatch, http_network_relay.end.tunnel_end, http_network_relay.leg.send_queue
+        monkeypatch,
+        http_network_relay.end.client_end,
+        http_network_relay.end.inbound,
+        http_network_relay.end.state,
+        http_network_relay.leg.send_queue,
     )
     return clock
 
 
 @pytest.fixture(params=[0, 7], ids=["user leg", "client leg"])
-def channel(request: pytest.FixtureRequest) -> int:
+def channel_id(request: pytest.FixtureRequest) -> int:
     """Both kinds of leg."""
     number: int = request.param
     return number
 
 
 @pytest.fixture
-def outbox() -> SendQueue:
+def outbox() -> FrameSender:
     """Of the leg."""
-    return SendQueue()
+    return FrameSender()
 
 
 @pytest.fixture
-def link(outbox: SendQueue, channel: int) -> Link:
+def channel(outbox: FrameSender, channel_id: int) -> Channel:
     """The channel."""
-    return Link(outbox, channel)
+    return Channel(outbox, channel_id)
 
 
 @pytest.fixture
-def end(link: Link) -> TunnelEnd:
+def end(channel: Channel) -> ClientEnd:
     """An end that is open, with credit for a window, and no grace."""
-    made = TunnelEnd(link, MIN_WINDOW_BYTES)
+    made = ClientEnd(channel, MIN_WINDOW_BYTES)
     assert made.on_open(MIN_WINDOW_BYTES, 0)
     return made
 
 
-def sent(outbox: SendQueue) -> list[Any]:
+def sent(outbox: FrameSender) -> list[Any]:
     """What the leg would write now: bytes, or the control's dict."""
     frames = []
     while outbox.has_frames:
@@ -89,57 +96,60 @@ def waiting(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 @pytest.mark.parametrize(
     "message",
     [
-        lambda end, link: end.on_data(link, b"x"),
-        lambda end, link: end.on_eof(link, 0),
-        lambda end, link: end.on_ack(link, Ack(0, 10, False)),
+        lambda end, channel: end.inbound.on_data(channel, b"x"),
+        lambda end, channel: end.inbound.on_eof(channel, 0),
+        lambda end, channel: end.outbound.on_ack(channel, Ack(0, 10, False)),
     ],
     ids=["data", "eof", "ack"],
 )
 def test_message_before_open_is_a_tunnel_error(
-    link: Link, channel: int, message: Callable[[TunnelEnd, Link], None]
+    channel: Channel, channel_id: int, message: Callable[[ClientEnd, Channel], None]
 ) -> None:
     """With the channel that it concerns."""
-    end = TunnelEnd(link, MIN_WINDOW_BYTES)
+    end = ClientEnd(channel, MIN_WINDOW_BYTES)
     with pytest.raises(TunnelError) as caught:
-        message(end, link)
-    assert caught.value.channel == channel
+        message(end, channel)
+    assert caught.value.channel == channel_id
 
 
 def test_open_that_comes_after_the_end_is_told() -> None:
     """The dial was too late: close the socket."""
-    end = TunnelEnd(Link(SendQueue(), 1), MIN_WINDOW_BYTES)
+    end = ClientEnd(Channel(FrameSender(), 1), MIN_WINDOW_BYTES)
     end.on_end(GONE)
     assert not end.on_open(100, 0)
-    assert end.credit() == 0
+    assert end.outbound.credit() == 0
 
 
 # Sending.
 
 
 def test_send_takes_credit_and_stands_in_the_outbox(
-    end: TunnelEnd, outbox: SendQueue, channel: int
+    end: ClientEnd, outbox: FrameSender, channel_id: int
 ) -> None:
     """All of the window; the head names the channel."""
-    assert end.credit() == 4 * MAX_DATA_BYTES
-    end.send(b"abc")
+    assert end.outbound.credit() == 4 * MAX_DATA_BYTES
+    end.outbound.send(b"abc")
     frame = take(outbox)
     assert frame is not None
-    assert (frame.head, frame.payload) == (channel.to_bytes(4, "big") if channel else b"", b"abc")
+    assert (frame.head, frame.payload) == (
+        channel_id.to_bytes(4, "big") if channel_id else b"",
+        b"abc",
+    )
     for _ in range(3):
-        end.send(bytes(MAX_DATA_BYTES))
-    assert end.credit() == MAX_DATA_BYTES - 3
-    end.send(bytes(MAX_DATA_BYTES - 3))
-    assert end.credit() == 0
+        end.outbound.send(bytes(MAX_DATA_BYTES))
+    assert end.outbound.credit() == MAX_DATA_BYTES - 3
+    end.outbound.send(bytes(MAX_DATA_BYTES - 3))
+    assert end.outbound.credit() == 0
 
 
 @pytest.mark.parametrize("by", ["ack", "end", "reset"])
-def test_producer_without_credit_is_woken(end: TunnelEnd, link: Link, by: str) -> None:
+def test_producer_without_credit_is_woken(end: ClientEnd, channel: Channel, by: str) -> None:
     """By an ack with its size, by an end with 0."""
     for _ in range(4):
-        end.send(bytes(MAX_DATA_BYTES))
-    thread, results = waiting(end.wait_credit)
+        end.outbound.send(bytes(MAX_DATA_BYTES))
+    thread, results = waiting(end.outbound.wait_credit)
     if by == "ack":
-        end.on_ack(link, Ack(1000, MIN_WINDOW_BYTES + 1000, False))
+        end.outbound.on_ack(channel, Ack(1000, MIN_WINDOW_BYTES + 1000, False))
     elif by == "end":
         end.on_end(LOST)
     else:
@@ -149,12 +159,12 @@ def test_producer_without_credit_is_woken(end: TunnelEnd, link: Link, by: str) -
     assert results == [1000 if by == "ack" else 0]
 
 
-def test_nothing_is_sent_after_the_end(end: TunnelEnd, outbox: SendQueue) -> None:
+def test_nothing_is_sent_after_the_end(end: ClientEnd, outbox: FrameSender) -> None:
     """A producer that was a moment late is silent, not an error."""
     end.on_end(LOST)
-    end.send(b"late")
-    assert end.send_eof()
-    end.delivered(5)
+    end.outbound.send(b"late")
+    assert end.outbound.send_eof()
+    end.inbound.delivered(5)
     assert sent(outbox) == []
 
 
@@ -162,30 +172,30 @@ def test_nothing_is_sent_after_the_end(end: TunnelEnd, outbox: SendQueue) -> Non
 
 
 def test_chunks_come_in_order_then_the_eof_then_nothing(
-    end: TunnelEnd, link: Link, outbox: SendQueue
+    end: ClientEnd, channel: Channel, outbox: FrameSender
 ) -> None:
     """Small ones may have grown together; eof is b""."""
-    end.on_data(link, b"one")
-    end.on_data(link, memoryview(b"two"))
-    end.on_eof(link, 6)
-    assert bytes(end.next_chunk()) == b"onetwo"
-    end.delivered(6)
-    assert end.next_chunk() == b""
-    end.delivered_eof()
+    end.inbound.on_data(channel, b"one")
+    end.inbound.on_data(channel, memoryview(b"two"))
+    end.inbound.on_eof(channel, 6)
+    assert bytes(end.inbound.next_chunk()) == b"onetwo"
+    end.inbound.delivered(6)
+    assert end.inbound.next_chunk() == b""
+    end.inbound.delivered_eof()
     assert [frame["eof"] for frame in sent(outbox)] == [True]
     assert not end.is_over
     end.on_end(LOST)
-    assert end.next_chunk() is None
+    assert end.inbound.next_chunk() is None
 
 
 @pytest.mark.parametrize("by", ["data", "eof", "end"])
-def test_consumer_without_news_is_woken(end: TunnelEnd, link: Link, by: str) -> None:
+def test_consumer_without_news_is_woken(end: ClientEnd, channel: Channel, by: str) -> None:
     """By each of the three."""
-    thread, results = waiting(end.next_chunk)
+    thread, results = waiting(end.inbound.next_chunk)
     if by == "data":
-        end.on_data(link, b"x")
+        end.inbound.on_data(channel, b"x")
     elif by == "eof":
-        end.on_eof(link, 0)
+        end.inbound.on_eof(channel, 0)
     else:
         end.on_end(LOST)
     thread.join(5.0)
@@ -194,38 +204,38 @@ def test_consumer_without_news_is_woken(end: TunnelEnd, link: Link, by: str) -> 
 
 
 def test_bytes_before_an_end_are_handed_on_for_a_second(
-    end: TunnelEnd, link: Link, clock: Clock
+    end: ClientEnd, channel: Channel, clock: Clock
 ) -> None:
     """They came first; then the time is over."""
     block = bytes(MAX_DATA_BYTES)
     for _ in range(3):
-        end.on_data(link, block)
+        end.inbound.on_data(channel, block)
     end.on_end(GONE)
-    assert end.next_chunk() == block
+    assert end.inbound.next_chunk() == block
     clock.advance(0.999)
     assert not end.must_stop()
-    assert end.next_chunk() == block
+    assert end.inbound.next_chunk() == block
     clock.advance(0.001)
     assert end.must_stop()
-    assert end.next_chunk() is None
+    assert end.inbound.next_chunk() is None
 
 
-def test_eof_before_an_end_is_handed_on(end: TunnelEnd, link: Link) -> None:
+def test_eof_before_an_end_is_handed_on(end: ClientEnd, channel: Channel) -> None:
     """A whole file came, and then the line was lost: the file is whole."""
-    end.on_data(link, b"all")
-    end.on_eof(link, 3)
+    end.inbound.on_data(channel, b"all")
+    end.inbound.on_eof(channel, 3)
     end.on_end(LOST)
-    assert end.next_chunk() == b"all"
-    assert end.next_chunk() == b""
+    assert end.inbound.next_chunk() == b"all"
+    assert end.inbound.next_chunk() == b""
 
 
-def test_bytes_after_an_end_are_dropped(end: TunnelEnd, link: Link) -> None:
+def test_bytes_after_an_end_are_dropped(end: ClientEnd, channel: Channel) -> None:
     """Whatever they are."""
     end.on_end(LOST)
-    end.on_data(link, bytes(10 * MIN_WINDOW_BYTES))
-    end.on_eof(link, 99)
-    end.on_ack(link, Ack(99, 0, True))
-    assert end.next_chunk() is None
+    end.inbound.on_data(channel, bytes(10 * MIN_WINDOW_BYTES))
+    end.inbound.on_eof(channel, 99)
+    end.outbound.on_ack(channel, Ack(99, 0, True))
+    assert end.inbound.next_chunk() is None
     assert end.counts == (0, 0)
 
 
@@ -235,12 +245,12 @@ def test_bytes_after_an_end_are_dropped(end: TunnelEnd, link: Link) -> None:
 class Target:
     """A consumer that takes what it is allowed to, without waiting."""
 
-    def __init__(self, end: TunnelEnd, *takes: int) -> None:
+    def __init__(self, end: ClientEnd, *takes: int) -> None:
         self.end = end
         self.data = bytearray()
         self.takes = list(takes)
         self.calls = 0
-        end.hand_on_by(self.take)
+        end.inbound.deliver_directly(self.take)
 
     def take(self, data: Any) -> int:
         self.calls += 1
@@ -250,26 +260,26 @@ class Target:
 
     def consume(self) -> bool:
         """As the consumer's thread: one chunk, whole; False at the end."""
-        chunk = self.end.next_chunk()
+        chunk = self.end.inbound.next_chunk()
         if not chunk:
             return False
         self.data += chunk
-        self.end.delivered(len(chunk))
+        self.end.inbound.delivered(len(chunk))
         return True
 
 
 def test_reader_hands_on_what_is_taken_at_once(
-    end: TunnelEnd, link: Link, outbox: SendQueue
+    end: ClientEnd, channel: Channel, outbox: FrameSender
 ) -> None:
     """No thread is woken, and what is due is acked and pushed."""
     target = Target(end)
     pushes: list[bool] = []
-    outbox.push = lambda: pushes.append(outbox.has_frames)
-    end.on_data(link, b"abc")
+    outbox.push = lambda: pushes.append(outbox.has_frames)  # type: ignore[method-assign]
+    end.inbound.on_data(channel, b"abc")
     assert (target.data, target.calls, end.counts[1]) == (b"abc", 1, 3)
-    assert not end._inbound
+    assert not end.inbound._queue
     for _ in range(3):
-        end.on_data(link, bytes(MAX_DATA_BYTES))
+        end.inbound.on_data(channel, bytes(MAX_DATA_BYTES))
     acks = sent(outbox)
     assert acks
     assert pushes[-1]
@@ -278,55 +288,57 @@ def test_reader_hands_on_what_is_taken_at_once(
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_what_was_not_taken_is_the_consumers_before_all_later_bytes(
-    end: TunnelEnd, link: Link, count: int
+    end: ClientEnd, channel: Channel, count: int
 ) -> None:
     """A part, or nothing; the reader hands nothing on behind it."""
     target = Target(end, count)
-    end.on_data(link, b"012345")
-    end.on_data(link, b"6789")
+    end.inbound.on_data(channel, b"012345")
+    end.inbound.on_data(channel, b"6789")
     assert target.calls == 1
     assert end.counts[1] == count
-    while end._inbound:
+    while end.inbound._queue:
         assert target.consume()
     assert target.data == b"0123456789"
     assert end.counts[1] == 10
-    end.on_data(link, b"again")
+    end.inbound.on_data(channel, b"again")
     assert target.data == b"0123456789again"
     assert target.calls == 2
 
 
-def test_what_fails_is_the_consumers(end: TunnelEnd, link: Link) -> None:
+def test_what_fails_is_the_consumers(end: ClientEnd, channel: Channel) -> None:
     """Its thread meets the same error, and tells; nothing counts as delivered."""
 
     def fail(_: Any) -> int:
         raise BrokenPipeError(32, "Broken pipe")
 
-    end.hand_on_by(fail)
-    end.on_data(link, b"abc")
+    end.inbound.deliver_directly(fail)
+    end.inbound.on_data(channel, b"abc")
     assert end.counts[1] == 0
-    assert end.next_chunk() == b"abc"
+    assert end.inbound.next_chunk() == b"abc"
 
 
-def test_reader_waits_its_turn_while_the_consumer_is_in_a_chunk(end: TunnelEnd, link: Link) -> None:
+def test_reader_waits_its_turn_while_the_consumer_is_in_a_chunk(
+    end: ClientEnd, channel: Channel
+) -> None:
     """From next_chunk() to delivered() the bytes behind are queued."""
     target = Target(end, 0)
-    end.on_data(link, b"first")
-    chunk = end.next_chunk()
-    assert not end._inbound
-    end.on_data(link, b"second")
+    end.inbound.on_data(channel, b"first")
+    chunk = end.inbound.next_chunk()
+    assert not end.inbound._queue
+    end.inbound.on_data(channel, b"second")
     assert target.calls == 1
     target.data += chunk
-    end.delivered(len(chunk))
+    end.inbound.delivered(len(chunk))
     # Still behind what is queued.
-    end.on_data(link, b"third")
+    end.inbound.on_data(channel, b"third")
     assert target.calls == 1
     assert target.consume()
-    end.on_data(link, b"fourth")
+    end.inbound.on_data(channel, b"fourth")
     assert target.calls == 2
     assert target.data == b"firstsecondthirdfourth"
 
 
-def test_consumer_waits_while_the_reader_hands_on(end: TunnelEnd, link: Link) -> None:
+def test_consumer_waits_while_the_reader_hands_on(end: ClientEnd, channel: Channel) -> None:
     """What comes by another leg meanwhile, and an end, are behind it."""
     inside, go_on = threading.Event(), threading.Event()
 
@@ -335,24 +347,24 @@ def test_consumer_waits_while_the_reader_hands_on(end: TunnelEnd, link: Link) ->
         assert go_on.wait(5.0)
         return 2
 
-    end.hand_on_by(take)
-    reader, _ = waiting(lambda: end.on_data(link, b"abcd"))
+    end.inbound.deliver_directly(take)
+    reader, _ = waiting(lambda: end.inbound.on_data(channel, b"abcd"))
     assert inside.wait(5.0)
-    end.on_data(link, b"ef")
-    consumer, chunks = waiting(end.next_chunk)
+    end.inbound.on_data(channel, b"ef")
+    consumer, chunks = waiting(end.inbound.next_chunk)
     consumer.join(0.05)
     assert chunks == []
     go_on.set()
     consumer.join(5.0)
     reader.join(5.0)
     assert chunks == [b"cd"]
-    end.delivered(2)
-    assert end.next_chunk() == b"ef"
+    end.inbound.delivered(2)
+    assert end.inbound.next_chunk() == b"ef"
 
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_end_while_the_reader_hands_on_wakes_the_consumer(
-    end: TunnelEnd, link: Link, outbox: SendQueue, count: int
+    end: ClientEnd, channel: Channel, outbox: FrameSender, count: int
 ) -> None:
     """What was not taken is handed on first, then it is over; nothing is said any more."""
     target = Target(end)
@@ -362,9 +374,9 @@ def test_end_while_the_reader_hands_on_wakes_the_consumer(
         target.data += data[:count]
         return count
 
-    end.hand_on_by(take)
+    end.inbound.deliver_directly(take)
     consumer, results = waiting(lambda: [target.consume(), count < 4 and target.consume()])
-    end.on_data(link, b"abcd")
+    end.inbound.on_data(channel, b"abcd")
     consumer.join(5.0)
     assert results == [[count < 4, False]]
     assert target.data == b"abcd"
@@ -372,19 +384,19 @@ def test_end_while_the_reader_hands_on_wakes_the_consumer(
     assert sent(outbox) == []
 
 
-def test_eof_while_the_reader_hands_on_is_not_forgotten(end: TunnelEnd, link: Link) -> None:
+def test_eof_while_the_reader_hands_on_is_not_forgotten(end: ClientEnd, channel: Channel) -> None:
     """It comes by another leg, of a tunnel that was resumed: the consumer must be woken."""
 
     def take(data: Any) -> int:
-        end.on_eof(link, 4)
+        end.inbound.on_eof(channel, 4)
         # It has looked, in vain, and waits again.
-        eventually(lambda: end._changed._waiters)  # type: ignore[attr-defined]
+        eventually(lambda: end._core.changed._waiters)  # type: ignore[attr-defined]
         return len(data)
 
-    end.hand_on_by(take)
-    consumer, chunks = waiting(end.next_chunk)
-    eventually(lambda: end._changed._waiters)  # type: ignore[attr-defined]
-    end.on_data(link, b"abcd")
+    end.inbound.deliver_directly(take)
+    consumer, chunks = waiting(end.inbound.next_chunk)
+    eventually(lambda: end._core.changed._waiters)  # type: ignore[attr-defined]
+    end.inbound.on_data(channel, b"abcd")
     consumer.join(5.0)
     woken = list(chunks)
     end.on_end(LOST)  # So that a thread that waits for ever ends with its test.
@@ -393,14 +405,14 @@ def test_eof_while_the_reader_hands_on_is_not_forgotten(end: TunnelEnd, link: Li
 
 
 def test_ack_goes_out_by_the_leg_that_came_while_the_reader_handed_on(
-    outbox: SendQueue, channel: int
+    outbox: FrameSender, channel_id: int
 ) -> None:
     """The old one is deaf; the new one must be pushed."""
-    old, new = Link(SendQueue(), channel), Link(outbox, channel)
-    end = TunnelEnd(old, MIN_WINDOW_BYTES)
+    old, new = Channel(FrameSender(), channel_id), Channel(outbox, channel_id)
+    end = UserEnd(old, MIN_WINDOW_BYTES)
     end.on_open(MIN_WINDOW_BYTES, 60)
     pushes: list[bool] = []
-    outbox.push = lambda: pushes.append(outbox.has_frames)
+    outbox.push = lambda: pushes.append(outbox.has_frames)  # type: ignore[method-assign]
 
     def take(data: Any) -> int:
         assert end.detach(old, LOST)
@@ -409,14 +421,14 @@ def test_ack_goes_out_by_the_leg_that_came_while_the_reader_handed_on(
         pushes.clear()
         return len(data)
 
-    end.hand_on_by(take)
-    end.on_data(old, bytes(MAX_DATA_BYTES))
+    end.inbound.deliver_directly(take)
+    end.inbound.on_data(old, bytes(MAX_DATA_BYTES))
     assert outbox.has_frames, "no ack is due"
     assert pushes == [True], "the ack was put and not pushed"
 
 
-def test_no_reader_is_inside_any_more_when_hand_on_by_none_returns(
-    end: TunnelEnd, link: Link
+def test_no_reader_is_inside_any_more_when_deliver_directly_none_returns(
+    end: ClientEnd, channel: Channel
 ) -> None:
     """The consumer's file is closed then."""
     inside, go_on = threading.Event(), threading.Event()
@@ -426,40 +438,60 @@ def test_no_reader_is_inside_any_more_when_hand_on_by_none_returns(
         assert go_on.wait(5.0)
         return len(data)
 
-    end.hand_on_by(take)
-    reader, _ = waiting(lambda: end.on_data(link, b"abc"))
+    end.inbound.deliver_directly(take)
+    reader, _ = waiting(lambda: end.inbound.on_data(channel, b"abc"))
     assert inside.wait(5.0)
-    closer, _ = waiting(lambda: end.hand_on_by(None))
+    closer, _ = waiting(lambda: end.inbound.deliver_directly(None))
     closer.join(0.05)
     assert closer.is_alive()
     go_on.set()
     closer.join(5.0)
     reader.join(5.0)
     assert not closer.is_alive()
-    end.on_data(link, b"def")
-    assert end.next_chunk() == b"def"
+    end.inbound.on_data(channel, b"def")
+    assert end.inbound.next_chunk() == b"def"
     assert end.counts[1] == 3
 
 
-def test_reader_that_decided_before_hand_on_by_none_hands_nothing_on(
-    end: TunnelEnd, link: Link
-) -> None:
-    """It looks again when it is inside."""
-    target = Target(end)
-    end._inside.acquire()
-    reader, _ = waiting(lambda: end.on_data(link, b"abc"))
-    eventually(lambda: end._reader_hands_on)
-    end._hand_on = None  # As hand_on_by(None) does inside.
-    end._inside.release()
-    reader.join(5.0)
-    assert target.calls == 0
-    assert end.next_chunk() == b"abc"
+@pytest.mark.usefixtures("fast_switching")
+def test_no_delivery_begins_or_goes_on_after_deliver_directly_none_returned() -> None:
+    """Whenever the reader decided to deliver: the consumer closes its file next."""
+    by_reader = 0
+    for _ in range(200):
+        channel = Channel(FrameSender(), 1)
+        end = ClientEnd(channel, MIN_WINDOW_BYTES)
+        end.on_open(MIN_WINDOW_BYTES, 0)
+        is_closed, late = threading.Event(), threading.Event()
+
+        def take(data: Any, is_closed: Any = is_closed, late: Any = late) -> int:
+            if is_closed.is_set():
+                late.set()
+            for _ in range(20):
+                pass
+            if is_closed.is_set():
+                late.set()
+            return len(data)
+
+        end.inbound.deliver_directly(take)
+
+        def read(end: ClientEnd = end, channel: Channel = channel) -> None:
+            for _ in range(10):
+                end.inbound.on_data(channel, b"abc")
+
+        reader, _ = waiting(read)
+        end.inbound.deliver_directly(None)
+        is_closed.set()
+        reader.join(5.0)
+        assert not late.is_set()
+        by_reader += end.counts[1]
+        assert end.counts[1] + sum(map(len, end.inbound._queue)) == 30
+    assert 0 < by_reader < 200 * 30
 
 
 # Ends.
 
 
-def test_first_end_counts(end: TunnelEnd, outbox: SendQueue) -> None:
+def test_first_end_counts(end: ClientEnd, outbox: FrameSender) -> None:
     """Its reason is the one of the log and the exit code; it is told once."""
     end.reset(RelayError("target_lost", "first"))
     end.reset(RelayError("protocol_error", "second"))
@@ -469,7 +501,7 @@ def test_first_end_counts(end: TunnelEnd, outbox: SendQueue) -> None:
     assert [frame["message"] for frame in sent(outbox)] == ["first"]
 
 
-def test_end_that_came_is_not_answered(end: TunnelEnd, outbox: SendQueue) -> None:
+def test_end_that_came_is_not_answered(end: ClientEnd, outbox: FrameSender) -> None:
     """A reset is final."""
     end.on_end(GONE)
     end.reset(LOST)
@@ -480,27 +512,29 @@ def test_end_that_came_is_not_answered(end: TunnelEnd, outbox: SendQueue) -> Non
     ("code", "kept"), [("user_gone", True), ("target_reset", True), ("target_lost", False)]
 )
 def test_reset_comes_behind_the_data_or_instead_of_it(
-    end: TunnelEnd, outbox: SendQueue, code: str, kept: bool
+    end: ClientEnd, outbox: FrameSender, code: str, kept: bool
 ) -> None:
     """Two resets are part of the conversation."""
-    end.send(b"before")
+    end.outbound.send(b"before")
     end.reset(RelayError(code, "why"))
     frames = sent(outbox)
     assert frames[-1]["code"] == code
     assert frames[:-1] == ([b"before"] if kept else [])
 
 
-def finish(end: TunnelEnd, link: Link) -> None:
-    end.send_eof()
-    end.on_ack(link, Ack(0, MIN_WINDOW_BYTES, True))
-    end.on_eof(link, 0)
-    assert end.next_chunk() == b""
-    end.delivered_eof()
+def finish(end: ClientEnd, channel: Channel) -> None:
+    end.outbound.send_eof()
+    end.outbound.on_ack(channel, Ack(0, MIN_WINDOW_BYTES, True))
+    end.inbound.on_eof(channel, 0)
+    assert end.inbound.next_chunk() == b""
+    end.inbound.delivered_eof()
 
 
-def test_finished_tunnel_has_no_end_any_more(end: TunnelEnd, link: Link, outbox: SendQueue) -> None:
+def test_finished_tunnel_has_no_end_any_more(
+    end: ClientEnd, channel: Channel, outbox: FrameSender
+) -> None:
     """A leg that is lost a moment later does not make a clean end unclean."""
-    finish(end, link)
+    finish(end, channel)
     assert end.is_finished
     assert end.is_over
     end.on_end(LOST)
@@ -510,11 +544,11 @@ def test_finished_tunnel_has_no_end_any_more(end: TunnelEnd, link: Link, outbox:
 
 
 def test_tunnel_is_not_finished_before_its_last_ack_is_queued(
-    outbox: SendQueue, link: Link
+    outbox: FrameSender, channel: Channel
 ) -> None:
     """Who sees it finished closes the leg: that ack must stand before the close."""
     seen: list[bool] = []
-    end = TunnelEnd(link, MIN_WINDOW_BYTES)
+    end = ClientEnd(channel, MIN_WINDOW_BYTES)
     real = outbox.put_ack
 
     def put_ack(*args: Any) -> None:
@@ -523,29 +557,29 @@ def test_tunnel_is_not_finished_before_its_last_ack_is_queued(
 
     outbox.put_ack = put_ack  # type: ignore[method-assign, assignment]
     end.on_open(MIN_WINDOW_BYTES, 0)
-    finish(end, link)
+    finish(end, channel)
     assert seen == [False]
     assert end.is_finished
 
 
-def test_waiting_for_the_end_is_woken_by_it(end: TunnelEnd, link: Link) -> None:
+def test_waiting_for_the_end_is_woken_by_it(end: ClientEnd, channel: Channel) -> None:
     """By a clean one and by any other; and by its timeout."""
     end.wait_over(0.001)
     thread, _ = waiting(end.wait_over)
-    finish(end, link)
+    finish(end, channel)
     thread.join(5.0)
     assert not thread.is_alive()
 
 
-def test_change_is_told_without_the_lock(outbox: SendQueue) -> None:
+def test_change_is_told_without_the_lock(outbox: FrameSender) -> None:
     """Who is told may call back at once."""
     told: list[bool] = []
-    end: TunnelEnd
+    end: ClientEnd
 
     def lock_is_free() -> bool:
-        taken = end._changed.acquire(timeout=5.0)
+        taken = end._core.changed.acquire(timeout=5.0)
         if taken:
-            end._changed.release()
+            end._core.changed.release()
         return taken
 
     def on_change() -> None:
@@ -554,45 +588,47 @@ def test_change_is_told_without_the_lock(outbox: SendQueue) -> None:
         assert results == [True]
         told.append(end.is_over)
 
-    link = Link(outbox)
-    end = TunnelEnd(link, MIN_WINDOW_BYTES, on_change)
+    channel = Channel(outbox)
+    end = ClientEnd(channel, MIN_WINDOW_BYTES, on_change)
     end.on_open(0, 0)
-    end.on_ack(link, Ack(0, 20, False))
+    end.outbound.on_ack(channel, Ack(0, 20, False))
     end.reset(LOST)
     assert told == [False, True]
 
 
-def test_ack_wakes_nobody_who_has_credit(outbox: SendQueue) -> None:
+def test_ack_wakes_nobody_who_has_credit(outbox: FrameSender) -> None:
     """Most acks come to one who sends on."""
     told: list[int] = []
-    end: TunnelEnd
-    link = Link(outbox)
-    end = TunnelEnd(link, MIN_WINDOW_BYTES, lambda: told.append(end.credit()))
+    end: ClientEnd
+    channel = Channel(outbox)
+    end = ClientEnd(channel, MIN_WINDOW_BYTES, lambda: told.append(end.outbound.credit()))
     end.on_open(10, 0)
-    end.on_ack(link, Ack(0, 20, False))
+    end.outbound.on_ack(channel, Ack(0, 20, False))
     assert told == []
-    end.send(bytes(20))
-    end.on_ack(link, Ack(20, 50, False))
+    end.outbound.send(bytes(20))
+    end.outbound.on_ack(channel, Ack(20, 50, False))
     assert told == [30]
 
 
 # The consumer's failure.
 
 
-def test_consumer_that_fails_waits_for_the_producers_end(end: TunnelEnd, outbox: SendQueue) -> None:
+def test_consumer_that_fails_waits_for_the_producers_end(
+    end: ClientEnd, outbox: FrameSender
+) -> None:
     """What the target still says is sent; then no eof but a reset is due."""
     end.fail_consumer(RelayError("target_reset", "x"))
-    end.send(b"last words")
+    end.outbound.send(b"last words")
     assert end.ended is None
-    assert not end.send_eof()
+    assert not end.outbound.send_eof()
     assert sent(outbox) == [b"last words"]
 
 
 def test_consumer_that_fails_after_our_eof_resets_at_once(
-    end: TunnelEnd, outbox: SendQueue
+    end: ClientEnd, outbox: FrameSender
 ) -> None:
     """Nothing more can come from there."""
-    assert end.send_eof()
+    assert end.outbound.send_eof()
     end.fail_consumer(RelayError("target_reset", "x"))
     assert end.ended is not None
     assert [frame["type"] for frame in sent(outbox)] == ["eof", "reset"]
@@ -612,7 +648,7 @@ def fast_switching() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fast_switching")
 def test_bytes_keep_their_order_whoever_hands_them_on(
-    end: TunnelEnd, link: Link, outbox: SendQueue
+    end: ClientEnd, channel: Channel, outbox: FrameSender
 ) -> None:
     """Reader and consumer at once; the reader is given a part, all, nothing, or an error."""
     chances = random.Random(7)
@@ -631,22 +667,22 @@ def test_bytes_keep_their_order_whoever_hands_them_on(
         return count
 
     def consume() -> None:
-        while chunk := end.next_chunk():
+        while chunk := end.inbound.next_chunk():
             for start in range(0, len(chunk), 97):
                 taken.extend(chunk[start : start + 97])
-            end.delivered(len(chunk))
+            end.inbound.delivered(len(chunk))
         assert chunk == b""
-        end.hand_on_by(None)
-        end.delivered_eof()
+        end.inbound.deliver_directly(None)
+        end.inbound.delivered_eof()
 
-    end.hand_on_by(take)
+    end.inbound.deliver_directly(take)
     consumer, finished = waiting(consume)
     at, acks, sizes = 0, 0, random.Random(9)
     while at < len(whole):
         size = sizes.choice([1, 10, 500, 2000])
-        end.on_data(link, whole[at : at + size])
+        end.inbound.on_data(channel, whole[at : at + size])
         at += size
-    end.on_eof(link, len(whole))
+    end.inbound.on_eof(channel, len(whole))
     consumer.join(10.0)
     assert finished == [None]
     assert taken == whole
@@ -661,9 +697,9 @@ def test_bytes_keep_their_order_whoever_hands_them_on(
 def test_two_ends_in_six_threads_carry_all_bytes_both_ways_and_finish() -> None:
     """Producer, consumer and reader at each end, under the smallest window."""
     sizes = (700_000, 300_000)
-    outboxes = (SendQueue(), SendQueue())
-    links = [Link(outbox, 5) for outbox in outboxes]
-    ends = [TunnelEnd(link, MIN_WINDOW_BYTES) for link in links]
+    outboxes = (FrameSender(), FrameSender())
+    channels = [Channel(outbox, 5) for outbox in outboxes]
+    ends = [ClientEnd(channel, MIN_WINDOW_BYTES) for channel in channels]
     taken = [0, 0]
     for end in ends:
         end.on_open(MIN_WINDOW_BYTES, 0)
@@ -671,31 +707,33 @@ def test_two_ends_in_six_threads_carry_all_bytes_both_ways_and_finish() -> None:
     def produce(which: int) -> None:
         end, left = ends[which], sizes[which]
         while left:
-            size = min(left, end.wait_credit(), 9_001)
-            end.send(b"d" * size)
+            size = min(left, end.outbound.wait_credit(), 9_001)
+            end.outbound.send(b"d" * size)
             left -= size
-        assert end.send_eof()
+        assert end.outbound.send_eof()
 
     def consume(which: int) -> None:
         end = ends[which]
-        while chunk := end.next_chunk():
+        while chunk := end.inbound.next_chunk():
             taken[which] += len(chunk)
-            end.delivered(len(chunk))
+            end.inbound.delivered(len(chunk))
         assert chunk == b""
-        end.delivered_eof()
+        end.inbound.delivered_eof()
 
     def carry(which: int) -> None:
         """What this end's leg writes reaches the other end's reader."""
-        other, link = ends[1 - which], links[1 - which]
+        other, channel = ends[1 - which], channels[1 - which]
         while (frame := take(outboxes[which])) is not None:
             if frame.opcode == OP_BINARY:
-                other.on_data(link, frame.payload)
+                other.inbound.on_data(channel, frame.payload)
                 continue
             control = json.loads(frame.payload)
             if control["type"] == "eof":
-                other.on_eof(link, control["count"])
+                other.inbound.on_eof(channel, control["count"])
             else:
-                other.on_ack(link, Ack(control["delivered"], control["limit"], control["eof"]))
+                other.outbound.on_ack(
+                    channel, Ack(control["delivered"], control["limit"], control["eof"])
+                )
 
     errors: list[BaseException] = []
 

@@ -9,16 +9,20 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
-import http_network_relay.end.tunnel_end
+import http_network_relay.end.client_end
+import http_network_relay.end.inbound
+import http_network_relay.end.state
 import http_network_relay.leg.send_queue
-from http_network_relay.end.channel import Link
+from http_network_relay.end.channel import Channel
+from http_network_relay.end.client_end import ClientEnd
 from http_network_relay.end.stream import Ack, Position
 from http_network_relay.end.tunnel_end import TunnelEnd
-from http_network_relay.leg.send_queue import SendQueue
+from http_network_relay.end.user_end import UserEnd
+from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.wire.constants import MESSAGE_BYTES, MIN_WINDOW_BYTES, OP_BINARY
 from http_network_relay.wire.errors import RelayError, TunnelError
 from tests.support.clock import Clock
@@ -30,16 +34,21 @@ GONE = RelayError("user_gone", "gone")
 LOST = RelayError("leg_lost", "lost")
 GRACE_S = 100
 WINDOW = MIN_WINDOW_BYTES
+End = TypeVar("End", bound=TunnelEnd)
 # What the peer says of itself when it has taken nothing.
 NOTHING = Position(0, 0, WINDOW)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of both files."""
+    """The clock of all files."""
     clock = Clock()
     clock.replace_in(
-        monkeypatch, http_network_relay.end.tunnel_end, http_network_relay.leg.send_queue
+        monkeypatch,
+        http_network_relay.end.client_end,
+        http_network_relay.end.inbound,
+        http_network_relay.end.state,
+        http_network_relay.leg.send_queue,
     )
     return clock
 
@@ -53,29 +62,38 @@ def fast_switching() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-def new_link(channel: int = 1) -> Link:
-    return Link(SendQueue(), channel)
+def new_channel(channel_id: int = 1) -> Channel:
+    return Channel(FrameSender(), channel_id)
 
 
 @pytest.fixture
-def first() -> Link:
+def first() -> Channel:
     """The channel on which it was opened."""
-    return new_link()
+    return new_channel()
 
 
-@pytest.fixture
-def end(first: Link) -> TunnelEnd:
-    """An end that is open, with credit for a window and a grace."""
-    made = TunnelEnd(first, WINDOW)
+def opened(made: End) -> End:
     assert made.on_open(WINDOW, GRACE_S)
     return made
 
 
-def sent(link: Link) -> list[Any]:
+@pytest.fixture
+def end(first: Channel) -> ClientEnd:
+    """A client's end that is open, with credit for a window and a grace."""
+    return opened(ClientEnd(first, WINDOW))
+
+
+@pytest.fixture
+def user_end(first: Channel) -> UserEnd:
+    """The same of a proxy command."""
+    return opened(UserEnd(first, WINDOW))
+
+
+def sent(channel: Channel) -> list[Any]:
     """What its leg would write now: bytes, or the control's dict without its channel."""
     frames = []
-    while link.outbox.has_frames:
-        frame = take(link.outbox)
+    while channel.outbox.has_frames:
+        frame = take(channel.outbox)
         assert frame is not None
         if frame.opcode == OP_BINARY:
             frames.append(bytes(frame.payload))
@@ -86,35 +104,36 @@ def sent(link: Link) -> list[Any]:
     return frames
 
 
-def kinds(link: Link) -> list[str]:
-    return ["data" if isinstance(each, bytes) else each["type"] for each in sent(link)]
+def kinds(channel: Channel) -> list[str]:
+    return ["data" if isinstance(each, bytes) else each["type"] for each in sent(channel)]
 
 
 def state(end: TunnelEnd) -> tuple[Any, ...]:
     """All that a message could change."""
-    out, into = end._stream.out, end._stream.into
+    out, into = end._core.stream.out, end._core.stream.into
     streams = [{**vars(each)} for each in (out, into)]
     for each in streams:
         for name, value in each.items():
             if hasattr(value, "append"):
                 each[name] = list(value)
-    return (*streams, list(end._inbound), end._link, end.ended, end._attempt, end.is_finished)
+    core, attempt = end._core, getattr(end, "_attempt", 0)
+    return (*streams, list(end.inbound._queue), core.channel, core.ended, attempt, core.state)
 
 
-def come_back(end: TunnelEnd, link: Link, peer: Position = NOTHING) -> Position:
+def come_back(end: UserEnd, channel: Channel, peer: Position = NOTHING) -> Position:
     """The user's end resumes, and is answered; what it says of itself."""
     position = end.begin_resume()
-    end.on_resumed(link, peer)
+    end.on_resumed(channel, peer)
     return position
 
 
-def finish(end: TunnelEnd, link: Link) -> None:
+def finish(end: TunnelEnd, channel: Channel) -> None:
     """Both eofs and both acks, on that channel."""
-    end.send_eof()
-    end.on_ack(link, Ack(end.counts[0], 2**40, True))
-    end.on_eof(link, end._stream.into.received)
-    assert end.next_chunk() == b""
-    end.delivered_eof()
+    end.outbound.send_eof()
+    end.outbound.on_ack(channel, Ack(end.counts[0], 2**40, True))
+    end.inbound.on_eof(channel, end._core.stream.into.received)
+    assert end.inbound.next_chunk() == b""
+    end.inbound.delivered_eof()
     assert end.is_finished
 
 
@@ -124,90 +143,93 @@ def test_no_more_than_a_window_each_way_is_kept_however_often_it_is_cut() -> Non
     source = random.Random(1)
     tracemalloc.start()
     try:
-        link = new_link()
-        end = TunnelEnd(link, window)
+        channel = new_channel()
+        end = ClientEnd(channel, window)
         end.on_open(window, GRACE_S)
         # Both ways as much as there may be: nothing is acked, and nobody takes what came.
-        while size := min(end.credit(), 2 * MESSAGE_BYTES):
-            end.send(source.randbytes(size))
-            sent(link)
+        while size := min(end.outbound.credit(), 2 * MESSAGE_BYTES):
+            end.outbound.send(source.randbytes(size))
+            sent(channel)
         # So large it is only where that was needed.
-        end._stream.into._window.size = window
-        end._stream.into.limit = window
-        while end._stream.into.received < window:
-            room = window - end._stream.into.received
-            end.on_data(link, source.randbytes(min(MESSAGE_BYTES, room)))
+        end._core.stream.into._window.size = window
+        end._core.stream.into.limit = window
+        while end._core.stream.into.received < window:
+            room = window - end._core.stream.into.received
+            end.inbound.on_data(channel, source.randbytes(min(MESSAGE_BYTES, room)))
         for attempt in range(1, 6):
-            end.detach(link, LOST)
+            end.detach(channel, LOST)
             assert end.detached_bytes() == (pytest.approx(time.monotonic(), abs=60), 2 * window)
             held, _ = tracemalloc.get_traced_memory()
             assert held < 2 * (window + 2**20), attempt
-            link = new_link(attempt)
+            channel = new_channel(attempt)
             # As the first limit of a new leg is: most of it waits for credit.
-            end.accept_resume(link, Position(attempt, 0, WINDOW), attempt)
-            sent(link)
+            end.accept_resume(channel, Position(attempt, 0, WINDOW), attempt)
+            sent(channel)
     finally:
         tracemalloc.stop()
 
 
 # Deaf to all links but the newest.
 
-LATE: dict[str, Callable[[TunnelEnd, Link], Any]] = {
-    "data": lambda end, link: end.on_data(link, b"late"),
-    "too much data": lambda end, link: end.on_data(link, bytes(10 * WINDOW)),
-    "ack": lambda end, link: end.on_ack(link, Ack(0, 2**40, False)),
-    "impossible ack": lambda end, link: end.on_ack(link, Ack(2**40, 0, True)),
-    "eof": lambda end, link: end.on_eof(link, 0),
-    "wrong eof": lambda end, link: end.on_eof(link, 77),
-    "reset": lambda end, link: end.on_reset(link, GONE),
-    "detach": lambda end, link: end.detach(link, LOST),
-    "failure": lambda end, link: end.reset(RelayError("protocol_error", "x"), link),
+LATE: dict[str, Callable[[TunnelEnd, Channel], Any]] = {
+    "data": lambda end, channel: end.inbound.on_data(channel, b"late"),
+    "too much data": lambda end, channel: end.inbound.on_data(channel, bytes(10 * WINDOW)),
+    "ack": lambda end, channel: end.outbound.on_ack(channel, Ack(0, 2**40, False)),
+    "impossible ack": lambda end, channel: end.outbound.on_ack(channel, Ack(2**40, 0, True)),
+    "eof": lambda end, channel: end.inbound.on_eof(channel, 0),
+    "wrong eof": lambda end, channel: end.inbound.on_eof(channel, 77),
+    "reset": lambda end, channel: end.on_reset(channel, GONE),
+    "detach": lambda end, channel: end.detach(channel, LOST),
+    "failure": lambda end, channel: end.reset(RelayError("protocol_error", "x"), channel),
 }
 
 
 @pytest.mark.parametrize("name", LATE)
 @pytest.mark.parametrize("when", ["detached", "resumed", "answered"])
 def test_message_of_an_old_channel_changes_nothing(
-    end: TunnelEnd, first: Link, name: str, when: str
+    end: ClientEnd, user_end: UserEnd, first: Channel, name: str, when: str
 ) -> None:
     """Whatever it is, and however wrong; nothing is raised and nothing answered."""
-    end.on_data(first, b"before")
-    end.send(b"sent")
-    newest = new_link(2)
+    made: TunnelEnd = end if when == "answered" else user_end
+    made.inbound.on_data(first, b"before")
+    made.outbound.send(b"sent")
+    newest = new_channel(2)
     if when == "answered":  # The client's end: the old channel may still be there.
         end.accept_resume(newest, NOTHING, 1)
     else:
-        end.detach(first, LOST)
-        end.begin_resume()
+        user_end.detach(first, LOST)
+        user_end.begin_resume()
         if when == "resumed":
-            end.on_resumed(newest, NOTHING)
+            user_end.on_resumed(newest, NOTHING)
     sent(first), sent(newest)
-    before = state(end)
-    assert not LATE[name](end, first)
-    assert state(end) == before
+    before = state(made)
+    assert not LATE[name](made, first)
+    assert state(made) == before
     assert (sent(first), sent(newest)) == ([], [])
-    assert not end.is_at(first)
+    assert made._core.channel is not first
 
 
-def test_nothing_is_sent_while_detached_and_no_credit_is_given(end: TunnelEnd, first: Link) -> None:
+def test_nothing_is_sent_while_detached_and_no_credit_is_given(
+    user_end: UserEnd, first: Channel
+) -> None:
     """What the producer had read already is kept; it takes no more from its source."""
-    end.detach(first, LOST)
-    assert end.credit() == 0
-    end.send(b"was read already")
-    assert end.send_eof()
+    user_end.detach(first, LOST)
+    assert user_end.outbound.credit() == 0
+    user_end.outbound.send(b"was read already")
+    assert user_end.outbound.send_eof()
     assert sent(first) == []
-    newest = new_link(2)
-    come_back(end, newest)
+    newest = new_channel(2)
+    come_back(user_end, newest)
     assert sent(newest) == [b"was read already", {"type": "eof", "count": 16}]
 
 
-def test_what_waits_on_a_lost_leg_is_deleted(end: TunnelEnd, first: Link) -> None:
+def test_what_waits_on_a_lost_leg_is_deleted(user_end: UserEnd, first: Channel) -> None:
     """It is kept at this end, and sent again from there."""
-    end.send(b"x" * 1000)
-    end.detach(first, LOST)
+    user_end.outbound.send(b"x" * 1000)
+    user_end.detach(first, LOST)
     assert sent(first) == []
-    newest = new_link(2)
-    come_back(end, newest, Position(400, 400, WINDOW))
+    newest = new_channel(2)
+    come_back(user_end, newest, Position(400, 400, WINDOW))
     assert sent(newest) == [b"x" * 600]
 
 
@@ -217,94 +239,94 @@ def test_what_waits_on_a_lost_leg_is_deleted(end: TunnelEnd, first: Link) -> Non
 def test_lost_leg_ends_a_tunnel_without_grace_and_one_that_is_not_open() -> None:
     """There is nothing to come back to."""
     for is_open, grace_s in ((True, 0), (False, GRACE_S)):
-        link = new_link()
-        end = TunnelEnd(link, WINDOW)
+        channel = new_channel()
+        end = ClientEnd(channel, WINDOW)
         if is_open:
             end.on_open(WINDOW, grace_s)
-        assert not end.detach(link, LOST)
+        assert not end.detach(channel, LOST)
         assert end.ended is LOST
 
 
-def test_lost_leg_detaches_a_tunnel_with_grace_once(end: TunnelEnd, first: Link) -> None:
+def test_lost_leg_detaches_a_tunnel_with_grace_once(end: ClientEnd, first: Channel) -> None:
     """And tells so; a finished one it does not touch."""
     assert end.detach(first, LOST)
     assert not end.detach(first, LOST)
     assert (end.is_over, end.is_detached) == (False, True)
-    link = new_link()
-    other = TunnelEnd(link, WINDOW)
+    channel = new_channel()
+    other = ClientEnd(channel, WINDOW)
     other.on_open(WINDOW, GRACE_S)
-    finish(other, link)
-    assert not other.detach(link, LOST)
+    finish(other, channel)
+    assert not other.detach(channel, LOST)
     assert other.is_finished
 
 
-def test_loss_is_told_so_that_the_producer_looks(first: Link) -> None:
+def test_loss_is_told_so_that_the_producer_looks(first: Channel) -> None:
     """Pump-up must stop reading stdin; and go on when the tunnel is resumed."""
     told: list[int] = []
-    end: TunnelEnd
-    end = TunnelEnd(first, WINDOW, lambda: told.append(end.credit()))
+    end: UserEnd
+    end = UserEnd(first, WINDOW, lambda: told.append(end.outbound.credit()))
     end.on_open(1000, GRACE_S)
     end.detach(first, LOST)
-    come_back(end, new_link(), NOTHING._replace(limit=500))
+    come_back(end, new_channel(), NOTHING._replace(limit=500))
     assert told == [0, 500]
 
 
 def test_bytes_are_handed_on_while_detached_and_told_by_the_resume(
-    end: TunnelEnd, first: Link
+    user_end: UserEnd, first: Channel
 ) -> None:
     """The consumer knows of no leg."""
-    end.on_data(first, b"x" * 1000)
-    end.detach(first, LOST)
-    chunk = end.next_chunk()
-    end.delivered(len(chunk))
-    assert end.begin_resume() == Position(1000, 1000, 1000 + WINDOW)
+    user_end.inbound.on_data(first, b"x" * 1000)
+    user_end.detach(first, LOST)
+    chunk = user_end.inbound.next_chunk()
+    user_end.inbound.delivered(len(chunk))
+    assert user_end.begin_resume() == Position(1000, 1000, 1000 + WINDOW)
 
 
 def test_bytes_that_are_handed_on_while_the_resume_is_under_way_are_told_behind_it(
-    end: TunnelEnd, first: Link
+    user_end: UserEnd, first: Channel
 ) -> None:
     """An ack of what `resume` did not say yet, as soon as one is due."""
     for _ in range(2):
-        end.on_data(first, b"x" * 65_536)
-    end.detach(first, LOST)
-    assert end.begin_resume().delivered == 0
+        user_end.inbound.on_data(first, b"x" * 65_536)
+    user_end.detach(first, LOST)
+    assert user_end.begin_resume().delivered == 0
     for _ in range(2):
-        end.delivered(len(end.next_chunk()))
+        user_end.inbound.delivered(len(user_end.inbound.next_chunk()))
     assert sent(first) == []
-    newest = new_link(2)
-    end.on_resumed(newest, NOTHING)
+    newest = new_channel(2)
+    user_end.on_resumed(newest, NOTHING)
     (ack,) = sent(newest)
     assert (ack["type"], ack["delivered"]) == ("ack", 131_072)
 
 
 def test_eof_that_is_handed_on_while_detached_is_acked_when_it_is_said_again(
-    end: TunnelEnd, first: Link
+    user_end: UserEnd, first: Channel
 ) -> None:
     """Not before: the new channel has seen no eof yet."""
-    end.on_eof(first, 0)
-    end.detach(first, LOST)
-    assert end.next_chunk() == b""
-    end.delivered_eof()
-    newest = new_link(2)
-    come_back(end, newest)
+    user_end.inbound.on_eof(first, 0)
+    user_end.detach(first, LOST)
+    assert user_end.inbound.next_chunk() == b""
+    user_end.inbound.delivered_eof()
+    newest = new_channel(2)
+    come_back(user_end, newest)
     assert sent(newest) == []
-    end.on_eof(newest, 0)
+    user_end.inbound.on_eof(newest, 0)
     (ack,) = sent(newest)
     assert ack["eof"] is True
 
 
 def test_eof_that_is_handed_on_late_is_acked_once_on_the_channel_where_it_came(
-    end: TunnelEnd, first: Link
+    user_end: UserEnd, first: Channel
 ) -> None:
     """It was said again while the consumer still worked on it."""
-    end.on_eof(first, 0)
-    assert end.next_chunk() == b""
-    end.detach(first, LOST)
-    newest = new_link(2)
-    come_back(end, newest)
-    end.on_eof(newest, 0)
+    user_end.inbound.on_eof(first, 0)
+    assert user_end.inbound.next_chunk() == b""
+    user_end.detach(first, LOST)
+    newest = new_channel(2)
+    come_back(user_end, newest)
+    user_end.inbound.on_eof(newest, 0)
     assert sent(newest) == []
-    end.delivered_eof()
+    user_end.inbound.delivered_eof()
     (ack,) = sent(newest)
     assert ack["eof"] is True
 
@@ -314,14 +336,19 @@ def test_eof_that_is_handed_on_late_is_acked_once_on_the_channel_where_it_came(
 
 def test_consumer_and_producer_are_told_when_the_grace_is_over() -> None:
     """Whoever waits ends it, with the code of the loss."""
-    for wait, result in (("next_chunk", None), ("wait_credit", 0), ("wait_over", None)):
-        link = new_link()
-        end = TunnelEnd(link, WINDOW)
+    waits: list[tuple[Callable[[TunnelEnd], Any], Any]] = [
+        (lambda end: end.inbound.next_chunk(), None),
+        (lambda end: end.outbound.wait_credit(), 0),
+        (lambda end: end.wait_over(), None),
+    ]
+    for wait, result in waits:
+        channel = new_channel()
+        end = ClientEnd(channel, WINDOW)
         end.on_open(0, 0.05)
         results: list[Any] = []
-        thread = threading.Thread(target=lambda e=end, w=wait, r=results: r.append(getattr(e, w)()))
+        thread = threading.Thread(target=lambda e=end, w=wait, r=results: r.append(w(e)))
         thread.start()
-        end.detach(link, LOST)
+        end.detach(channel, LOST)
         thread.join(5.0)
         assert not thread.is_alive()
         assert results == [result]
@@ -329,9 +356,11 @@ def test_consumer_and_producer_are_told_when_the_grace_is_over() -> None:
 
 
 @pytest.mark.parametrize("look", ["must_stop", "resume_left_s"])
-def test_grace_is_over_at_its_second(end: TunnelEnd, first: Link, clock: Clock, look: str) -> None:
+def test_grace_is_over_at_its_second(
+    end: ClientEnd, first: Channel, clock: Clock, look: str
+) -> None:
     """Whoever looks then ends it; nothing is handed on any more."""
-    end.on_data(first, b"queued")
+    end.inbound.on_data(first, b"queued")
     end.detach(first, LOST)
     clock.advance(GRACE_S - 0.001)
     getattr(end, look)()
@@ -339,15 +368,15 @@ def test_grace_is_over_at_its_second(end: TunnelEnd, first: Link, clock: Clock, 
     clock.advance(0.001)
     getattr(end, look)()
     assert end.ended is LOST
-    assert end.next_chunk() is None
-    assert end._stream.out.kept_bytes == 0
+    assert end.inbound.next_chunk() is None
+    assert end._core.stream.out.kept_bytes == 0
 
 
-def test_grace_begins_anew_with_each_loss(end: TunnelEnd, first: Link, clock: Clock) -> None:
+def test_grace_begins_anew_with_each_loss(end: ClientEnd, first: Channel, clock: Clock) -> None:
     """A tunnel that was back may wait as long again."""
     end.detach(first, LOST)
     clock.advance(GRACE_S - 1)
-    newest = new_link(2)
+    newest = new_channel(2)
     end.accept_resume(newest, NOTHING, 1)
     clock.advance(10 * GRACE_S)
     assert not end.must_stop()
@@ -358,14 +387,14 @@ def test_grace_begins_anew_with_each_loss(end: TunnelEnd, first: Link, clock: Cl
     assert end.must_stop()
 
 
-def test_only_one_who_waits_is_given_up(end: TunnelEnd, first: Link) -> None:
+def test_only_one_who_waits_is_given_up(end: ClientEnd, first: Channel) -> None:
     """One that was resumed a moment before is not: its peer would never hear of it."""
     assert not end.give_up(LOST)
     end.detach(first, LOST)
-    end.accept_resume(new_link(2), NOTHING, 1)
+    end.accept_resume(new_channel(2), NOTHING, 1)
     assert not end.give_up(LOST)
     assert end.ended is None
-    newest = new_link(3)
+    newest = new_channel(3)
     end.accept_resume(newest, NOTHING, 2)
     end.detach(newest, LOST)
     assert end.give_up(LOST)
@@ -376,14 +405,14 @@ def test_only_one_who_waits_is_given_up(end: TunnelEnd, first: Link) -> None:
 
 
 def test_accepted_resume_is_answered_before_all_else_on_the_new_channel(
-    end: TunnelEnd, first: Link
+    end: ClientEnd, first: Channel
 ) -> None:
     """resumed, replay, eof; the channel before hears that it is over."""
-    end.on_data(first, b"came")
-    end.send(b"0123456789")
-    end.send_eof()
+    end.inbound.on_data(first, b"came")
+    end.outbound.send(b"0123456789")
+    end.outbound.send_eof()
     sent(first)
-    newest = new_link(2)
+    newest = new_channel(2)
     end.accept_resume(newest, Position(4, 3, WINDOW), 1)
     assert sent(newest) == [
         {"type": "resumed", "received": 4, "delivered": 0, "limit": WINDOW},
@@ -394,30 +423,30 @@ def test_accepted_resume_is_answered_before_all_else_on_the_new_channel(
     assert end.ended is None
 
 
-def test_superseded_channel_loses_what_it_had_to_send(end: TunnelEnd, first: Link) -> None:
+def test_superseded_channel_loses_what_it_had_to_send(end: ClientEnd, first: Channel) -> None:
     """It would only be dropped at the other end."""
-    end.send(b"x" * 1000)
-    end.accept_resume(new_link(2), NOTHING, 1)
+    end.outbound.send(b"x" * 1000)
+    end.accept_resume(new_channel(2), NOTHING, 1)
     assert kinds(first) == ["reset"]
 
 
-def test_detached_tunnel_has_no_channel_to_reset(end: TunnelEnd, first: Link) -> None:
+def test_detached_tunnel_has_no_channel_to_reset(end: ClientEnd, first: Channel) -> None:
     """Its leg is gone, or the server said that the channel is."""
     end.detach(first, LOST)
-    end.accept_resume(new_link(2), NOTHING, 1)
+    end.accept_resume(new_channel(2), NOTHING, 1)
     assert sent(first) == []
 
 
 @pytest.mark.parametrize("attempt", [0, 4, 5])
 def test_attempt_that_is_not_newer_is_refused_and_changes_nothing(
-    end: TunnelEnd, first: Link, attempt: int
+    end: ClientEnd, first: Channel, attempt: int
 ) -> None:
     """However late it comes, and whatever else it says."""
-    newest = new_link(2)
+    newest = new_channel(2)
     end.accept_resume(newest, NOTHING, 5)
     sent(first), sent(newest)
     before = state(end)
-    late = new_link(3)
+    late = new_channel(3)
     for peer in (NOTHING, Position(99, 99, 0)):
         with pytest.raises(RelayError) as caught:
             end.accept_resume(late, peer, attempt)
@@ -428,13 +457,13 @@ def test_attempt_that_is_not_newer_is_refused_and_changes_nothing(
 
 
 def test_impossible_counts_are_refused_and_their_attempt_does_not_count(
-    end: TunnelEnd, first: Link
+    end: ClientEnd, first: Channel
 ) -> None:
     """The same attempt with true counts is accepted."""
-    end.send(b"abc")
+    end.outbound.send(b"abc")
     sent(first)
     before = state(end)
-    late = new_link(2)
+    late = new_channel(2)
     with pytest.raises(TunnelError):
         end.accept_resume(late, Position(4, 0, WINDOW), 1)
     assert state(end) == before
@@ -443,47 +472,47 @@ def test_impossible_counts_are_refused_and_their_attempt_does_not_count(
     assert end.is_at(late)
 
 
-def test_ended_tunnel_answers_with_its_code(end: TunnelEnd, first: Link) -> None:
+def test_ended_tunnel_answers_with_its_code(end: ClientEnd, first: Channel) -> None:
     """The first reason, with its sentence."""
     end.reset(RelayError("target_lost", "the target is gone"))
-    late = new_link(2)
+    late = new_channel(2)
     with pytest.raises(RelayError, match="the target is gone") as caught:
         end.accept_resume(late, NOTHING, 1)
     assert caught.value.code == "target_lost"
     assert sent(late) == []
 
 
-def test_finished_tunnel_is_resumed_and_finishes_again(end: TunnelEnd, first: Link) -> None:
+def test_finished_tunnel_is_resumed_and_finishes_again(end: ClientEnd, first: Channel) -> None:
     """The peer's last ack was lost: both eofs are said and acked again."""
-    end.on_data(first, b"up")
-    end.delivered(len(end.next_chunk()))
-    end.send(b"down")
+    end.inbound.on_data(first, b"up")
+    end.inbound.delivered(len(end.inbound.next_chunk()))
+    end.outbound.send(b"down")
     finish(end, first)
     end.forget()
     for number in (2, 3):
-        newest = new_link(number)
+        newest = new_channel(number)
         end.accept_resume(newest, Position(4, 4, WINDOW), number)
         assert not end.is_finished
-        end.on_eof(newest, 2)
+        end.inbound.on_eof(newest, 2)
         answer = sent(newest)
         # An ack is in the fast lane.
         assert [frame["type"] for frame in answer] == ["resumed", "ack", "eof"]
         assert (answer[1]["delivered"], answer[1]["eof"], answer[2]["count"]) == (2, True, 4)
-        end.on_ack(newest, Ack(4, WINDOW, True))
+        end.outbound.on_ack(newest, Ack(4, WINDOW, True))
         assert end.is_finished
 
 
 def test_finished_tunnel_that_is_resumed_may_lose_its_leg_again(
-    end: TunnelEnd, first: Link
+    end: ClientEnd, first: Channel
 ) -> None:
     """Until the grace is over, as often as it happens."""
     finish(end, first)
-    second, third = new_link(2), new_link(3)
+    second, third = new_channel(2), new_channel(3)
     end.accept_resume(second, NOTHING, 1)
     assert end.detach(second, LOST)
     end.accept_resume(third, NOTHING, 2)
-    end.on_eof(third, 0)
-    end.on_ack(third, Ack(0, WINDOW, True))
+    end.inbound.on_eof(third, 0)
+    end.outbound.on_ack(third, Ack(0, WINDOW, True))
     assert end.is_finished
 
 
@@ -502,79 +531,79 @@ def test_finished_tunnel_that_is_resumed_may_lose_its_leg_again(
 )
 def test_only_an_end_with_an_answer_can_be_asked(how: str, can: bool, clock: Clock) -> None:
     """One that the user ended is forgotten, and nobody asks for one without grace."""
-    link = new_link()
-    end = TunnelEnd(link, WINDOW)
+    channel = new_channel()
+    end = ClientEnd(channel, WINDOW)
     if how != "never open":
         end.on_open(WINDOW, 0 if how == "no grace" else GRACE_S)
     if how.startswith("finished"):
-        finish(end, link)
+        finish(end, channel)
     if how == "finished, resumed":
-        end.accept_resume(new_link(2), NOTHING, 1)
+        end.accept_resume(new_channel(2), NOTHING, 1)
     if how == "reset here":
         end.reset(RelayError("target_reset", "x"))
     if how == "reset there":
-        end.on_reset(link, GONE)
+        end.on_reset(channel, GONE)
     if how == "expired":
-        end.detach(link, LOST)
+        end.detach(channel, LOST)
         clock.advance(GRACE_S)
         assert end.must_stop()
     assert end.can_be_asked == can
 
 
 def test_target_that_resets_while_detached_is_told_behind_what_it_had_said(
-    end: TunnelEnd, first: Link
+    end: ClientEnd, first: Channel
 ) -> None:
     """The bytes that were kept go out after the resume, then the reset; a limit holds them up."""
-    end.send(b"said before")
+    end.outbound.send(b"said before")
     end.detach(first, LOST)
     end.reset(RelayError("target_reset", "the target reset the connection"))
     assert not end.is_over
-    second = new_link(2)
+    second = new_channel(2)
     end.accept_resume(second, Position(0, 0, 4), 1)
     assert kinds(second) == ["resumed", "data"]
-    end.on_ack(second, Ack(4, 100, False))
+    end.outbound.on_ack(second, Ack(4, 100, False))
     assert kinds(second) == ["data", "reset"]
     assert end.ended is not None
     assert end.ended.code == "target_reset"
     with pytest.raises(RelayError) as caught:
-        end.accept_resume(new_link(3), NOTHING, 2)
+        end.accept_resume(new_channel(3), NOTHING, 2)
     assert caught.value.code == "target_reset"
 
 
 # Resumed, at the user's end.
 
 
-def test_resume_that_comes_after_the_end_is_not_attached(end: TunnelEnd, first: Link) -> None:
+def test_resume_that_comes_after_the_end_is_not_attached(user_end: UserEnd, first: Channel) -> None:
     """The user went away while it was asked for."""
-    end.detach(first, LOST)
-    end.begin_resume()
-    end.reset(GONE)
-    newest = new_link(2)
-    end.on_resumed(newest, Position(77, 0, 0))
+    user_end.detach(first, LOST)
+    user_end.begin_resume()
+    user_end.reset(GONE)
+    newest = new_channel(2)
+    user_end.on_resumed(newest, Position(77, 0, 0))
     assert sent(newest) == []
-    assert not end.is_at(newest)
+    assert user_end._core.channel is not newest
 
 
 def test_impossible_answer_is_an_error_and_the_tunnel_stays_detached(
-    end: TunnelEnd, first: Link
+    user_end: UserEnd, first: Channel
 ) -> None:
     """The caller ends it, or tries again."""
-    end.detach(first, LOST)
-    end.begin_resume()
+    user_end.detach(first, LOST)
+    user_end.begin_resume()
     with pytest.raises(TunnelError):
-        end.on_resumed(new_link(2), Position(1, 0, WINDOW))
-    assert end.is_detached
+        user_end.on_resumed(new_channel(2), Position(1, 0, WINDOW))
+    assert user_end.is_detached
 
 
 def test_end_that_was_told_of_no_change_can_begin_to_resume_again(
-    end: TunnelEnd, first: Link
+    user_end: UserEnd, first: Channel
 ) -> None:
     """A resume that gets no answer; the position is read anew."""
-    end.on_data(first, b"abc")
-    end.detach(first, LOST)
-    assert end.begin_resume() == Position(3, 0, WINDOW)
-    end.delivered(len(end.next_chunk()))
-    assert end.begin_resume() == Position(3, 3, WINDOW + 3)
+    user_end.inbound.on_data(first, b"abc")
+    user_end.detach(first, LOST)
+    assert user_end.begin_resume() == Position(3, 0, WINDOW)
+    user_end.inbound.delivered(len(user_end.inbound.next_chunk()))
+    assert user_end.begin_resume() == Position(3, 3, WINDOW + 3)
 
 
 # Threads.
@@ -601,9 +630,9 @@ def together(*jobs: Callable[[], object]) -> None:
         raise errors[0]
 
 
-def accepts(end: TunnelEnd, link: Link, attempt: int, answers: dict[int, str]) -> None:
+def accepts(end: ClientEnd, channel: Channel, attempt: int, answers: dict[int, str]) -> None:
     try:
-        end.accept_resume(link, NOTHING, attempt)
+        end.accept_resume(channel, NOTHING, attempt)
         answers[attempt] = "resumed"
     except RelayError as exc:
         answers[attempt] = exc.code
@@ -614,19 +643,22 @@ def test_of_resumes_at_once_the_newest_attempt_has_the_tunnel() -> None:
     """In any order; each link before it hears `superseded`, or was refused so."""
     orders = set()
     for _ in range(150):
-        first = new_link()
-        end = TunnelEnd(first, WINDOW)
+        first = new_channel()
+        end = ClientEnd(first, WINDOW)
         end.on_open(WINDOW, GRACE_S)
-        links = {attempt: new_link(attempt + 1) for attempt in (1, 2, 3)}
+        channels = {attempt: new_channel(attempt + 1) for attempt in (1, 2, 3)}
         answers: dict[int, str] = {}
         together(
-            *[lambda a=a, e=end, li=links, an=answers: accepts(e, li[a], a, an) for a in (3, 1, 2)],
+            *[
+                lambda a=a, e=end, li=channels, an=answers: accepts(e, li[a], a, an)
+                for a in (3, 1, 2)
+            ],
             lambda e=end, f=first: e.detach(f, LOST),
         )
         assert answers[3] == "resumed"
-        assert end.is_at(links[3])
-        for attempt, link in links.items():
-            frames = sent(link)
+        assert end.is_at(channels[3])
+        for attempt, channel in channels.items():
+            frames = sent(channel)
             if answers[attempt] == "superseded":
                 assert frames == []
             elif attempt == 3:
@@ -644,10 +676,10 @@ def test_resume_and_expiry_at_once_leave_a_tunnel_that_lives_or_one_that_ended()
     seen = set()
     for number in range(300):
         is_given_up = number % 3 == 0
-        first = new_link()
-        end = TunnelEnd(first, WINDOW)
+        first = new_channel()
+        end = ClientEnd(first, WINDOW)
         end.on_open(WINDOW, 0.0002 * (number % 5) + 1e-6)
-        newest = new_link(2)
+        newest = new_channel(2)
         answers: dict[int, str] = {}
         end.detach(first, LOST)
         together(
@@ -671,14 +703,14 @@ def test_resume_and_expiry_at_once_leave_a_tunnel_that_lives_or_one_that_ended()
 def test_late_messages_during_a_resume_are_taken_whole_or_not_at_all() -> None:
     """`received` is read when the old channel is deaf: what it says is what was taken."""
     for _ in range(150):
-        first = new_link()
-        end = TunnelEnd(first, WINDOW)
+        first = new_channel()
+        end = ClientEnd(first, WINDOW)
         end.on_open(WINDOW, GRACE_S)
-        newest = new_link(2)
+        newest = new_channel(2)
 
-        def late(end: TunnelEnd = end, first: Link = first) -> None:
+        def late(end: ClientEnd = end, first: Channel = first) -> None:
             for _ in range(20):
-                end.on_data(first, b"0123456789")
+                end.inbound.on_data(first, b"0123456789")
 
         together(
             late,
@@ -686,8 +718,8 @@ def test_late_messages_during_a_resume_are_taken_whole_or_not_at_all() -> None:
             lambda e=end, f=first: e.detach(f, LOST),
         )
         (resumed,) = sent(newest)
-        assert resumed["received"] == end._stream.into.received
-        assert sum(map(len, end._inbound)) == resumed["received"]
+        assert resumed["received"] == end._core.stream.into.received
+        assert sum(map(len, end.inbound._queue)) == resumed["received"]
         assert end.is_at(newest)
 
 
@@ -695,9 +727,10 @@ class Line:
     """Two ends, and what they say to each other from channel to channel, until each is cut."""
 
     def __init__(self) -> None:
-        self.links = (new_link(), new_link())
-        self.user, self.client = (TunnelEnd(link, WINDOW) for link in self.links)
-        self.ends = (self.user, self.client)
+        self.channels = (new_channel(), new_channel())
+        self.user = UserEnd(self.channels[0], WINDOW)
+        self.client = ClientEnd(self.channels[1], WINDOW)
+        self.ends: tuple[TunnelEnd, TunnelEnd] = (self.user, self.client)
         for end in self.ends:
             end.on_open(WINDOW, GRACE_S)
         self.lost = threading.Event()
@@ -721,45 +754,45 @@ class Line:
         """Start both ways of the present channel; each is lost after so many messages."""
         self.lost.clear()
         for which in (0, 1):
-            self.start(self._carry, which, self.links, most[which])
+            self.start(self._carry, which, self.channels, most[which])
 
-    def _carry(self, which: int, links: tuple[Link, Link], most: int) -> None:
-        other, link = self.ends[1 - which], links[1 - which]
+    def _carry(self, which: int, channels: tuple[Channel, Channel], most: int) -> None:
+        other, channel = self.ends[1 - which], channels[1 - which]
         for _ in range(most):
-            frame = take(links[which].outbox)
+            frame = take(channels[which].outbox)
             if frame is None:
                 return
             if frame.opcode == OP_BINARY:
-                other.on_data(link, frame.payload)
+                other.inbound.on_data(channel, frame.payload)
                 continue
             control = json.loads(frame.payload)
             kind = control.pop("type")
             control.pop("channel")
             if kind == "eof":
-                other.on_eof(link, control["count"])
+                other.inbound.on_eof(channel, control["count"])
             elif kind == "ack":
-                other.on_ack(link, Ack(**control))
+                other.outbound.on_ack(channel, Ack(**control))
             elif kind == "resumed":
-                other.on_resumed(link, Position(**control))
+                self.user.on_resumed(channel, Position(**control))
         self.lost.set()
 
     def cut(self) -> None:
         """Lose the present channel with what is on it; both ends hear of it."""
-        for link in self.links:
-            link.outbox.stop()
-        for end, link in zip(self.ends, self.links, strict=True):
-            end.detach(link, LOST)
+        for channel in self.channels:
+            channel.outbox.stop()
+        for end, channel in zip(self.ends, self.channels, strict=True):
+            end.detach(channel, LOST)
 
     def resume(self, attempt: int, *most: int) -> None:
         """The user comes back on a new channel, which is lost after so many messages."""
-        self.links = (new_link(), new_link())
-        self.client.accept_resume(self.links[1], self.user.begin_resume(), attempt)
+        self.channels = (new_channel(), new_channel())
+        self.client.accept_resume(self.channels[1], self.user.begin_resume(), attempt)
         self.carry(*most)
 
     def stop(self) -> None:
-        for end, link in zip(self.ends, self.links, strict=True):
+        for end, channel in zip(self.ends, self.channels, strict=True):
             end.on_end(LOST)
-            link.outbox.stop()
+            channel.outbox.stop()
         for thread in self.threads:
             thread.join()
 
@@ -767,19 +800,19 @@ class Line:
 def produce(end: TunnelEnd, data: bytes) -> None:
     at = 0
     while at < len(data):
-        size = min(end.wait_credit(), 20_001)
+        size = min(end.outbound.wait_credit(), 20_001)
         assert size, "the tunnel ended"
-        end.send(data[at : at + size])
+        end.outbound.send(data[at : at + size])
         at += size
-    assert end.send_eof()
+    assert end.outbound.send_eof()
 
 
 def consume(end: TunnelEnd, got: bytearray) -> None:
-    while chunk := end.next_chunk():
+    while chunk := end.inbound.next_chunk():
         got += chunk
-        end.delivered(len(chunk))
+        end.inbound.delivered(len(chunk))
     assert chunk == b"", "the tunnel ended"
-    end.delivered_eof()
+    end.inbound.delivered_eof()
 
 
 @pytest.mark.usefixtures("fast_switching")

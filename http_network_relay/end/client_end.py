@@ -1,0 +1,92 @@
+"""The client's end of a tunnel: answers a resume, or gives up to wait for one."""
+
+from __future__ import annotations
+
+import time
+
+from http_network_relay.end.channel import Channel
+from http_network_relay.end.state import EndState
+from http_network_relay.end.stream import Position
+from http_network_relay.end.tunnel_end import TunnelEnd
+from http_network_relay.wire.controls import Resumed
+from http_network_relay.wire.errors import RelayError
+
+
+class ClientEnd(TunnelEnd):
+    """The end that is resumed. The state lock guards `_attempt`, of the newest `resume`."""
+
+    _attempt = 0
+
+    @property
+    def can_be_asked(self) -> bool:
+        """Whether a resume has an answer: the tunnel lives, has finished, or was reset here."""
+        return self.grace_s > 0 and self._core.state not in (EndState.ENDED, EndState.EXPIRED)
+
+    def is_at(self, channel: Channel) -> bool:
+        """Whether `channel` carries the tunnel now."""
+        return self._core.channel is channel and not self._core.state.is_over
+
+    def detached_bytes(self) -> tuple[float, int] | None:
+        """Return since when the end is detached and how many bytes it keeps; else None."""
+        with self._core.lock:
+            if self._core.state is not EndState.DETACHED:
+                return None
+            into = self._core.stream.into
+            kept = self._core.stream.out.kept_bytes + into.received - into.delivered
+            return self._core.detached_at, kept
+
+    def must_stop(self) -> bool:
+        """Whether the time to deliver what came before the end has passed."""
+        with self._core.lock:
+            self._core.expire_locked()
+        return self._core.state.has_error and time.monotonic() >= self._core.deliver_until
+
+    def deliver_left_s(self) -> float:
+        """Return the seconds that are left of that time; only after the end."""
+        return max(0.0, self._core.deliver_until - time.monotonic())
+
+    def give_up(self, error: RelayError) -> bool:
+        """End a tunnel that waits for a resume; False if it does not wait (any more)."""
+        with self._core.lock:
+            if self._core.state is not EndState.DETACHED:
+                return False
+            self._core.end_locked(EndState.ENDED, error)
+        self._core.on_change()
+        return True
+
+    def accept_resume(self, channel: Channel, peer: Position, attempt: int) -> None:
+        """Go on, on `channel`, and answer `resumed`; the channel before is told to end.
+
+        Raises:
+            TunnelError: The counts cannot be true.
+            RelayError: The tunnel has ended with an error, or a newer attempt has come.
+                Neither changes anything.
+        """
+        core = self._core
+        with core.lock:
+            if core.ended is not None:
+                raise RelayError(core.ended.code, str(core.ended))
+            if attempt <= self._attempt:
+                raise RelayError("superseded", "a newer connection has resumed the tunnel")
+            core.stream.out.check_resume(peer)
+            self._attempt = attempt
+            old = core.channel
+            channel.put_first(Resumed(*core.stream.into.resume()))
+            self._attach_locked(channel, peer)
+        channel.push()
+        if old is not None:
+            old.put_reset(RelayError("superseded", "the tunnel was resumed on another channel"))
+
+    def fail_consumer(self, error: RelayError) -> None:
+        """Note that the target takes no more bytes.
+
+        The peer is told after the last byte that the target has sent.
+        """
+        if self.outbound.fail_consumer():
+            self.reset(error)
+
+    def forget(self) -> None:
+        """Free all bytes: the tunnel is over and its threads have ended."""
+        self.inbound.clear()
+        with self._core.lock:
+            self._core.stream.out.forget()
