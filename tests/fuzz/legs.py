@@ -65,8 +65,8 @@ class _Faults(logging.Handler):
         # The client logs a server's protocol violation as an error with a sentence.
         is_peers = record.msg == "leg failed: %s" and not record.exc_info
         if record.exc_info or "internal_error" in line or (record.levelno >= 40 and not is_peers):
-            told = record.exc_info[1] if record.exc_info else None
-            trace = "".join(traceback.format_exception(told)) if told is not None else ""
+            error = record.exc_info[1] if record.exc_info else None
+            trace = "".join(traceback.format_exception(error)) if error is not None else ""
             self.found.append(f"{record.name}: {line}\n{trace}")
 
     def on_dead_thread(self, args: Any) -> None:
@@ -144,7 +144,7 @@ class GoodUser:
 
     def _on_control(self, payload: bytes) -> None:
         if b'"ack"' not in payload and b'"opened"' not in payload:
-            raise Violation(f"the good user was told {payload!r}")
+            raise Violation(f"the good user received {payload!r}")
         self._limit = int(payload.partition(b'"limit":')[2].partition(b",")[0].rstrip(b"}"))
 
     def check(self) -> None:
@@ -330,7 +330,7 @@ class World:
             if tunnel not in self._good_tunnels:
                 channel = tunnel.end._core.channel
                 if channel and channel.outbox is not self._good_run.connection.outbox:
-                    raise Violation(f"{tunnel.about} was not told that its leg has ended")
+                    raise Violation(f"{tunnel.about} did not learn that its leg has ended")
                 tunnel.end.reset(RelayError("user_lost", "the end of the rounds"))
         self._wait(self._left_threads, "threads are left")
         self._target.forget()
