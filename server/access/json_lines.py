@@ -12,13 +12,17 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _WORD = re.compile(r"-?[0-9][0-9.eE+-]*|true|false|null")
 
 
-class JsonError(ValueError):
-    """What is no JSON, or has a key twice; `line` counts from 1. Quotes nothing."""
+class LineError(ValueError):
+    """A line of a file is wrong; `line` counts from 1."""
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
         self.message = message
         self.line = line
+
+
+class JsonError(LineError):
+    """The content is no JSON, or has a key twice. The message quotes nothing of it."""
 
 
 @dataclass(frozen=True)

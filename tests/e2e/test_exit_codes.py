@@ -13,11 +13,11 @@ import pytest
 
 from tests.support import debian
 from tests.support.certs import Certs
-from tests.support.early import CLIENTS, OFFLINE, Slow
 from tests.support.flows import AT_ONCE_S, Mark, count, lines_since, relay_argv
 from tests.support.ports import free_port
 from tests.support.processes import (
     CLIENT_NAME,
+    CLIENT_SECRET,
     CREDENTIALS,
     TOKEN,
     Finished,
@@ -41,11 +41,13 @@ from tests.support.waiting import eventually
 LOST, USAGE, SECRET, CLIENT, TARGET, SERVER = 1, 2, 3, 4, 5, 6
 SIGPIPE_STATUS = 128 + signal.SIGPIPE
 WRONG_TOKEN = "pu-wrong-wrong-wrong-wrong-wrong"
-# The client's dial of a target that does not answer, and what the programs need beside it.
+# Time limit of the client's dial of a target.
 DIAL_S = 10.0
-# The proxy command's patience with a client that does not answer at all.
+# Time limit of the proxy command for an answer of the client.
 OPEN_S = 15.0
 PROXY_PASSWORD = "pw-Zk3vB9uXn5"
+OFFLINE = "switched-off"
+CLIENTS = {CLIENT_NAME: CLIENT_SECRET, OFFLINE: "cs-of-a-device-that-is-switched-off"}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,35 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
         yield running
         # However all the proxy commands ended, no tunnel is left.
         Mark.now(running)
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Proxy commands whose end takes many seconds."""
+
+    target_is_silent: Pipes
+    client_is_silent: Pipes
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slow]:
+    """Two slow proxy commands on a relay of their own, which nothing else disturbs."""
+    credentials = {**CREDENTIALS, "clients": CLIENTS}
+    with (
+        running_relay(tmp_path_factory.mktemp("slow"), credentials=credentials) as relay,
+        RawClient(relay.url, OFFLINE, CLIENTS[OFFLINE]),
+        black_hole_port() as port,
+        relay.proxy(port) as target_is_silent,
+        relay.proxy(port, name=OFFLINE) as client_is_silent,
+    ):
+        yield Slow(target_is_silent, client_is_silent)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _slow_begins_early(request: pytest.FixtureRequest) -> None:
+    """Begin what takes 15 s before the first test of this file, if a test of this run wants it."""
+    if any("slow" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("slow")
 
 
 def check_failed(done: Finished, status: int, *words: str) -> None:
@@ -437,7 +468,7 @@ def test_tunnel_opens_when_the_server_restarts_during_its_open(tmp_path: Path) -
         assert proxy.lines == []
 
 
-# The slowest.
+# Timeouts of a dial and of an open.
 
 
 def test_target_timeout_is_said_when_it_never_answers(slow: Slow) -> None:

@@ -1,4 +1,4 @@
-"""`pip install .` and the script alone: what a newcomer has, without this project's folder."""
+"""`pip install .` and the script alone, as a new user has them, without the project's folder."""
 
 import json
 import os
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.early import Installation
 from tests.support.flows import run, side_by_side
 from tests.support.ports import free_port
 from tests.support.processes import (
     CLIENT_NAME,
     CLIENT_SECRET,
+    ROOT,
     TOKEN,
     Finished,
     Pipes,
@@ -28,12 +28,22 @@ from tests.support.processes import (
 )
 from tests.support.targets import EchoTarget
 
+# The parts of the project that `pip install .` needs.
+PARTS = (
+    "http_network_relay",
+    "client",
+    "server",
+    "ssh_proxy_command.py",
+    "wsgi.py",
+    "pyproject.toml",
+    "README.md",
+)
 COMMANDS = ("server", "client", "ssh-proxy-command")
 DEBIAN_PYTHON = "/usr/bin/python3"
 INSTALL_S = 120.0
 pytestmark = pytest.mark.timeout(2 * INSTALL_S)
 HINT = "pip install websocket-client"
-# What the script promises (its inline metadata says the same).
+# The script's oldest Python; its inline metadata says the same.
 OLDEST = (3, 9)
 MINORS = range(OLDEST[1], 20)
 
@@ -47,11 +57,25 @@ def clean_environment(**extra: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def installed(installation: Installation) -> Path:
-    """The folder of the installed commands."""
-    status = installation.process.wait(INSTALL_S)
-    assert status == 0, installation.process.text
-    return installation.bin_folder
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install a copy, because a build leaves folders behind; return the commands' folder."""
+    folder = tmp_path_factory.mktemp("install")
+    project, environment = folder / "project", folder / "venv"
+    project.mkdir()
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, project / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, project / part)
+    # This environment's pip can install there: a pip of its own would cost seconds. Python
+    # compiles what it imports, so pip need not compile all.
+    venv.create(environment, with_pip=False, symlinks=True)
+    argv = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python")]
+    argv += ["--quiet", "--disable-pip-version-check", "install", "--no-compile", str(project)]
+    with Proc(argv, env=clean_environment(), cwd=folder) as process:
+        assert process.wait(INSTALL_S) == 0, process.text
+    return environment / "bin"
 
 
 @pytest.fixture(scope="module")

@@ -450,7 +450,7 @@ def test_stream_counts_as_the_vector_says(shared: Any, vector: dict[str, Any]) -
 def play_counter(directions: list[FlowCounters], step: Mapping[str, Any]) -> Any:
     direction = directions[step["tunnel"]]
     if step["do"] == "first_limit":
-        return direction.grant(step["limit"])
+        return direction.raise_limit(step["limit"])
     if step["do"] == "ack":
         return direction.on_ack(step["delivered"], step["limit"], step["eof"])
     if step["do"] == "data":

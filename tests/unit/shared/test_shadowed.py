@@ -61,7 +61,7 @@ def test_rule_allows_all_that_a_rule_it_includes_allows(
             assert wide.target.allows_address(host, port)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None)
 @given(st.lists(RULES, max_size=6))
 def test_shadowed_rule_is_found_when_there_is_one(rules: list[AccessRule]) -> None:
     """The same answer as that of comparing each with each."""
