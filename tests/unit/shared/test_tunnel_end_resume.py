@@ -734,6 +734,8 @@ class Line:
         for end in self.ends:
             end.on_open(WINDOW, GRACE_S)
         self.lost = threading.Event()
+        # The user takes the answer of the newest leg only: one thread asks and reads it.
+        self.asking = threading.Lock()
         self.errors: list[BaseException] = []
         self.threads: list[threading.Thread] = []
 
@@ -773,7 +775,9 @@ class Line:
             elif kind == "ack":
                 other.outbound.on_ack(channel, Ack(**control))
             elif kind == "resumed":
-                self.user.on_resumed(channel, Position(**control))
+                with self.asking:
+                    if channels is self.channels:
+                        self.user.on_resumed(channel, Position(**control))
         self.lost.set()
 
     def cut(self) -> None:
@@ -785,7 +789,8 @@ class Line:
 
     def resume(self, attempt: int, *most: int) -> None:
         """The user comes back on a new channel, which is lost after so many messages."""
-        self.channels = (new_channel(), new_channel())
+        with self.asking:
+            self.channels = (new_channel(), new_channel())
         self.client.accept_resume(self.channels[1], self.user.begin_resume(), attempt)
         self.carry(*most)
 
