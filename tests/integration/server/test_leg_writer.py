@@ -21,7 +21,8 @@ from server.legs.leg import Leg
 from server.legs.sender import LegSender
 from server.legs.timer import Timer
 from server.legs.websocket import close_frame
-from tests.support.pairs import read_frame, tcp_pair
+from tests.support.certs import Certs
+from tests.support.pairs import read_frame, tcp_pair, tls_pair
 from tests.support.taking import put_data
 from tests.support.waiting import eventually
 
@@ -44,7 +45,7 @@ class OneWay:
         return OP_CLOSE, CLOSE_NORMAL if self.duplex.recv(1) else ABNORMAL_CLOSURE
 
     def finish_sending(self) -> None:
-        self._sock.shutdown(socket.SHUT_WR)
+        socket.socket.shutdown(self._sock, socket.SHUT_WR)
 
     def abort(self) -> None:
         self.duplex.abort()
@@ -72,8 +73,11 @@ def new_leg(sock: socket.socket, sender: LegSender) -> LegWithoutTunnels:
 class Served:
     """A leg that is served, by its reader and a sender, and the other end."""
 
-    def __init__(self, sender: LegSender) -> None:
+    def __init__(self, sender: LegSender, certs: Certs | None = None) -> None:
+        """With `certs` over TLS."""
         self.near, self.far = tcp_pair()
+        if certs is not None:
+            self.near, self.far = tls_pair(certs, self.near, self.far)
         self.far.settimeout(10)
         self.leg = new_leg(self.near, sender)
         self.outbox = self.leg.outbox
@@ -158,6 +162,21 @@ def test_rest_is_sent_when_the_peer_reads(served: Served) -> None:
     eventually(lambda: not served.outbox.is_full)
     served.outbox.push()
     assert read_frame(served.far) == (OP_TEXT, b"pushed")
+    served.leg.end(CLOSE_RESTART, "server_restart")
+    assert read_frame(served.far) == CLOSE
+    served.end()
+
+
+@pytest.mark.debian("openssl")
+def test_rest_is_sent_over_tls(sender: LegSender, certs: Certs) -> None:
+    """The same bytes are offered again after WANT_WRITE, else OpenSSL ends the connection."""
+    served = Served(sender, certs)
+    for number in range(64):
+        put_data(served.outbox, 1, b"head", bytes([number]) * 60_000)
+    served.outbox.push()
+    eventually(lambda: sender._full)
+    for number in range(64):
+        assert read_frame(served.far) == (OP_BINARY, b"head" + bytes([number]) * 60_000)
     served.leg.end(CLOSE_RESTART, "server_restart")
     assert read_frame(served.far) == CLOSE
     served.end()
