@@ -697,6 +697,8 @@ class DuplexSocket:
         self._tls_lock = threading.Lock()  # Guards the OpenSSL object.
         # Whether the last read took all that was there. The reader's own.
         self._is_drained = True
+        # Whether OpenSSL has to read before the rest of send_now() can be written.
+        self.wants_read = False
         # When any byte last came, monotonic. Written by the reader, read by the timer.
         self.heard_at = time.monotonic()
 
@@ -749,7 +751,8 @@ class DuplexSocket:
         The rest must be written before anything else. Raises OSError.
         """
         if self._is_tls:
-            return self._send_tls(memoryview(header + payload), waits=False)
+            whole = memoryview(header + payload if header else payload)
+            return self._send_tls(whole, waits=False)
         if not DONT_WAIT:
             return memoryview(header + payload)
         try:
@@ -776,9 +779,10 @@ class DuplexSocket:
                 with self._tls_lock:
                     sent = self._sock.send(view[:_TLS_WRITE_BYTES])
             except (ssl.SSLWantWriteError, ssl.SSLWantReadError) as exc:
-                if not waits:
-                    return view
                 is_write = isinstance(exc, ssl.SSLWantWriteError)
+                if not waits:
+                    self.wants_read = not is_write
+                    return view
                 timeout_s = None if is_write else _CROSS_WAIT_S
                 wait_ready(self._sock, write=is_write, timeout_s=timeout_s)
             else:
@@ -1243,10 +1247,7 @@ class FrameSender:
             if duplex is None or self._rest is not None or not queue.is_clear:
                 queue.put_data(channel, head, data)
                 return
-            try:
-                self._rest = duplex.send_now(*self._encode(OP_BINARY, head, data))
-            except OSError:
-                duplex.abort()
+            self._rest = self._send_now_locked(duplex, *self._encode(OP_BINARY, head, data))
         finally:
             self._send_lock.release()
         if self._rest is not None:
@@ -1290,6 +1291,11 @@ class FrameSender:
         return self._queue.is_closing
 
     @property
+    def is_full(self) -> bool:
+        """Whether a frame has begun that the socket did not take whole. Needs no lock."""
+        return self._rest is not None
+
+    @property
     def is_over(self) -> bool:
         """Whether the close was taken, or stop() called. Needs no lock."""
         return self._queue.is_over
@@ -1310,8 +1316,6 @@ class FrameSender:
                 return  # The thread inside looks again after its release.
             try:
                 is_done = self._push_locked()
-            except OSError:
-                return  # The leg's reader finds the loss, too.
             finally:
                 self._send_lock.release()
             if not is_done:
@@ -1319,23 +1323,22 @@ class FrameSender:
                 return
 
     def push_all(self) -> bool:
-        """Serve a call without a writer: as push(), and the close; False: a writer must run()."""
+        """Serve a call in place of run(): send the rest, all frames and the close, no waiting.
+
+        Returns: Whether all was sent, or the leg is lost; else this MUST be called again, when
+        the socket can be written if is_full, or at once.
+        """
         # Before the look at the queue: what is put behind it calls again.
         self._called.clear()
-        is_done = False
-        if self._send_lock.acquire(blocking=False):
-            try:
-                is_done = self._duplex is None or self._push_locked(with_close=True)
-            except OSError:
-                is_done = True
-            finally:
-                self._send_lock.release()
-        if not is_done or self._queue.is_over:
-            self._called.set()  # A thread in run() may be about to wait.
-        return is_done
+        with self._send_lock:
+            if self._duplex is None:
+                return True
+            if self._rest is not None:
+                self._rest = self._send_now_locked(self._duplex, b"", self._rest)
+            return self._push_locked(with_close=True)
 
     def _push_locked(self, *, with_close: bool = False) -> bool:
-        """Return whether all was sent; the rest, if any, is the writer's. Raises OSError."""
+        """Return whether all was sent; the rest, if any, is the writer's."""
         assert self._send_lock.locked()
         sent = 0
         while self._rest is None and self._duplex is not None:
@@ -1345,12 +1348,17 @@ class FrameSender:
             if frame is None:
                 return True
             sent += len(frame.payload)
-            try:
-                self._rest = self._duplex.send_now(*self._encode(*frame))
-            except OSError:
-                self._duplex.abort()
-                raise
+            self._rest = self._send_now_locked(self._duplex, *self._encode(*frame))
         return False
+
+    def _send_now_locked(self, duplex: DuplexSocket, *parts: Any) -> memoryview | None:
+        """As DuplexSocket.send_now; a lost leg takes all, and its reader finds the loss."""
+        assert self._send_lock.locked()
+        try:
+            return duplex.send_now(*parts)
+        except OSError:
+            duplex.abort()
+            return None
 
     def run(self) -> None:
         """Be the writer: send what push() could not, to the close or stop(). Raises OSError."""
@@ -3238,20 +3246,6 @@ def make_context(ca_file: str | None) -> ssl.SSLContext:
     return context
 
 
-def source_address(peer: Any) -> str | None:
-    """Return the local address of the route to `peer`, a getpeername(); None without a route.
-
-    No packet is sent, and nothing waits: the kernel looks into its routes.
-    """
-    family = socket.AF_INET if len(peer) == 2 else socket.AF_INET6
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(peer)
-            return str(probe.getsockname()[0])
-    except OSError:
-        return None
-
-
 def _start_tls(
     sock: socket.socket, endpoint: Endpoint, context: ssl.SSLContext, deadline: Deadline
 ) -> ssl.SSLSocket:
@@ -3289,6 +3283,137 @@ def _start_tls(
         raise
 
 
+# --- http_network_relay/dial/keepalive.py ---------------------------------------------------------
+# When a leg pings, and when it counts as lost: silence, sleep, another network.
+
+# A machine that slept, or came into another network, pings at once and waits this long.
+_AFTER_SLEEP_S = 3.0
+# How often to look whether the way to the server goes out by another address.
+_LOOK_S = 2.0
+# Until the next try to put a ping, when another thread is inside the queue.
+_RETRY_S = 0.01
+_INTERNET = (socket.AF_INET, socket.AF_INET6)
+
+
+def far_peer(sock: Any) -> Any:
+    """Return the address of a peer on another machine, None for one that is here."""
+    try:
+        peer = sock.getpeername() if sock.family in _INTERNET else None
+    except OSError:
+        return None
+    return None if peer is None or ipaddress.ip_address(peer[0]).is_loopback else peer
+
+
+def _source_address(peer: Any) -> str | None:
+    """Return the local address of the route to `peer`, a getpeername(); None without a route.
+
+    No packet is sent, and nothing waits: the kernel looks into its routes.
+    """
+    family = socket.AF_INET if len(peer) == 2 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(peer)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+class Keepalive:
+    """The pings and the patience of one leg. The timer's thread alone uses it."""
+
+    def __init__(
+        self, outbox: FrameSender, duplex: DuplexSocket, peer: Any, ping_interval_s: float
+    ) -> None:
+        """`peer` is a far_peer(): on this machine the way to the server never changes."""
+        self._outbox = outbox
+        self._duplex = duplex
+        self._peer = peer
+        self._ping_interval_s = ping_interval_s
+        self._ping_at = time.monotonic() + ping_interval_s
+        self._woke_at = 0.0
+        self._look_at = float("inf") if peer is None else 0.0
+        # The address that the server was reached from last.
+        self._source: str | None = None
+
+    def tick(self, now: float, *, slept: bool) -> float:
+        """Ping if that is due; return when to be called again. Never writes, never waits.
+
+        Raises RelayError when nothing was heard for too long.
+        """
+        if slept or self._has_moved(now):
+            self._woke_at = self._ping_at = now
+        heard_at = self._duplex.heard_at
+        if heard_at < self._woke_at:
+            silent_at = self._woke_at + _AFTER_SLEEP_S
+        else:
+            silent_at = heard_at + SILENCE_INTERVALS * self._ping_interval_s
+        if now >= silent_at:
+            silence = f"nothing was heard from the server for {now - heard_at:.0f} s"
+            raise RelayError(Code.LEG_LOST, silence)
+        if now >= self._ping_at:
+            is_put = self._outbox.try_put_leg("ping", Frame(OP_PING, b"", b""))
+            self._ping_at = now + (self._ping_interval_s if is_put else _RETRY_S)
+        return min(self._ping_at, silent_at, self._look_at)
+
+    def _has_moved(self, now: float) -> bool:
+        """Return whether the server is reached from another address than before.
+
+        A laptop that changes its Wi-Fi: the old connection is dead, and nothing reports it.
+        """
+        if now < self._look_at:
+            return False
+        self._look_at = now + _LOOK_S
+        before, after = self._source, _source_address(self._peer)
+        if after is not None:  # No network: the address of before may come back.
+            self._source = after
+        return None not in (before, after) and before != after
+
+
+# --- http_network_relay/dial/refusal.py -----------------------------------------------------------
+# The HTTP answer that refuses a WebSocket: the relay's own, or that of something before it.
+
+# A `Retry-After` counts up to here: a typo must not stop a client for years.
+_MAX_RETRY_AFTER_S = 300.0
+# By HTTP status, where the body has no code of the server.
+_CODES = {401: Code.UNAUTHORIZED, 403: Code.FORBIDDEN, 426: Code.VERSION_UNSUPPORTED}
+_CODES |= {429: Code.BUSY, 503: Code.BUSY}
+
+
+def header_number(text: str) -> float | None:
+    """Read a header's number; None for anything else, however long."""
+    return float(text) if text.isascii() and text.isdecimal() else None
+
+
+def refusal(endpoint: Endpoint, status: int, headers: Mapping[str, str], body: bytes) -> RelayError:
+    """Return the error for an answer; `headers` have names in lower case."""
+    where = f"{endpoint.host}:{endpoint.port}"
+    location = headers.get("location")
+    if 300 <= status < 400 and location:
+        return RelayError(
+            Code.NOT_A_RELAY,
+            f"{where} redirects to {printable(location)}; redirects are not followed with"
+            " secrets, so give that address as --server-url if it is right",
+        )
+    if RELAY_HEADER.lower() not in headers:
+        server = printable(headers.get("server", "unknown"))
+        return RelayError(
+            Code.NOT_A_RELAY,
+            f"something before the relay answered {status}, Server: {server};"
+            f" check --server-url {endpoint.url}",
+        )
+    try:
+        answer = json.loads(body)
+        code, message = str(answer["code"]), printable(str(answer["message"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        code, message = "", f"it answered {status}"
+    if find_code(code) in (None, Code.INTERNAL_ERROR):  # Of the server, not of the tunnel.
+        code = _CODES.get(status, Code.SERVER_FAILED)
+    retry_after_s = header_number(headers.get("retry-after", ""))
+    if retry_after_s is not None:
+        retry_after_s = min(retry_after_s, _MAX_RETRY_AFTER_S)
+    return RelayError(code, f"the relay at {where}: {message}", retry_after_s=retry_after_s)
+
+
 # --- http_network_relay/dial/connection.py --------------------------------------------------------
 # One leg of a client or a proxy command: a WebSocket over websocket-client.
 # The library makes the handshake and reads frames. Its recv() and send() are not used:
@@ -3300,13 +3425,6 @@ def _start_tls(
 DIAL_SERVER_S = 20.0
 # Of an answer to the handshake: a head, and the body of a refusal.
 _MAX_ANSWER_BYTES = 64 * 1024
-# A machine that slept, or came into another network, pings at once and waits this long.
-_AFTER_SLEEP_S = 3.0
-# How often to look whether the way to the server goes out by another address.
-_LOOK_S = 2.0
-_INTERNET = (socket.AF_INET, socket.AF_INET6)
-# A `Retry-After` counts up to here: a typo must not park a client for years.
-_MAX_RETRY_AFTER_S = 300.0
 
 
 def websocket_client() -> Any:
@@ -3393,7 +3511,7 @@ def connect(
     sock = dial_server(endpoint, context, environ, deadline)
     shim = _HandshakeSocket(sock, deadline)
     # Nobody on the way can read what is masked; so it need not be, if the server agrees.
-    is_here = endpoint.is_loopback and _far_peer(sock) is None  # And by no proxy elsewhere.
+    is_here = endpoint.is_loopback and far_peer(sock) is None  # And by no proxy elsewhere.
     asks_for_zero = endpoint.is_tls or is_here
     if asks_for_zero:
         headers = [*headers, f"{MASK_HEADER}: {MASK_ZERO}"]
@@ -3418,7 +3536,7 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
     """Make the handshake; return the headers of its answer, names in lower case."""
     where = f"{endpoint.host}:{endpoint.port}"
     web_socket = library.WebSocket()
-    refusal: tuple[int, Mapping[str, str], bytes | None] | None = None
+    refused: tuple[int, Mapping[str, str], bytes | None] | None = None
     try:
         web_socket.connect(
             endpoint.url,
@@ -3432,7 +3550,7 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
     except library.WebSocketBadStatusException as exc:
         # Version 1.2.3 gives neither headers nor body by name.
         found = getattr(exc, "resp_headers", None) or {}
-        refusal = (exc.status_code, found, getattr(exc, "resp_body", None))
+        refused = (exc.status_code, found, getattr(exc, "resp_body", None))
         status = exc.status_code
     except library.WebSocketConnectionClosedException as exc:
         raise RelayError("server_unreachable", f"{where} ended the WebSocket handshake") from exc
@@ -3458,16 +3576,16 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
             "not_a_relay",
             f"{where} does not speak HTTP: {printable(repr(exc))}; check --server-url",
         ) from exc
-    if refusal is None and status == 101:
+    if refused is None and status == 101:
         return dict(web_socket.getheaders())
     if status is None:  # A blank line for a status line.
         raise RelayError("not_a_relay", f"{where} does not speak HTTP; check --server-url")
-    answer, body = (refusal[1], refusal[2]) if refusal else (web_socket.getheaders() or {}, None)
-    raise _refusal(endpoint, int(status), answer, body if body is not None else _body(answer, shim))
+    answer, body = (refused[1], refused[2]) if refused else (web_socket.getheaders() or {}, None)
+    raise refusal(endpoint, int(status), answer, body if body is not None else _body(answer, shim))
 
 
 def _body(headers: Mapping[str, str], shim: _HandshakeSocket) -> bytes:
-    wanted = int(min(_number(headers.get("content-length", "")) or 0, _MAX_ANSWER_BYTES // 2))
+    wanted = int(min(header_number(headers.get("content-length", "")) or 0, _MAX_ANSWER_BYTES // 2))
     body = b""
     with contextlib.suppress(OSError, RelayError):
         while len(body) < wanted:
@@ -3476,53 +3594,6 @@ def _body(headers: Mapping[str, str], shim: _HandshakeSocket) -> bytes:
                 break
             body += piece
     return body
-
-
-def _refusal(
-    endpoint: Endpoint, status: int, headers: Mapping[str, str], body: bytes
-) -> RelayError:
-    """Tell the relay's own refusals from answers of something in between."""
-    where = f"{endpoint.host}:{endpoint.port}"
-    location = headers.get("location")
-    if 300 <= status < 400 and location:
-        return RelayError(
-            "not_a_relay",
-            f"{where} redirects to {printable(location)}; redirects are not followed with"
-            " secrets, so give that address as --server-url if it is right",
-        )
-    if RELAY_HEADER.lower() not in headers:
-        server = printable(headers.get("server", "unknown"))
-        return RelayError(
-            "not_a_relay",
-            f"something before the relay answered {status}, Server: {server};"
-            f" check --server-url {endpoint.url}",
-        )
-    try:
-        told = json.loads(body)
-        code, message = str(told["code"]), printable(str(told["message"]))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        code, message = "", f"it answered {status}"
-    if find_code(code) in (None, Code.INTERNAL_ERROR):  # Of the server, not of the tunnel.
-        by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
-        code = by_status.get(status, "busy" if status in (429, 503) else "server_failed")
-    retry_after_s = _number(headers.get("retry-after", ""))
-    if retry_after_s is not None:
-        retry_after_s = min(retry_after_s, _MAX_RETRY_AFTER_S)
-    return RelayError(code, f"the relay at {where}: {message}", retry_after_s=retry_after_s)
-
-
-def _number(text: str) -> float | None:
-    """Read a header's number; None for anything else, however long."""
-    return float(text) if text.isascii() and text.isdecimal() else None
-
-
-def _far_peer(sock: Any) -> Any:
-    """Return the address of a peer on another machine, None for one that is here."""
-    try:
-        peer = sock.getpeername() if sock.family in _INTERNET else None
-    except OSError:
-        return None
-    return None if peer is None or ipaddress.ip_address(peer[0]).is_loopback else peer
 
 
 class Connection:
@@ -3545,14 +3616,7 @@ class Connection:
         self._frames.recv_strict = self._read_exactly
         self._messages = MessageReader(self._reader, self.outbox, self._read_odd)
         self._writer: threading.Thread | None = None
-        self._ping_interval_s = ping_interval_s
-        # The timer's own.
-        self._ping_at = time.monotonic() + ping_interval_s
-        self._woke_at = 0.0
-        # How the server was reached last. On this machine it always is.
-        self._peer = _far_peer(sock)
-        self._look_at = float("inf") if self._peer is None else 0.0
-        self._source: str | None = None
+        self._keepalive = Keepalive(self.outbox, self._duplex, far_peer(sock), ping_interval_s)
         # Set by any thread, read by the timer: abort then. Plain assignments.
         self._abort_at = float("inf")
         # Why the leg was given up from here, if it was.
@@ -3601,41 +3665,16 @@ class Connection:
     # The timer.
 
     def tick(self, now: float, *, slept: bool) -> float:
-        """Ping, or give a silent leg up; return when to be called again.
-
-        Called by the timer thread: never writes, never waits for a lock.
-        """
-        if slept or self._has_moved(now):
-            self._woke_at = self._ping_at = now
-        heard_at = self._duplex.heard_at
-        if heard_at < self._woke_at:
-            silent_at = self._woke_at + _AFTER_SLEEP_S
-        else:
-            silent_at = heard_at + SILENCE_INTERVALS * self._ping_interval_s
-        if now >= silent_at:
-            silence = f"nothing was heard from the server for {now - heard_at:.0f} s"
-            self.give_up(RelayError("leg_lost", silence))
+        """Ping, or give a silent leg up; return when to be called again. Never waits."""
         if now >= self._abort_at:
             self.abort()
             self._abort_at = float("inf")
-        if now >= self._ping_at:
-            is_put = self.outbox.try_put_leg("ping", Frame(OP_PING, b"", b""))
-            self._ping_at = now + (self._ping_interval_s if is_put else 0.01)
-        silent_at = silent_at if now < silent_at else now + 1
-        return min(self._ping_at, silent_at, self._abort_at, self._look_at)
-
-    def _has_moved(self, now: float) -> bool:
-        """Whether the server is reached from another address than before.
-
-        A laptop that changes its Wi-Fi: the old connection is dead, and nothing says so.
-        """
-        if now < self._look_at:
-            return False
-        self._look_at = now + _LOOK_S
-        before, after = self._source, source_address(self._peer)
-        if after is not None:  # No network: what was before may come back as it was.
-            self._source = after
-        return None not in (before, after) and before != after
+        try:
+            due_at = self._keepalive.tick(now, slept=slept)
+        except RelayError as exc:
+            self.give_up(exc)
+            due_at = now + 1.0
+        return min(due_at, self._abort_at)
 
     def give_up(self, error: RelayError) -> None:
         """End the leg for a reason that only this end knows."""

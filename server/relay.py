@@ -20,7 +20,7 @@ from server.access.credentials import Credentials, Login
 from server.access.file_watch import FileWatch
 from server.config import LEG_BUDGET_BYTES, Config
 from server.legs.client_leg import ClientLeg
-from server.legs.leg import Helpers, Leg
+from server.legs.leg import Leg
 from server.legs.pending_resumes import PendingResumes
 from server.legs.sender import LegSender
 from server.legs.timer import Timer
@@ -50,7 +50,6 @@ class Relay:
         self._pending: PendingResumes[UserLeg] = PendingResumes()
         self._timer = Timer()
         self._sender = LegSender()
-        self._helpers = Helpers(self._timer.look, self._sender.call)
         self._legs = LiveLegs(self._timer)
         self._access = Access(credentials, watch, self._enforce_all)
         self._is_started = False
@@ -133,12 +132,12 @@ class Relay:
         So a client that has its answer can be reached: a proxy user who comes in the next
         instant finds it. The user's `open` waits in the outbox until serve().
         """
-        config, helpers = self._config, self._helpers
-        interval_s = config.ping_interval_s
+        config = self._config
         leg: Leg
+        shared = (transport, slot.login, config.ping_interval_s, self._timer, self._sender)
         if slot.kind == "client":
             leg = ClientLeg(
-                *(transport, slot.login, interval_s, helpers),
+                *shared,
                 *(LEG_BUDGET_BYTES, config.tunnels_per_client),
             )
         else:
@@ -146,7 +145,7 @@ class Relay:
                 *(slot, self._registry, self._access, self.policy, config.max_window_bytes)
             )
             leg = UserLeg(
-                *(transport, slot.login, interval_s, helpers),
+                *shared,
                 *(opener, self._pending, config.handshake_timeout_s),
             )
         if not self._registry.attach(slot, leg):

@@ -148,20 +148,6 @@ def make_context(ca_file: str | None) -> ssl.SSLContext:
     return context
 
 
-def source_address(peer: Any) -> str | None:
-    """Return the local address of the route to `peer`, a getpeername(); None without a route.
-
-    No packet is sent, and nothing waits: the kernel looks into its routes.
-    """
-    family = socket.AF_INET if len(peer) == 2 else socket.AF_INET6
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(peer)
-            return str(probe.getsockname()[0])
-    except OSError:
-        return None
-
-
 def _start_tls(
     sock: socket.socket, endpoint: Endpoint, context: ssl.SSLContext, deadline: Deadline
 ) -> ssl.SSLSocket:

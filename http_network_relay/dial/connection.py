@@ -9,8 +9,6 @@ the timer calls tick(); any thread may put into the outbox, close() or abort().
 from __future__ import annotations
 
 import contextlib
-import ipaddress
-import json
 import os
 import socket
 import ssl
@@ -20,25 +18,24 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from http_network_relay.dial.connect import dial_server, source_address
+from http_network_relay.dial.connect import dial_server
 from http_network_relay.dial.deadline import Deadline
 from http_network_relay.dial.endpoint import Endpoint
 from http_network_relay.dial.http_proxy import printable
+from http_network_relay.dial.keepalive import Keepalive, far_peer
+from http_network_relay.dial.refusal import header_number, refusal
 from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.leg.frame_reader import FrameReader
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.message_reader import MessageReader
 from http_network_relay.leg.send_queue import Frame
-from http_network_relay.wire.codes import CLOSE_RESTART, CLOSE_TOO_BIG, Code, find_code
+from http_network_relay.wire.codes import CLOSE_RESTART, CLOSE_TOO_BIG
 from http_network_relay.wire.constants import (
     FLUSH_S,
     MASK_HEADER,
     MASK_ZERO,
     MAX_MESSAGE_BYTES,
     OP_CLOSE,
-    OP_PING,
-    RELAY_HEADER,
-    SILENCE_INTERVALS,
     SUBPROTOCOL,
 )
 from http_network_relay.wire.errors import LegError, RelayError
@@ -48,13 +45,6 @@ from http_network_relay.wire.frames import ZERO_KEY
 DIAL_SERVER_S = 20.0
 # Of an answer to the handshake: a head, and the body of a refusal.
 _MAX_ANSWER_BYTES = 64 * 1024
-# A machine that slept, or came into another network, pings at once and waits this long.
-_AFTER_SLEEP_S = 3.0
-# How often to look whether the way to the server goes out by another address.
-_LOOK_S = 2.0
-_INTERNET = (socket.AF_INET, socket.AF_INET6)
-# A `Retry-After` counts up to here: a typo must not park a client for years.
-_MAX_RETRY_AFTER_S = 300.0
 
 
 def websocket_client() -> Any:
@@ -141,7 +131,7 @@ def connect(
     sock = dial_server(endpoint, context, environ, deadline)
     shim = _HandshakeSocket(sock, deadline)
     # Nobody on the way can read what is masked; so it need not be, if the server agrees.
-    is_here = endpoint.is_loopback and _far_peer(sock) is None  # And by no proxy elsewhere.
+    is_here = endpoint.is_loopback and far_peer(sock) is None  # And by no proxy elsewhere.
     asks_for_zero = endpoint.is_tls or is_here
     if asks_for_zero:
         headers = [*headers, f"{MASK_HEADER}: {MASK_ZERO}"]
@@ -166,7 +156,7 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
     """Make the handshake; return the headers of its answer, names in lower case."""
     where = f"{endpoint.host}:{endpoint.port}"
     web_socket = library.WebSocket()
-    refusal: tuple[int, Mapping[str, str], bytes | None] | None = None
+    refused: tuple[int, Mapping[str, str], bytes | None] | None = None
     try:
         web_socket.connect(
             endpoint.url,
@@ -180,7 +170,7 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
     except library.WebSocketBadStatusException as exc:
         # Version 1.2.3 gives neither headers nor body by name.
         found = getattr(exc, "resp_headers", None) or {}
-        refusal = (exc.status_code, found, getattr(exc, "resp_body", None))
+        refused = (exc.status_code, found, getattr(exc, "resp_body", None))
         status = exc.status_code
     except library.WebSocketConnectionClosedException as exc:
         raise RelayError("server_unreachable", f"{where} ended the WebSocket handshake") from exc
@@ -206,16 +196,16 @@ def _upgrade(library: Any, endpoint: Endpoint, headers: list[str], shim: Any) ->
             "not_a_relay",
             f"{where} does not speak HTTP: {printable(repr(exc))}; check --server-url",
         ) from exc
-    if refusal is None and status == 101:
+    if refused is None and status == 101:
         return dict(web_socket.getheaders())
     if status is None:  # A blank line for a status line.
         raise RelayError("not_a_relay", f"{where} does not speak HTTP; check --server-url")
-    answer, body = (refusal[1], refusal[2]) if refusal else (web_socket.getheaders() or {}, None)
-    raise _refusal(endpoint, int(status), answer, body if body is not None else _body(answer, shim))
+    answer, body = (refused[1], refused[2]) if refused else (web_socket.getheaders() or {}, None)
+    raise refusal(endpoint, int(status), answer, body if body is not None else _body(answer, shim))
 
 
 def _body(headers: Mapping[str, str], shim: _HandshakeSocket) -> bytes:
-    wanted = int(min(_number(headers.get("content-length", "")) or 0, _MAX_ANSWER_BYTES // 2))
+    wanted = int(min(header_number(headers.get("content-length", "")) or 0, _MAX_ANSWER_BYTES // 2))
     body = b""
     with contextlib.suppress(OSError, RelayError):
         while len(body) < wanted:
@@ -224,53 +214,6 @@ def _body(headers: Mapping[str, str], shim: _HandshakeSocket) -> bytes:
                 break
             body += piece
     return body
-
-
-def _refusal(
-    endpoint: Endpoint, status: int, headers: Mapping[str, str], body: bytes
-) -> RelayError:
-    """Tell the relay's own refusals from answers of something in between."""
-    where = f"{endpoint.host}:{endpoint.port}"
-    location = headers.get("location")
-    if 300 <= status < 400 and location:
-        return RelayError(
-            "not_a_relay",
-            f"{where} redirects to {printable(location)}; redirects are not followed with"
-            " secrets, so give that address as --server-url if it is right",
-        )
-    if RELAY_HEADER.lower() not in headers:
-        server = printable(headers.get("server", "unknown"))
-        return RelayError(
-            "not_a_relay",
-            f"something before the relay answered {status}, Server: {server};"
-            f" check --server-url {endpoint.url}",
-        )
-    try:
-        told = json.loads(body)
-        code, message = str(told["code"]), printable(str(told["message"]))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        code, message = "", f"it answered {status}"
-    if find_code(code) in (None, Code.INTERNAL_ERROR):  # Of the server, not of the tunnel.
-        by_status = {401: "unauthorized", 403: "forbidden", 426: "version_unsupported"}
-        code = by_status.get(status, "busy" if status in (429, 503) else "server_failed")
-    retry_after_s = _number(headers.get("retry-after", ""))
-    if retry_after_s is not None:
-        retry_after_s = min(retry_after_s, _MAX_RETRY_AFTER_S)
-    return RelayError(code, f"the relay at {where}: {message}", retry_after_s=retry_after_s)
-
-
-def _number(text: str) -> float | None:
-    """Read a header's number; None for anything else, however long."""
-    return float(text) if text.isascii() and text.isdecimal() else None
-
-
-def _far_peer(sock: Any) -> Any:
-    """Return the address of a peer on another machine, None for one that is here."""
-    try:
-        peer = sock.getpeername() if sock.family in _INTERNET else None
-    except OSError:
-        return None
-    return None if peer is None or ipaddress.ip_address(peer[0]).is_loopback else peer
 
 
 class Connection:
@@ -293,14 +236,7 @@ class Connection:
         self._frames.recv_strict = self._read_exactly
         self._messages = MessageReader(self._reader, self.outbox, self._read_odd)
         self._writer: threading.Thread | None = None
-        self._ping_interval_s = ping_interval_s
-        # The timer's own.
-        self._ping_at = time.monotonic() + ping_interval_s
-        self._woke_at = 0.0
-        # How the server was reached last. On this machine it always is.
-        self._peer = _far_peer(sock)
-        self._look_at = float("inf") if self._peer is None else 0.0
-        self._source: str | None = None
+        self._keepalive = Keepalive(self.outbox, self._duplex, far_peer(sock), ping_interval_s)
         # Set by any thread, read by the timer: abort then. Plain assignments.
         self._abort_at = float("inf")
         # Why the leg was given up from here, if it was.
@@ -349,41 +285,16 @@ class Connection:
     # The timer.
 
     def tick(self, now: float, *, slept: bool) -> float:
-        """Ping, or give a silent leg up; return when to be called again.
-
-        Called by the timer thread: never writes, never waits for a lock.
-        """
-        if slept or self._has_moved(now):
-            self._woke_at = self._ping_at = now
-        heard_at = self._duplex.heard_at
-        if heard_at < self._woke_at:
-            silent_at = self._woke_at + _AFTER_SLEEP_S
-        else:
-            silent_at = heard_at + SILENCE_INTERVALS * self._ping_interval_s
-        if now >= silent_at:
-            silence = f"nothing was heard from the server for {now - heard_at:.0f} s"
-            self.give_up(RelayError("leg_lost", silence))
+        """Ping, or give a silent leg up; return when to be called again. Never waits."""
         if now >= self._abort_at:
             self.abort()
             self._abort_at = float("inf")
-        if now >= self._ping_at:
-            is_put = self.outbox.try_put_leg("ping", Frame(OP_PING, b"", b""))
-            self._ping_at = now + (self._ping_interval_s if is_put else 0.01)
-        silent_at = silent_at if now < silent_at else now + 1
-        return min(self._ping_at, silent_at, self._abort_at, self._look_at)
-
-    def _has_moved(self, now: float) -> bool:
-        """Whether the server is reached from another address than before.
-
-        A laptop that changes its Wi-Fi: the old connection is dead, and nothing says so.
-        """
-        if now < self._look_at:
-            return False
-        self._look_at = now + _LOOK_S
-        before, after = self._source, source_address(self._peer)
-        if after is not None:  # No network: what was before may come back as it was.
-            self._source = after
-        return None not in (before, after) and before != after
+        try:
+            due_at = self._keepalive.tick(now, slept=slept)
+        except RelayError as exc:
+            self.give_up(exc)
+            due_at = now + 1.0
+        return min(due_at, self._abort_at)
 
     def give_up(self, error: RelayError) -> None:
         """End the leg for a reason that only this end knows."""

@@ -49,6 +49,8 @@ class DuplexSocket:
         self._tls_lock = threading.Lock()  # Guards the OpenSSL object.
         # Whether the last read took all that was there. The reader's own.
         self._is_drained = True
+        # Whether OpenSSL has to read before the rest of send_now() can be written.
+        self.wants_read = False
         # When any byte last came, monotonic. Written by the reader, read by the timer.
         self.heard_at = time.monotonic()
 
@@ -101,7 +103,8 @@ class DuplexSocket:
         The rest must be written before anything else. Raises OSError.
         """
         if self._is_tls:
-            return self._send_tls(memoryview(header + payload), waits=False)
+            whole = memoryview(header + payload if header else payload)
+            return self._send_tls(whole, waits=False)
         if not DONT_WAIT:
             return memoryview(header + payload)
         try:
@@ -128,9 +131,10 @@ class DuplexSocket:
                 with self._tls_lock:
                     sent = self._sock.send(view[:_TLS_WRITE_BYTES])
             except (ssl.SSLWantWriteError, ssl.SSLWantReadError) as exc:
-                if not waits:
-                    return view
                 is_write = isinstance(exc, ssl.SSLWantWriteError)
+                if not waits:
+                    self.wants_read = not is_write
+                    return view
                 timeout_s = None if is_write else _CROSS_WAIT_S
                 wait_ready(self._sock, write=is_write, timeout_s=timeout_s)
             else:

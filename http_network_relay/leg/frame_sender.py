@@ -104,10 +104,7 @@ class FrameSender:
             if duplex is None or self._rest is not None or not queue.is_clear:
                 queue.put_data(channel, head, data)
                 return
-            try:
-                self._rest = duplex.send_now(*self._encode(OP_BINARY, head, data))
-            except OSError:
-                duplex.abort()
+            self._rest = self._send_now_locked(duplex, *self._encode(OP_BINARY, head, data))
         finally:
             self._send_lock.release()
         if self._rest is not None:
@@ -151,6 +148,11 @@ class FrameSender:
         return self._queue.is_closing
 
     @property
+    def is_full(self) -> bool:
+        """Whether a frame has begun that the socket did not take whole. Needs no lock."""
+        return self._rest is not None
+
+    @property
     def is_over(self) -> bool:
         """Whether the close was taken, or stop() called. Needs no lock."""
         return self._queue.is_over
@@ -171,8 +173,6 @@ class FrameSender:
                 return  # The thread inside looks again after its release.
             try:
                 is_done = self._push_locked()
-            except OSError:
-                return  # The leg's reader finds the loss, too.
             finally:
                 self._send_lock.release()
             if not is_done:
@@ -180,23 +180,22 @@ class FrameSender:
                 return
 
     def push_all(self) -> bool:
-        """Serve a call without a writer: as push(), and the close; False: a writer must run()."""
+        """Serve a call in place of run(): send the rest, all frames and the close, no waiting.
+
+        Returns: Whether all was sent, or the leg is lost; else this MUST be called again, when
+        the socket can be written if is_full, or at once.
+        """
         # Before the look at the queue: what is put behind it calls again.
         self._called.clear()
-        is_done = False
-        if self._send_lock.acquire(blocking=False):
-            try:
-                is_done = self._duplex is None or self._push_locked(with_close=True)
-            except OSError:
-                is_done = True
-            finally:
-                self._send_lock.release()
-        if not is_done or self._queue.is_over:
-            self._called.set()  # A thread in run() may be about to wait.
-        return is_done
+        with self._send_lock:
+            if self._duplex is None:
+                return True
+            if self._rest is not None:
+                self._rest = self._send_now_locked(self._duplex, b"", self._rest)
+            return self._push_locked(with_close=True)
 
     def _push_locked(self, *, with_close: bool = False) -> bool:
-        """Return whether all was sent; the rest, if any, is the writer's. Raises OSError."""
+        """Return whether all was sent; the rest, if any, is the writer's."""
         assert self._send_lock.locked()
         sent = 0
         while self._rest is None and self._duplex is not None:
@@ -206,12 +205,17 @@ class FrameSender:
             if frame is None:
                 return True
             sent += len(frame.payload)
-            try:
-                self._rest = self._duplex.send_now(*self._encode(*frame))
-            except OSError:
-                self._duplex.abort()
-                raise
+            self._rest = self._send_now_locked(self._duplex, *self._encode(*frame))
         return False
+
+    def _send_now_locked(self, duplex: DuplexSocket, *parts: Any) -> memoryview | None:
+        """As DuplexSocket.send_now; a lost leg takes all, and its reader finds the loss."""
+        assert self._send_lock.locked()
+        try:
+            return duplex.send_now(*parts)
+        except OSError:
+            duplex.abort()
+            return None
 
     def run(self) -> None:
         """Be the writer: send what push() could not, to the close or stop(). Raises OSError."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 from http_network_relay.wire.codes import CLOSE_REVOKED
@@ -10,7 +9,9 @@ from http_network_relay.wire.constants import CHANNEL_BYTES
 from http_network_relay.wire.controls import FROM_CLIENT, parse_control, split_channel
 from http_network_relay.wire.errors import LegError, TunnelError
 from server.access.credentials import Login
-from server.legs.leg import Helpers, Leg, Message
+from server.legs.leg import Leg, Message
+from server.legs.sender import LegSender
+from server.legs.timer import Timer
 from server.legs.websocket import Connection, close_frame
 from server.tunnels.channels import Channels
 from server.tunnels.tunnel import Tunnel
@@ -27,22 +28,20 @@ class ClientLeg(Leg):
         transport: Connection,
         login: Login,
         ping_interval_s: float,
-        helpers: Helpers,
+        timer: Timer,
+        sender: LegSender,
         budget_bytes: int,
         tunnels_at_most: int,
     ) -> None:
         """`tunnels_at_most` 0: as many as the budgets give."""
-        super().__init__(transport, login, ping_interval_s, helpers)
+        super().__init__(transport, login, ping_interval_s, timer, sender)
         self.channels: Channels[Tunnel] = Channels(budget_bytes, tunnels_at_most)
-        # Held from a channel's numbering until its `open` is queued, so that they go
-        # out in number order; taken before the channels' lock, never under it.
-        self._open_order = threading.Lock()
 
     def open(self, tunnel: Tunnel, max_window_bytes: int) -> None:
         """Give the tunnel a channel and queue its `open`. Raises TunnelRefused."""
-        with self._open_order:
-            with self.channels.lock:
-                frame = tunnel.assign_locked(max_window_bytes)
+        # Queued under the lock that numbers the channels: they go out in number order.
+        with self.channels.lock:
+            frame = tunnel.assign_locked(max_window_bytes)
             self.outbox.put_first(tunnel.channel, frame, cancellable=True)
         self.outbox.push()
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import enum
 import logging
-import threading
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
@@ -29,6 +27,8 @@ from http_network_relay.wire.constants import (
 from http_network_relay.wire.controls import GoingAway, decode_text, encode_control
 from http_network_relay.wire.errors import LegError
 from server.access.credentials import Login
+from server.legs.sender import LegSender, Next
+from server.legs.timer import Timer
 from server.legs.websocket import Connection, close_frame
 from server.logs import ROOT_NAME
 
@@ -52,13 +52,6 @@ class ReadEnd(enum.Enum):
     BROKEN = "broken"  # the peer broke the rules, or we did; a close frame is queued
 
 
-class Helpers(NamedTuple):
-    """What the relay's own threads do for all legs."""
-
-    look_again: Callable[[Leg], None]  # the timer: a deadline is new
-    send_waiting: Callable[[Leg], None]  # the sender: the outbox of a leg without writer calls
-
-
 class Leg:
     """What both kinds share: reader loop, writer, pings, the end."""
 
@@ -67,19 +60,17 @@ class Leg:
         transport: Connection,
         login: Login,
         ping_interval_s: float,
-        helpers: Helpers,
+        timer: Timer,
+        sender: LegSender,
     ) -> None:
         self.login = login
+        # Of the client or the user, for logs.
         self.label = login.name
         self.outbox = FrameSender(call=self._call_sender)
         self._transport = transport
         self._ping_interval_s = ping_interval_s
-        self._helpers = helpers
-        # Guards the two below: the sender starts a writer where there has to be one, but not
-        # when the reader, at its end, sees to the rest.
-        self._writer_lock = threading.Lock()
-        self._writer: threading.Thread | None = None
-        self._is_ending = False
+        self._timer = timer
+        self._sender = sender
         now = time.monotonic()
         # Used by the timer's thread alone.
         self._ping_at = now + ping_interval_s
@@ -107,41 +98,27 @@ class Leg:
             self.outbox.stop()
             raise
         finally:
-            with self._writer_lock:
-                self._is_ending = True
-            # The timer ends a writer that is stuck, at the deadline set above.
-            if self._writer is not None:
-                self._writer.join()
-            else:
-                self._write()
+            # The timer ends a leg whose peer does not read, at the deadline set above.
+            self._sender.finish(self)
             self._transport.stop()
             self.outbox.stop()
 
-    def send_waiting(self) -> None:
-        """For the sender: send what the socket takes at once; start the writer for the rest."""
-        if self._writer is not None:
-            return  # The call was for it.
-        if not self.outbox.push_all():
-            self._start_writer()
-        elif self.outbox.is_over:
-            self._transport.finish_sending()
+    def send_waiting(self) -> Next:
+        """For the sender thread: send what the socket takes at once."""
+        if self.outbox.push_all():
+            if self.outbox.is_over:
+                self._transport.finish_sending()
+            return Next.CALLED
+        if not self.outbox.is_full:
+            return Next.AT_ONCE
+        return Next.SOON if self._transport.wants_read else Next.WRITABLE
+
+    def fileno(self) -> int:
+        """Return the number of the socket, for the sender thread's selector."""
+        return self._transport.fileno()
 
     def _call_sender(self) -> None:
-        if self._writer is None:
-            self._helpers.send_waiting(self)
-
-    def _start_writer(self) -> None:
-        with self._writer_lock:
-            if self._writer is not None or self._is_ending:
-                return
-            writer = threading.Thread(target=self._write, name=f"leg-writer:{self.label}")
-            try:
-                writer.start()
-            except RuntimeError:
-                _log.exception("leg has no writer leg=%s", self.label)
-                self.abort("internal_error")
-                return
-            self._writer = writer
+        self._sender.call(self)
 
     def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
         """Send a close behind all that is queued; shut down hard after `flush_s`."""
@@ -176,7 +153,7 @@ class Leg:
 
     def _abort_by(self, when: float) -> None:
         self._abort_at = min(self._abort_at, when)
-        self._helpers.look_again(self)
+        self._timer.look(self)
 
     def _note(self, reason: str) -> None:
         self.reason = self.reason or reason
@@ -200,18 +177,6 @@ class Leg:
         ended = ReadEnd.LOST if message[1] == ABNORMAL_CLOSURE else ReadEnd.CLOSED
         self._note(ended.value)
         return ended
-
-    def _write(self) -> None:
-        """The writer's thread: sends what those who put it could not send at once."""
-        try:
-            self.outbox.run()
-            self._transport.finish_sending()
-        except OSError:
-            # The peer is gone, or abort() was called: the reader finds out now.
-            self._transport.abort()
-        except Exception:
-            _log.exception("leg's writer failed leg=%s", self.label)
-            self._transport.abort()
 
     def _on_message(self, message: Message) -> None:
         raise NotImplementedError

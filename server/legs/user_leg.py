@@ -29,8 +29,10 @@ from http_network_relay.wire.controls import (
 )
 from http_network_relay.wire.errors import Refused, TunnelError
 from server.access.credentials import Login
-from server.legs.leg import RETRY_S, Helpers, Leg, Message
+from server.legs.leg import RETRY_S, Leg, Message
 from server.legs.pending_resumes import PENDING_RESUME_S, PendingResumes
+from server.legs.sender import LegSender
+from server.legs.timer import Timer
 from server.legs.websocket import Connection, close_frame
 from server.tunnels.tunnel import Tunnel
 from server.tunnels.tunnel_side import USER_CHANNEL
@@ -86,13 +88,14 @@ class UserLeg(Leg):
         transport: Connection,
         login: Login,
         ping_interval_s: float,
-        helpers: Helpers,
+        timer: Timer,
+        sender: LegSender,
         opener: TunnelOpener,
         pending: PendingResumes[UserLeg],
         first_message_s: float,
     ) -> None:
         """`first_message_s`: from the upgrade to `open` or `resume`; a client leg has neither."""
-        super().__init__(transport, login, ping_interval_s, helpers)
+        super().__init__(transport, login, ping_interval_s, timer, sender)
         self._opener = opener
         self._pending = pending
         self._first_message_s = first_message_s
@@ -199,7 +202,7 @@ class UserLeg(Leg):
             else:
                 self._deadline = _NEVER
         if isinstance(control, Resume):
-            self._helpers.look_again(self)
+            self._timer.look(self)
         self.try_open()
 
     # The tunnel that the first message asks for: opened, refused, or forgotten, once.

@@ -188,6 +188,17 @@ class Connection:
             while self._duplex.recv(_RECEIVE_BYTES):
                 pass
 
+    # For the sender thread.
+
+    @property
+    def wants_read(self) -> bool:
+        """Whether OpenSSL has to read before it can write on."""
+        return self._duplex.wants_read
+
+    def fileno(self) -> int:
+        """Return the number of the socket."""
+        return self._sock.fileno()
+
     # The end.
 
     def finish_sending(self) -> None:

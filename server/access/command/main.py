@@ -1,6 +1,6 @@
 """The command `server credentials`: adds, rotates, revokes, lists and checks.
 
-It prints a secret when it makes it and never again: the file holds a hash.
+A secret is printed when it is made and never again: the file has a hash of it.
 """
 
 from __future__ import annotations
@@ -230,17 +230,17 @@ def _line(data: Data, kind: Kind, name: str) -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    # Doubts go to stderr, as in the server's log.
+    # Warnings go to stderr, as in the server's log.
     set_up_logging()
     credentials = load_credentials(_path(args))
     print(f"OK: {_path(args)}: {credentials.summary}")
 
 
-# What the other side types.
+# What the operator passes on to the device's owner or the proxy user.
 
 
 def _print_new(kind: Kind, name: str, secret: str, data: Data, server_url: str) -> None:
-    """Print a new secret, and what to do with it; the secret is on no command line."""
+    """Print a new secret, and the commands that use it. No command line has the secret."""
     where = "device" if kind == "client" else "laptop"
     file = "client.secret" if kind == "client" else "~/.ssh/relay.token"
     if kind == "client":
@@ -256,7 +256,7 @@ def _print_new(kind: Kind, name: str, secret: str, data: Data, server_url: str) 
 
 
 def _example(user: str, data: Data) -> list[str]:
-    """Return client, host, port of a target that the user may open, as far as rules tell."""
+    """Return client, host and port of a target that the user may open, if the rules name one."""
     rule = AccessRule.parse(data["proxy_users"][user]["allow"][0])
     client = next(filter(rule.matches_client, data["clients"]), "CLIENT")
     host = rule.target.text.rpartition(":")[0].strip("[]")

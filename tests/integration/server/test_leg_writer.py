@@ -1,4 +1,4 @@
-"""Who sends for a leg of the server: the sender, and a writer from when it is needed."""
+"""Who sends for a leg of the server: whoever pushes, and the sender thread for the rest."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from http_network_relay.leg.send_queue import Frame
 from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
 from server.access.credentials import Login
-from server.legs import leg as leg_module
-from server.legs.leg import Helpers, Leg
+from server.legs.leg import Leg
 from server.legs.sender import LegSender
+from server.legs.timer import Timer
 from server.legs.websocket import close_frame
 from tests.support.pairs import read_frame, tcp_pair
 from tests.support.taking import put_data
 from tests.support.waiting import eventually
 
+LOGIN = Login("user", "tested", b"")
 CLOSE = (OP_CLOSE, close_frame(CLOSE_RESTART).payload)
 
 
@@ -50,8 +51,12 @@ class OneWay:
 
     stop = abort
 
+    @property
+    def wants_read(self) -> bool:
+        return self.duplex.wants_read
 
-TESTED = Login("client", "tested", b"")
+    def fileno(self) -> int:
+        return self._sock.fileno()
 
 
 class LegWithoutTunnels(Leg):
@@ -59,14 +64,18 @@ class LegWithoutTunnels(Leg):
         """It has no tunnels."""
 
 
-class Served:
-    """A leg that is served, by its reader and perhaps a sender, and the other end."""
+def new_leg(sock: socket.socket, sender: LegSender) -> LegWithoutTunnels:
+    """A leg whose deadlines nobody watches."""
+    return LegWithoutTunnels(OneWay(sock), LOGIN, 20.0, Timer(), sender)  # type: ignore[arg-type]
 
-    def __init__(self, sender: LegSender | None) -> None:
+
+class Served:
+    """A leg that is served, by its reader and a sender, and the other end."""
+
+    def __init__(self, sender: LegSender) -> None:
         self.near, self.far = tcp_pair()
         self.far.settimeout(10)
-        helpers = Helpers(lambda _: None, sender.call if sender is not None else lambda _: None)
-        self.leg = LegWithoutTunnels(OneWay(self.near), TESTED, 20.0, helpers)  # type: ignore[arg-type]
+        self.leg = new_leg(self.near, sender)
         self.outbox = self.leg.outbox
         self._reader = threading.Thread(target=self.leg.run, args=(None,))
         self._reader.start()
@@ -79,13 +88,8 @@ class Served:
     def join(self) -> None:
         self._reader.join(10)
         assert not self._reader.is_alive()
-        assert writers() == []
         self.near.close()
         self.far.close()
-
-
-def writers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("leg-writer")]
 
 
 def text(content: str) -> Frame:
@@ -99,6 +103,8 @@ def sender() -> Iterator[LegSender]:
     yield made
     made.stop()
     made.join(5)
+    assert not made._thread.is_alive()
+    assert [*made._full, *made._ending, *made._later, *made._calls] == []
 
 
 @pytest.fixture
@@ -110,7 +116,7 @@ def served(sender: LegSender) -> Iterator[Served]:
     made.join()
 
 
-def test_no_writer_is_needed_for_what_the_socket_takes(served: Served) -> None:
+def test_what_nobody_pushes_is_sent(served: Served) -> None:
     """Controls that nobody pushes, a ping of the timer's kind, and the close."""
     served.outbox.put_first(1, text("first"))
     assert read_frame(served.far) == (OP_TEXT, b"first")
@@ -119,14 +125,13 @@ def test_no_writer_is_needed_for_what_the_socket_takes(served: Served) -> None:
     served.leg.end(CLOSE_RESTART, "server_restart")
     assert read_frame(served.far) == CLOSE
     assert served.far.recv(1) == b""
-    assert writers() == []
     served.end()
 
 
 def test_what_was_put_before_the_leg_is_served_is_sent(sender: LegSender) -> None:
     """Between the upgrade and run() a client can be reached already."""
     near, far = tcp_pair()
-    leg = LegWithoutTunnels(OneWay(near), TESTED, 20.0, Helpers(lambda _: None, sender.call))  # type: ignore[arg-type]
+    leg = new_leg(near, sender)
     leg.outbox.put_first(1, text("early"))
     leg.outbox.push()
     reader = threading.Thread(target=leg.run, args=(None,))
@@ -137,69 +142,120 @@ def test_what_was_put_before_the_leg_is_served_is_sent(sender: LegSender) -> Non
     far.close()
     reader.join(5)
     near.close()
-    assert writers() == []
 
 
-def test_writer_comes_when_the_socket_is_full_and_stays(served: Served) -> None:
-    """Nothing is lost on the way from one to the other."""
+def test_rest_is_sent_when_the_peer_reads(served: Served) -> None:
+    """And what is put meanwhile, in order; a push sends again at once after it."""
     for number in range(64):
         put_data(served.outbox, 1, b"head", bytes([number]) * 60_000)
     served.outbox.push()
-    (writer,) = eventually(writers)
-    for number in range(64):
-        assert read_frame(served.far) == (OP_BINARY, b"head" + bytes([number]) * 60_000)
-    served.outbox.put_first(2, text("by the writer"))
-    assert read_frame(served.far) == (OP_TEXT, b"by the writer")
-    assert writers() == [writer]
-    served.leg.end(CLOSE_RESTART, "server_restart")
-    assert read_frame(served.far) == CLOSE
-    served.end()
-
-
-def test_call_of_a_writer_is_left_to_it(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sender comes late: were it to hear that call, the writer would sleep on."""
-    put_data(served.outbox, 1, b"head", bytes(1_000_000))
+    eventually(lambda: served.outbox.is_full)
+    served.outbox.put_first(2, text("overtakes"))
+    came = [read_frame(served.far) for _ in range(65)]
+    came.remove((OP_TEXT, b"overtakes"))
+    assert came == [(OP_BINARY, b"head" + bytes([number]) * 60_000) for number in range(64)]
+    served.outbox.put_leg("pong", text("pushed"))
+    eventually(lambda: not served.outbox.is_full)
     served.outbox.push()
-    # Not when it runs, but when the sender has left the outbox to it.
-    eventually(lambda: served.leg._writer is not None)
-    heard: list[str] = []
-    monkeypatch.setattr(served.outbox, "push_all", lambda: heard.append("by the sender"))
-    served.leg.send_waiting()
-    assert heard == []
-    assert len(read_frame(served.far)[1]) == 1_000_004
+    assert read_frame(served.far) == (OP_TEXT, b"pushed")
     served.leg.end(CLOSE_RESTART, "server_restart")
     assert read_frame(served.far) == CLOSE
     served.end()
+
+
+def test_full_sockets_cost_no_thread_and_delay_nobody(sender: LegSender) -> None:
+    """Thirty peers that do not read; another leg is served as if they were not there."""
+    before = threading.active_count()
+    stuck = [Served(sender) for _ in range(30)]
+    other = Served(sender)
+    for each in stuck:
+        for _ in range(64):
+            put_data(each.outbox, 1, b"head", bytes(60_000))
+        each.outbox.push()
+    eventually(lambda: len(sender._full) == len(stuck))
+    # The readers of the legs alone.
+    assert threading.active_count() == before + len(stuck) + 1
+    other.outbox.put_first(1, text("first"))
+    assert read_frame(other.far) == (OP_TEXT, b"first")
+    other.leg.end(CLOSE_RESTART, "server_restart")
+    assert read_frame(other.far) == CLOSE
+    other.end()
+    for each in stuck:
+        each.leg.abort("stuck")
+        each.join()
+    assert not sender._full
+
+
+def test_long_queue_of_one_leg_lets_others_have_their_turn(sender: LegSender) -> None:
+    """The peer reads all the time, so its socket is never full for long."""
+    bulk, other = Served(sender), Served(sender)
+    blocks = 300
+    received: list[int] = []
+
+    def read() -> None:
+        while (frame := read_frame(bulk.far)) != CLOSE:
+            received.append(len(frame[1]))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(blocks):
+        put_data(bulk.outbox, 1, b"head", bytes(65_536))
+    bulk.outbox.call_writer()
+    other.outbox.put_first(1, text("first"))
+    assert read_frame(other.far) == (OP_TEXT, b"first")
+    bulk.leg.end(CLOSE_RESTART, "server_restart")
+    reader.join(10)
+    assert received == [65_540] * blocks
+    for each in (bulk, other):
+        each.leg.end(CLOSE_RESTART, "server_restart")
+        each.end()
 
 
 def test_leg_that_ends_before_the_sender_comes_sends_what_waits() -> None:
-    """Its reader does, up to the close."""
-    served = Served(None)
+    """Up to the close; its reader waits for that."""
+    sender = LegSender()
+    served = Served(sender)
     served.outbox.put_first(1, text("last words"))
     served.leg.end(CLOSE_RESTART, "server_restart")
     served.far.sendall(b"x")
+    sender.start()
     assert read_frame(served.far) == (OP_TEXT, b"last words")
     assert read_frame(served.far) == CLOSE
     assert served.far.recv(1) == b""
     served.join()
+    sender.stop()
+    sender.join(5)
 
 
-def test_leg_whose_writer_cannot_start_ends(
-    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_leg_that_ends_with_a_full_socket_waits_for_the_peer_or_its_deadline(
+    sender: LegSender,
 ) -> None:
-    """A machine out of threads: that leg is lost, and told in the log."""
-
-    class NoThread(threading.Thread):
-        def start(self) -> None:
-            raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(leg_module.threading, "Thread", NoThread)
+    """The descriptor is not given back while the sender thread may write to it."""
+    served = Served(sender)
     for _ in range(64):
         put_data(served.outbox, 1, b"head", bytes(60_000))
     served.outbox.push()
+    eventually(lambda: sender._full)
+    served.leg.end(CLOSE_RESTART, "server_restart")
+    served.far.sendall(b"x")
+    served._reader.join(0.1)
+    assert served._reader.is_alive()
+    served.leg.abort("stuck")
     served.join()
-    assert served.leg.reason == "internal_error"
-    assert "leg has no writer" in caplog.text
+    assert not sender._full
+
+
+def test_leg_whose_sending_fails_by_a_bug_still_ends(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told in the log, and the sender goes on for the others."""
+
+    def fail() -> bool:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(served.outbox, "push_all", fail)
+    served.end()
+    assert "sender failed" in caplog.text
 
 
 @pytest.mark.parametrize("seed", range(5))

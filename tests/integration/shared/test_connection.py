@@ -675,6 +675,26 @@ def test_pings_are_answered_while_a_large_send_is_stuck_and_no_frame_breaks() ->
     assert pongs[-1] == b"%d" % (pings - 1)
 
 
+def test_reader_puts_its_pong_and_writes_nothing() -> None:
+    """Rule 4: a leg whose sender was not started has sent no byte after two pings."""
+    pieces = (frame(OP_PING, b"old"), frame(OP_PING, b"new"), frame(OP_TEXT, b"t"))
+    seen: list[tuple[int, bytes]] = []
+
+    def serve(visitor: Visitor) -> None:
+        visitor.upgrade()
+        visitor.sock.sendall(b"".join(pieces))
+        seen.append(visitor.read_frame())
+        visitor.wait_gone()
+
+    with hand_server(serve) as server, leg(server, is_started=False) as transport:
+        assert transport.receive() == (OP_TEXT, b"t")
+        assert take(transport.outbox) == Frame(OP_PONG, b"", b"new")
+        transport.close(1000)
+        transport.start("test")
+        eventually(lambda: seen)
+    assert seen[0][0] == OP_CLOSE
+
+
 @pytest.fixture
 def deaf() -> Iterator[HandServer]:
     """A server that upgrades and then does not read."""
@@ -723,7 +743,7 @@ def test_ping_is_due_each_interval_and_no_sooner() -> None:
         hand_server(serving()) as server,
         leg(server, is_started=False, ping_interval_s=20.0) as transport,
     ):
-        begun = transport._ping_at - 20.0
+        begun = transport._keepalive._ping_at - 20.0
         assert transport.tick(begun + 19.9, slept=False) == pytest.approx(begun + 20.0)
         assert not transport.outbox.has_frames
         assert transport.tick(begun + 20.0, slept=False) == pytest.approx(begun + 40.0)
@@ -769,7 +789,7 @@ def test_tick_never_waits_for_the_outbox() -> None:
         hand_server(serving()) as server,
         leg(server, is_started=False, ping_interval_s=1.0) as transport,
     ):
-        now = transport._ping_at
+        now = transport._keepalive._ping_at
         with queue_lock(transport.outbox):
             ticked: list[float] = []
             timer = threading.Thread(target=lambda: ticked.append(transport.tick(now, slept=False)))

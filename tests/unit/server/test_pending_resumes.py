@@ -321,8 +321,11 @@ def test_pending_resume_is_opened_when_the_client_is_served(bench: Bench) -> Non
     bench.relay.attach(slot, transport)  # type: ignore[arg-type]
     thread = threading.Thread(target=bench.relay.serve, args=(slot, None))
     thread.start()
+    bench.relay._sender.start()
     transport.abort()
     thread.join()
+    bench.relay._sender.stop()
+    bench.relay._sender.join(5)
     assert [m["code"] for m in taken(user.outbox)] == ["client_offline"]
     assert user.tunnel is not None
     assert bench.pending == 0

@@ -1,15 +1,16 @@
-"""The sender of all legs without a writer."""
+"""The sender thread of all legs."""
 
 from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 
 import pytest
 
-from server.legs.sender import LegSender
+from server.legs.sender import LegSender, Next
 from tests.support.waiting import eventually
 
 
@@ -19,11 +20,17 @@ class Leg:
     def __init__(self, said: list[object], *, fails: bool = False) -> None:
         self._said = said
         self._fails = fails
+        # What it answers when it is served; then that nothing is left.
+        self.following: list[Next] = []
 
-    def send_waiting(self) -> None:
+    def send_waiting(self) -> Next:
         self._said.append(self)
         if self._fails:
             raise ValueError("broken")
+        return self.following.pop(0) if self.following else Next.CALLED
+
+    def fileno(self) -> int:
+        raise AssertionError("no socket is full")
 
 
 @pytest.fixture
@@ -79,3 +86,35 @@ def test_leg_that_was_served_is_not_kept(sender: LegSender) -> None:
         return gone() is None
 
     eventually(is_gone)
+
+
+def test_leg_that_is_not_through_has_another_turn_behind_the_others(sender: LegSender) -> None:
+    """One after the other, without a new call."""
+    said: list[object] = []
+    long, short = Leg(said), Leg(said)
+    long.following = [Next.AT_ONCE, Next.AT_ONCE]
+    sender._calls.extend([(long, None), (short, None)])
+    sender._wake()
+    eventually(lambda: len(said) == 4)
+    assert said == [long, short, long, long]
+
+
+def test_leg_that_waits_for_openssl_is_tried_again(sender: LegSender) -> None:
+    """After 50 ms, and without a busy loop."""
+    said: list[object] = []
+    leg = Leg(said)
+    leg.following = [Next.SOON, Next.SOON]
+    begun = time.monotonic()
+    sender.finish(leg)
+    assert said == [leg] * 3
+    assert 0.1 <= time.monotonic() - begun < 2
+
+
+def test_end_of_a_leg_is_waited_for(sender: LegSender) -> None:
+    """finish() returns when nothing more is sent, and not before."""
+    said: list[object] = []
+    leg = Leg(said)
+    leg.following = [Next.AT_ONCE] * 5
+    sender.finish(leg)
+    assert len(said) == 6
+    assert not sender._ending
