@@ -20,7 +20,7 @@ DEBIAN_PACKAGES := openssh-server openssh-client nginx rsync git tinyproxy opens
 	netcat-openbsd procps iproute2 python3-venv python3-websocket
 
 # The tests that need nothing but the one file, and so run where the server does not.
-SCRIPT_TESTS := tests/unit/script tests/integration/script
+SCRIPT_TESTS := tests/unit/proxy_command tests/integration/script
 
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 

@@ -1742,103 +1742,105 @@ class Channel:
 # How large the window of a stream is (docs/protocol.md, "The receiver's window").
 # No I/O, no clock, no thread: the caller says what time it is.
 
-# Trips may be so much longer than the shortest: a link that is kept busy needs a queue.
+# A round trip may be longer than the shortest by this queue: a busy link needs one.
 _QUEUE_S = 0.020
-# On a fast link no longer than a trip itself; but threads take such a moment to wake up.
+# On a fast link the queue is no longer than a round trip; threads take this long to wake up.
 _LEAST_QUEUE_S = 0.0015
-# A queue that stands makes every trip longer, jitter only some: so the shortest counts, of so
-# many and of so long; on a slow way of what there was in the longer time.
-_TRIPS = 3
+# A probe takes the shortest of so many round trips, over so long at least: a standing queue makes
+# every round trip longer, jitter only some. On a slow link the longer time ends a probe.
+_ROUND_TRIPS = 3
 _MEASURE_S = 0.005
 _LONG_MEASURE_S = 1.0
-# Without queue it grows by so much: trips are soon too short by chance, where a machine is busy.
+# Growth per probe without a queue. On a busy machine some round trips are short by chance.
 _GROWTH = 1.2
-# It takes more of them in a row without a queue to double again: one may be chance.
-_FREE_LOOKS = 3
-# Such a part of it may stand in our own hands, where whoever takes it on is slower than the way.
-_IN_HAND = 1 / 3
-# How often the way is emptied. It costs a long link some 1 % of its speed.
+# More probes than these in a row without a queue double the window again: one may be chance.
+_FREE_PROBES = 3
+# Largest part of the window that may wait in our own buffer. More means that the consumer is the
+# bottleneck: do not grow.
+_UNDELIVERED = 1 / 3
+# How often the queue on the link is drained. A drain costs a long link some 1 % of its speed.
 _DRAIN_S = 10.0
-# What counts at most as the length of a way that is emptied: with a trip of seconds most of it
-# is a queue, perhaps that of other tunnels, which do the same at this time.
-_DRAIN_TRIP_S = 0.1
-# No trip is shorter, whatever a coarse clock says.
-_LEAST_TRIP_S = 0.0001
-# After such a pause nothing stands on the way, and what was measured is old.
+# The longest round trip that a drain believes: of seconds, most are a queue, perhaps that of other
+# tunnels, which drain at the same time.
+_DRAIN_ROUND_TRIP_S = 0.1
+# No round trip is shorter, whatever a coarse clock says.
+_LEAST_ROUND_TRIP_S = 0.0001
+# After such a pause nothing is queued on the link, and earlier measurements are old.
 _IDLE_S = 1.0
 
 
 class Window:
-    """How many bytes a peer may have on the way to us: what its link needs. Not thread-safe.
+    """How many bytes a peer may have under way to us: what its link needs. Not thread-safe.
 
-    The trip of an ack ends with the first bytes that it allowed. The window doubles until
-    trips grow longer than the shortest; then it follows them, so that a short queue stands:
-    more would only delay the keystroke behind it. It becomes smaller if much of it waits in our
-    own hands. Now and then it falls to less than the way holds, and the shortest is measured
-    anew: a queue that always stands must not be taken for the way. All tunnels of a machine do
-    so at the same time, since they may share that queue.
+    The round trip of an ack ends with the first bytes that the ack allowed. The window doubles
+    until round trips grow longer than the shortest. Then the window follows them, so that a short
+    queue stands: a longer one would only delay the keystroke behind it. The window shrinks if
+    much of it waits in our own buffer. Now and then a drain makes the window smaller than the
+    link's capacity, and the shortest round trip is measured anew: a standing queue must not be
+    taken for the link. All tunnels of a machine drain at the same time, since they may share
+    that queue.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max = max_bytes
         self.size = 0
-        # A look, since the last change: since when, how many trips, the shortest of them.
+        # A probe, since the last change: since when, how many round trips, the shortest of them.
         self._since: float | None = None
-        self._trips = 0
-        self._trip_s = 0.0
-        # The least that stood in our own hands when one of them began.
-        self._in_hand = 0
+        self._round_trips = 0
+        self._round_trip_s = 0.0
+        # The fewest bytes that waited in our own buffer when one of them began.
+        self._undelivered = 0
         self._heard_at = float("inf")  # not yet
-        self._last_trip_s = 0.0
+        self._last_round_trip_s = 0.0
         self.begin()
 
     def begin(self) -> None:
-        """Begin with the first window: nothing is known of the way."""
+        """Begin with the first window: nothing is known of the link."""
         self._is_doubling = True
         self._shortest_s = float("inf")
         # The limit before the ack that is timed, and when that was sent.
         self._timed: tuple[int, float] | None = None
-        # Window and trip when trips first were too long, and as they were before a drain.
+        # Window and round trip: when round trips first were too long, and before a drain.
         self._too_long: tuple[int, float] | None = None
         self._before_drain: tuple[int, float] | None = None
         self._drained_in = -1  # which stretch of _DRAIN_S
-        self._free_looks = 0  # in a row that found no queue
+        self._free_probes = 0  # in a row that found no queue
         self._resize(MIN_WINDOW_BYTES)
 
     def on_data(self, size: int, received: int, now: float) -> None:
         """Note that a message of `size` bytes came, now `received` in all."""
-        if now - self._heard_at >= max(_IDLE_S, 4 * self._last_trip_s):
+        if now - self._heard_at >= max(_IDLE_S, 4 * self._last_round_trip_s):
             self.begin()
         self._heard_at = now
         if self._timed is not None and received > self._timed[0]:
-            self._last_trip_s = max(_LEAST_TRIP_S, now - self._timed[1])
+            self._last_round_trip_s = max(_LEAST_ROUND_TRIP_S, now - self._timed[1])
             self._timed = None
-            self._on_trip(self._last_trip_s, size, now)
+            self._on_round_trip(self._last_round_trip_s, size, now)
 
-    def on_limit(self, before: int, in_hand: int, now: float) -> None:
+    def on_limit(self, before: int, undelivered: int, now: float) -> None:
         """Note that an ack raises the limit, which was `before`.
 
-        `in_hand`: how many bytes have come and were not handed on yet.
+        `undelivered`: how many bytes have come and were not delivered yet.
         """
         if self._timed is None:
             self._timed = (before, now)
-            self._in_hand = min(self._in_hand, in_hand)
+            self._undelivered = min(self._undelivered, undelivered)
 
-    def _on_trip(self, trip_s: float, size: int, now: float) -> None:
-        self._shortest_s = min(self._shortest_s, trip_s)
+    def _on_round_trip(self, round_trip_s: float, size: int, now: float) -> None:
+        self._shortest_s = min(self._shortest_s, round_trip_s)
         if self._since is None:
-            # The first trip after a change is that of the window before.
-            self._since, self._in_hand = now, self.size
+            # The first round trip after a change belongs to the window before.
+            self._since, self._undelivered = now, self.size
             return
-        self._trips += 1
-        # Without the time of the message that ended it, which may be longer than the queue.
-        self._trip_s = min(self._trip_s, trip_s * self.size / (self.size + size))
-        looked_s = now - self._since
-        is_enough = self._trips >= _TRIPS and looked_s >= _MEASURE_S
+        self._round_trips += 1
+        # Without the time of the last message, which may be longer than the queue.
+        self._round_trip_s = min(self._round_trip_s, round_trip_s * self.size / (self.size + size))
+        probed_s = now - self._since
+        is_enough = self._round_trips >= _ROUND_TRIPS and probed_s >= _MEASURE_S
         is_urgent = self._before_drain is None and (
             self._is_doubling or int(now / _DRAIN_S) != self._drained_in
         )
-        if is_enough or is_urgent or looked_s >= _LONG_MEASURE_S:
+        if is_enough or is_urgent or probed_s >= _LONG_MEASURE_S:
             self._adapt(int(now / _DRAIN_S))
 
     def _adapt(self, stretch: int) -> None:
@@ -1847,18 +1849,18 @@ class Window:
         elif stretch != self._drained_in:
             self._drained_in = stretch
             self._drain()
-        elif self._trip_s > self._longest_s:
+        elif self._round_trip_s > self._longest_s:
             self._shrink()
-        elif self._in_hand > self.size * _IN_HAND:
-            # More would only come at once, when all of that is taken on, and delay a keystroke.
-            self._free_looks = 0
-            size = (self.size - self._in_hand) / (1 - _IN_HAND)
+        elif self._undelivered > self.size * _UNDELIVERED:
+            # More bytes would only come in one burst after the delivery, and delay a keystroke.
+            self._free_probes = 0
+            size = (self.size - self._undelivered) / (1 - _UNDELIVERED)
             self._resize(max(size, min(self.size, MIN_WINDOW_BYTES)))
-        elif self._trip_s < self._longest_s - self._queue_s / 2:
+        elif self._round_trip_s < self._longest_s - self._queue_s / 2:
             self._grow()
         else:
             self._too_long = None
-            self._free_looks = 0
+            self._free_probes = 0
             self._resize(self.size)
 
     @property
@@ -1871,49 +1873,49 @@ class Window:
     def _longest_s(self) -> float:
         return self._shortest_s + self._queue_s
 
-    def _part(self, trip_s: float) -> float:
-        """Return the part of the window whose trips are as long as they should be."""
-        return (self._longest_s - self._queue_s / 4) / trip_s
+    def _part(self, round_trip_s: float) -> float:
+        """Return the part of the window whose round trips are as long as they should be."""
+        return (self._longest_s - self._queue_s / 4) / round_trip_s
 
     def _grow(self) -> None:
         self._too_long = None
-        self._free_looks += 1
-        is_free = self._is_doubling or self._free_looks > _FREE_LOOKS
-        self._resize(self.size * (2 if is_free else min(_GROWTH, self._part(self._trip_s))))
+        self._free_probes += 1
+        is_free = self._is_doubling or self._free_probes > _FREE_PROBES
+        self._resize(self.size * (2 if is_free else min(_GROWTH, self._part(self._round_trip_s))))
 
     def _shrink(self) -> None:
-        self._free_looks = 0
-        size, trip_s = self._too_long or (self.size, self._trip_s)
-        self._too_long = (size, trip_s)
+        self._free_probes = 0
+        size, round_trip_s = self._too_long or (self.size, self._round_trip_s)
+        self._too_long = (size, round_trip_s)
         if self._is_doubling:
             self._is_doubling = False
             self._drain()
-        elif self.size * 2 <= size and self._trip_s * 4 > trip_s * 3:
-            # With half the window they are as long as before: so the way is longer.
-            self._shortest_s = self._trip_s
+        elif self.size * 2 <= size and self._round_trip_s * 4 > round_trip_s * 3:
+            # With half the window round trips are as long as before: the link is longer.
+            self._shortest_s = self._round_trip_s
             self._too_long = None
             self._is_doubling = True
             self._resize(size)
         else:
-            # By the rule of large windows not to a small one, which may have a longer queue.
+            # The rule of large windows leads to no small one, which may have a longer queue.
             least = MIN_WINDOW_BYTES if self.size >= MIN_WINDOW_BYTES else LEAST_WINDOW_BYTES
-            self._resize(max(least, self.size * self._part(self._trip_s)))
+            self._resize(max(least, self.size * self._part(self._round_trip_s)))
 
     def _drain(self) -> None:
-        self._before_drain = (self.size, self._trip_s)
-        way_s = min(_DRAIN_TRIP_S, self._shortest_s)
+        self._before_drain = (self.size, self._round_trip_s)
+        way_s = min(_DRAIN_ROUND_TRIP_S, self._shortest_s)
         self._shortest_s = float("inf")
-        # Half of what the way holds: it may have become shorter.
-        self._resize(self.size * way_s / self._trip_s / 2)
+        # Half of the capacity of the link, which may have become shorter.
+        self._resize(self.size * way_s / self._round_trip_s / 2)
 
-    def _refill(self, size: int, trip_s: float) -> None:
+    def _refill(self, size: int, round_trip_s: float) -> None:
         self._before_drain = self._too_long = None
-        self._is_doubling = self._is_doubling and trip_s <= self._longest_s
-        self._resize(size * min(1.0, self._part(trip_s)))
+        self._is_doubling = self._is_doubling and round_trip_s <= self._longest_s
+        self._resize(size * min(1.0, self._part(round_trip_s)))
 
     def _resize(self, size: float) -> None:
         self.size = int(max(LEAST_WINDOW_BYTES, min(self._max, size)))
-        self._since, self._trips, self._trip_s = None, 0, float("inf")
+        self._since, self._round_trips, self._round_trip_s = None, 0, float("inf")
 
 
 # --- http_network_relay/end/stream.py -------------------------------------------------------------
@@ -2070,7 +2072,7 @@ class SendStream:
 
 
 class ReceiveStream:
-    """The bytes that this end takes in and hands on. Not thread-safe."""
+    """The bytes that this end receives and delivers. Not thread-safe."""
 
     def __init__(self, max_window_bytes: int = DEFAULT_MAX_WINDOW_BYTES) -> None:
         self._window = Window(max_window_bytes)
@@ -2216,8 +2218,7 @@ END_TRANSITIONS: dict[EndState, tuple[EndState, ...]] = {
 class EndCore:
     """The lock, the state, the streams and the present channel of one end.
 
-    Inbound, Outbound and TunnelEnd work on one core. A single read of a field needs no lock.
-    Only the methods here change a field, and a `_locked` method needs `lock`.
+    A single read of a field needs no lock. Only the methods here change a field.
     """
 
     def __init__(
@@ -2234,6 +2235,7 @@ class EndCore:
         self.state = EndState.OPENING
         # None without a leg.
         self.channel: Channel | None = channel
+        # For how long both ends keep the tunnel without a leg; 0 until the tunnel is open.
         self.grace_s = 0.0
         # Why the tunnel ended before it was finished. The first reason counts.
         self.ended: RelayError | None = None
@@ -2242,6 +2244,11 @@ class EndCore:
         # Of the newest loss of a leg.
         self.detached_at = 0.0
         self._lost: RelayError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the tunnel is finished or has ended."""
+        return self.state.is_over
 
     def is_stale_locked(self, channel: Channel, message: str) -> bool:
         """Whether a message comes too late to count; raises TunnelError if it comes too early."""
@@ -2616,11 +2623,11 @@ class Outbound:
 # (docs/protocol.md, "Resume").
 
 
-class TunnelEnd:
-    """The thread-safe state of one end.
+class TunnelEnd(EndCore):
+    """The thread-safe state of one end, and its two directions.
 
-    `inbound` and `outbound` are its directions. A method that takes a `channel` does nothing
-    if that is not the newest: what comes late on another leg or channel must not count.
+    A method that takes a `channel` does nothing if that is not the newest: what comes late
+    on another leg or channel must not count.
     """
 
     def __init__(
@@ -2629,73 +2636,57 @@ class TunnelEnd:
         max_window_bytes: int,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_change`: called, without a lock, after credit, the leg's loss or the end."""
-        self._core = EndCore(channel, max_window_bytes, on_change)
-        self.inbound = Inbound(self._core)
-        self.outbound = Outbound(self._core)
+        super().__init__(channel, max_window_bytes, on_change)
+        self.inbound = Inbound(self)
+        self.outbound = Outbound(self)
 
-    # Each is one read; none needs the lock.
-
-    @property
-    def ended(self) -> RelayError | None:
-        """Why the tunnel ended before it was finished, if it did. The first reason."""
-        return self._core.ended
+    # One read each; none needs the lock.
 
     @property
     def is_finished(self) -> bool:
         """Whether both directions ended cleanly and both ends know."""
-        return self._core.state is EndState.FINISHED
-
-    @property
-    def is_over(self) -> bool:
-        """Finished or ended."""
-        return self._core.state.is_over
+        return self.state is EndState.FINISHED
 
     @property
     def is_detached(self) -> bool:
         """Whether the end has no leg, and may be resumed."""
-        return self._core.state is EndState.DETACHED
+        return self.state is EndState.DETACHED
 
     @property
     def counts(self) -> tuple[int, int]:
         """Bytes taken for sending and bytes delivered, for the log."""
-        return self._core.stream.out.taken, self._core.stream.into.delivered
+        return self.stream.out.taken, self.stream.into.delivered
 
     @property
     def first_limit(self) -> int:
         """The bytes that the peer may send at first, for `open` or `opened`."""
-        return self._core.stream.into.limit
-
-    @property
-    def grace_s(self) -> float:
-        """For how long both ends keep the tunnel without a leg; 0 until the tunnel is open."""
-        return self._core.grace_s
+        return self.stream.into.limit
 
     # The leg's reader, or whoever opens the tunnel.
 
     def on_open(self, limit: int, grace_s: float) -> bool:
         """Take the peer's first limit; False if the end came first."""
-        with self._core.lock:
-            if self._core.state.is_over:
+        with self.lock:
+            if self.is_over:
                 return False
-            self._core.open_locked(limit, grace_s)
+            self.open_locked(limit, grace_s)
             return True
 
     def on_end(self, error: RelayError) -> None:
         """End the tunnel without a word to the peer; bytes that came are still delivered."""
-        with self._core.lock:
-            if self._core.state.is_over:
+        with self.lock:
+            if self.is_over:
                 return
-            self._core.end_locked(EndState.ENDED, error)
-        self._core.on_change()
+            self.end_locked(EndState.ENDED, error)
+        self.on_change()
 
     def on_reset(self, channel: Channel, error: RelayError) -> None:
         """The peer has ended the tunnel."""
-        with self._core.lock:
-            if channel is not self._core.channel or self._core.state.is_over:
+        with self.lock:
+            if channel is not self.channel or self.is_over:
                 return
-            self._core.end_locked(EndState.ENDED, error)
-        self._core.on_change()
+            self.end_locked(EndState.ENDED, error)
+        self.on_change()
 
     def detach(self, channel: Channel, error: RelayError) -> bool:
         """The leg is lost: wait for a resume, or end with `error` if none can come.
@@ -2703,12 +2694,12 @@ class TunnelEnd:
         Returns:
             Whether the end waits.
         """
-        with self._core.lock:
-            if channel is not self._core.channel or self._core.state.is_over:
+        with self.lock:
+            if channel is not self.channel or self.is_over:
                 return False
-            waits = self._core.detach_locked(error)
+            waits = self.detach_locked(error)
         channel.drop()
-        self._core.on_change()
+        self.on_change()
         return waits
 
     # Any thread.
@@ -2720,29 +2711,28 @@ class TunnelEnd:
 
         `channel`: only if that is still the newest.
         """
-        core = self._core
-        with core.lock:
-            if core.state.is_over or (channel is not None and channel is not core.channel):
+        with self.lock:
+            if self.is_over or (channel is not None and channel is not self.channel):
                 return
             self.outbound.reset_locked(error, deliver_s)
-        core.on_change()
+        self.on_change()
 
     def resume_left_s(self) -> float:
         """Return for how long a resume may still come; ends a tunnel whose grace is over."""
-        with self._core.lock:
-            self._core.expire_locked()
-            return self._core.resume_left_locked() or 0.0
+        with self.lock:
+            self.expire_locked()
+            return self.resume_left_locked() or 0.0
 
     def wait_over(self, timeout_s: float | None = None) -> None:
         """Wait until the tunnel is finished or ended."""
-        with self._core.lock:
-            self._core.wait_locked(lambda: self._core.state.is_over, timeout_s)
+        with self.lock:
+            self.wait_locked(lambda: self.is_over, timeout_s)
 
     def _attach_locked(self, channel: Channel, peer: Position) -> None:
         """Go on, on `channel`, from where the peer stands."""
-        assert self._core.lock.locked()
-        self._core.stream.out.resume(peer)
-        self._core.attach_locked(channel)
+        assert self.lock.locked()
+        self.stream.out.resume(peer)
+        self.attach_locked(channel)
         self.inbound.resumed_locked()
         self.outbound.flush_locked()
 
@@ -2755,29 +2745,24 @@ class UserEnd(TunnelEnd):
     """The end that resumes."""
 
     @property
-    def has_expired(self) -> bool:
-        """Whether the tunnel has ended because nobody resumed it in time."""
-        return self._core.state is EndState.EXPIRED
-
-    @property
     def has_both_eofs(self) -> bool:
         """Whether our source ended and the peer's eof was delivered; acks may be missing."""
-        return self._core.stream.out.is_ended and self._core.stream.into.eof_delivered
+        return self.stream.out.is_ended and self.stream.into.eof_delivered
 
     def begin_resume(self) -> Position:
         """Return the position for `resume`. Only while detached: all channels are stale then."""
-        with self._core.lock:
-            return self._core.stream.into.resume()
+        with self.lock:
+            return self.stream.into.resume()
 
     def on_resumed(self, channel: Channel, peer: Position) -> None:
         """Go on, on `channel`, after the peer's `resumed`. Raises TunnelError."""
-        with self._core.lock:
-            if self._core.state.is_over:
+        with self.lock:
+            if self.is_over:
                 return
-            self._core.stream.out.check_resume(peer)
+            self.stream.out.check_resume(peer)
             self._attach_locked(channel, peer)
         channel.push()
-        self._core.on_change()
+        self.on_change()
 
 
 # --- http_network_relay/end/read_coalescer.py -----------------------------------------------------
@@ -3781,321 +3766,6 @@ def warn(message: str) -> None:
         os.write(2, f"ssh_proxy_command.py: {message}\n".encode("utf-8", "replace"))
 
 
-# --- http_network_relay/proxy_command/next_leg.py -------------------------------------------------
-# NextLeg: dials the next leg while the present one still works.
-
-# A server that restarts is tried again so often, so long.
-RESTART_RETRY_S = (0.1, 0.3)
-
-RESTART_S = 3.0
-
-
-class NextLeg:
-    """Dials the next leg while the present one still works; for a server that goes away."""
-
-    def __init__(self, end: TunnelEnd, dial: Callable[[], Connection], spread_s: float) -> None:
-        self._end = end
-        self._dial = dial
-        self._spread_s = spread_s
-        self._connection: Connection | None = None
-        self._thread = threading.Thread(target=self._run, name="next-leg")
-
-    def start(self, on_up: Callable[[], None]) -> None:
-        """Begin; `on_up` is called in the thread when the leg is there. take() joins it."""
-        self._on_up = on_up
-        self._thread.start()
-
-    def _run(self) -> None:
-        wait_s = uniform(0.0, self._spread_s)
-        until = time.monotonic() + self._spread_s + RESTART_S
-        while True:
-            self._end.wait_over(wait_s)
-            if self._end.is_over:
-                return
-            try:
-                self._connection = self._dial()
-            except RelayError as exc:
-                if not exc.is_retryable or time.monotonic() >= until:
-                    return
-                wait_s = uniform(*RESTART_RETRY_S)
-            else:
-                self._on_up()
-                return
-
-    def take(self) -> Connection | None:
-        """Wait for the leg, which the caller then owns; None if there is none."""
-        self._thread.join()
-        connection, self._connection = self._connection, None
-        return connection
-
-
-# --- http_network_relay/proxy_command/stdio.py ----------------------------------------------------
-# Standard input and output of the proxy command, as the operating system gives them.
-
-STDIN = 0
-
-STDOUT = 1
-
-# What a pipe as stdin or stdout is given as soon as it was full: the most that any user may, by
-# default.
-PIPE_BYTES = 1024 * 1024
-
-# Windows has no poll, and no select for pipes.
-CAN_POLL = hasattr(select, "poll")
-
-
-def fill_standard_files() -> None:
-    """Open what is closed of 0, 1 and 2: a socket in that place would be taken for stdin."""
-    number = os.open(os.devnull, os.O_RDWR)
-    while number <= 2:
-        number = os.dup(number)
-    os.close(number)
-
-
-class QuickStdout:
-    """Writes what stdout takes at once, by a description of its own: the shared one stays as is."""
-
-    def __init__(self) -> None:
-        """Raises OSError where there is no such way."""
-        mode = os.fstat(STDOUT).st_mode
-        self._is_socket = stat.S_ISSOCK(mode)
-        self._is_enlarged = False
-        if self._is_socket and DONT_WAIT:
-            self._file: Any = socket.socket(fileno=os.dup(STDOUT))
-        elif stat.S_ISFIFO(mode) and sys.platform == "linux":
-            self._file = open(  # noqa: SIM115  # close() closes it.
-                f"/proc/self/fd/{STDOUT}", "wb", buffering=0, opener=_open_now
-            )
-        else:
-            raise OSError(errno.ENOTSUP, "stdout is neither a pipe nor a socket")
-
-    def write(self, data: Any) -> int:
-        """Return how many bytes it took; raises OSError."""
-        if self._is_socket:
-            return int(self._file.send(data, DONT_WAIT))
-        count = self._file.write(data) or 0  # None: it would have to wait.
-        if count < len(data) and not self._is_enlarged:
-            self._is_enlarged = True
-            enlarge_pipe(STDOUT)
-        return count
-
-    def close(self) -> None:
-        """Let it go; nobody is inside write() any more."""
-        self._file.close()
-
-
-def enlarge_pipe(descriptor: int) -> None:
-    """Give it room, so that we need not take turns with its other end for each 64 KiB."""
-    import fcntl  # Not everywhere; and only bulk needs it.
-
-    set_size = getattr(fcntl, "F_SETPIPE_SZ", 1031)  # Python 3.9 has no names for them.
-    get_size = getattr(fcntl, "F_GETPIPE_SZ", 1032)
-    with contextlib.suppress(OSError):  # This user has many such pipes.
-        if fcntl.fcntl(descriptor, get_size) < PIPE_BYTES:
-            fcntl.fcntl(descriptor, set_size, PIPE_BYTES)
-
-
-def _open_now(path: str, flags: int) -> int:
-    return os.open(path, flags & ~(os.O_CREAT | os.O_TRUNC) | os.O_NONBLOCK)
-
-
-def write_stdout(chunk: Any) -> None:
-    view = memoryview(chunk)
-    while view:
-        try:
-            view = view[os.write(STDOUT, view) :]
-        except BlockingIOError:  # Somebody made the shared pipe non-blocking.
-            select.select([], [STDOUT], [])
-
-
-def close_stdout() -> None:
-    """Hand the eof on: every duplicate of stdout must go, or its reader waits on."""
-    about = os.fstat(STDOUT)
-    if stat.S_ISSOCK(about.st_mode):
-        # stdin may be the same socket, so closing would not be enough.
-        with socket.socket(fileno=os.dup(STDOUT)) as sock, contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_WR)
-    null = os.open(os.devnull, os.O_WRONLY)
-    with contextlib.suppress(OSError):
-        stderr = os.fstat(2)
-        if not stat.S_ISCHR(about.st_mode) and os.path.samestat(about, stderr):
-            os.dup2(null, 2)
-    os.dup2(null, STDOUT)
-    os.close(null)
-
-
-# --- http_network_relay/proxy_command/pumps.py ----------------------------------------------------
-# Pumps: stdin to the leg and the leg to stdout, one thread each.
-
-# Two messages, which cost less than twice one.
-STDIN_READ_BYTES = 2 * MESSAGE_BYTES
-
-# For the credit of bytes that are sent again; all of a user's leaving takes a second at most.
-GOODBYE_S = 0.5
-
-
-class Pumps:
-    """stdin -> leg and leg -> stdout, one thread each."""
-
-    def __init__(self) -> None:
-        # 128+n once the user has gone. Written by the timer or a pump, the first wins.
-        self.exit_code: int | None = None
-        self._watches_stdout = CAN_POLL
-        self._quick_stdout: QuickStdout | None = None
-        self._gather = ReadCoalescer(STDIN_READ_BYTES)
-        self._is_stdin_enlarged = False
-        # Where there is no poll.
-        self._woken = threading.Event()
-        self._left = threading.Event()
-        if CAN_POLL:
-            self._wake_r, self._wake_w = os.pipe()
-            os.set_blocking(self._wake_r, False)
-            os.set_blocking(self._wake_w, False)
-        # What pump-up waits with, and for what it was made. Its own.
-        self._poll: Any = None
-        self._polled: tuple[bool, bool] | None = None
-
-    def start(self, end: UserEnd) -> None:
-        """Start both threads; join() joins them."""
-        self._end = end
-        with contextlib.suppress(OSError):
-            self._quick_stdout = QuickStdout()
-            end.inbound.deliver_directly(self._quick_stdout.write)
-        # Daemon: a write to stdout cannot be woken, nor on Windows a read of stdin.
-        self._up = threading.Thread(target=self._pump_up, name="pump-up", daemon=True)
-        self._down = threading.Thread(target=self._pump_down, name="pump-down", daemon=True)
-        self._up.start()
-        self._down.start()
-        if not CAN_POLL:  # Pump-up may be inside a read that nothing wakes.
-            threading.Thread(target=self._leave_unpolled, name="pump-leave", daemon=True).start()
-
-    def join(self, timeout_s: float) -> None:
-        """Join both; a pump that is stuck in stdin or stdout is left to the exit."""
-        deadline = time.monotonic() + timeout_s
-        for thread in (self._down, self._up):
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-    def leave(self, exit_code: int) -> None:
-        """Note that the user has gone; pump-up sees to it. Never waits."""
-        if self.exit_code is None:
-            self.exit_code = exit_code
-        self.wake()
-        self._left.set()
-
-    def wake(self) -> None:
-        """Let pump-up look: credit came, the user has gone, or the tunnel is over."""
-        if CAN_POLL:
-            with contextlib.suppress(BlockingIOError):  # Full: it is awake.
-                os.write(self._wake_w, b"w")
-        else:
-            self._woken.set()
-
-    def _leave_unpolled(self) -> None:
-        self._left.wait()
-        if not self._end.is_over:
-            self._say_goodbye()
-
-    # stdin -> leg; watches signals and stdout meanwhile, and on after stdin's end.
-
-    def _pump_up(self) -> None:
-        end = self._end
-        try:
-            while not end.is_over and self.exit_code is None:
-                size = min(end.outbound.credit(), STDIN_READ_BYTES)
-                if self._wait(want_stdin=size > 0):
-                    self._carry(size)
-            if not end.is_over:
-                self._say_goodbye()
-        except OSError as exc:
-            end.reset(RelayError("internal_error", f"reading stdin failed: {exc.strerror}"))
-
-    def _carry(self, size: int) -> bool:
-        data = os.read(STDIN, size)
-        # All that a pipe holds, or nearly.
-        if len(data) > MESSAGE_BYTES and not self._is_stdin_enlarged:
-            self._is_stdin_enlarged = True
-            enlarge_pipe(STDIN)
-        if data:
-            self._end.outbound.send(data)
-            if wait_s := self._gather.wait_s(len(data), size, time.monotonic()):
-                time.sleep(wait_s)
-        else:
-            self._end.outbound.send_eof()
-        return bool(data)
-
-    def _wait(self, *, want_stdin: bool) -> bool:
-        """Wait for what pump-up must act on; True if stdin can be read."""
-        if not CAN_POLL:
-            if not want_stdin:
-                self._woken.wait()
-                self._woken.clear()
-            return want_stdin
-        wanted = (want_stdin, self._watches_stdout)
-        if wanted != self._polled:
-            self._polled, self._poll = wanted, self._make_poll(*wanted)
-        ready = dict(self._poll.poll())
-        if self._wake_r in ready:
-            os.read(self._wake_r, 4096)
-        if ready.get(STDOUT, 0) & select.POLLNVAL:
-            self._watches_stdout = False
-        elif STDOUT in ready and self._watches_stdout:
-            self.leave(EXIT_SIGPIPE)
-        return STDIN in ready
-
-    def _make_poll(self, want_stdin: bool, watches_stdout: bool) -> Any:
-        poll = select.poll()
-        poll.register(self._wake_r, select.POLLIN)
-        if want_stdin:
-            poll.register(STDIN, select.POLLIN)
-        if watches_stdout:
-            poll.register(STDOUT, 0)  # POLLERR and POLLHUP are told unasked.
-        return poll
-
-    def _say_goodbye(self) -> None:
-        """Take what stdin still holds without waiting, then tell the client."""
-        end = self._end
-        if end.has_both_eofs:
-            end.wait_over(FLUSH_S)
-        else:
-            # What was taken before a resume may still wait for its credit.
-            end.outbound.wait_sent(GOODBYE_S)
-            self._take_the_rest()
-        end.reset(RelayError("user_gone", "the proxy user has gone"))
-
-    def _take_the_rest(self) -> None:
-        if CAN_POLL:
-            poll = select.poll()
-            poll.register(STDIN, select.POLLIN)
-            while (size := self._end.outbound.credit()) and poll.poll(0) and self._carry(size):
-                pass
-
-    # leg -> stdout
-
-    def _pump_down(self) -> None:
-        end = self._end
-        try:
-            while chunk := end.inbound.next_chunk():
-                write_stdout(chunk)
-                end.inbound.delivered(len(chunk))
-            if chunk == b"":
-                self._watches_stdout = False
-                self.wake()
-                self._close_quick_stdout()
-                close_stdout()
-                end.inbound.delivered_eof()
-        except BrokenPipeError:
-            self.leave(EXIT_SIGPIPE)
-        except OSError as exc:
-            end.reset(RelayError("internal_error", f"writing stdout failed: {exc.strerror}"))
-        finally:
-            self._close_quick_stdout()
-
-    def _close_quick_stdout(self) -> None:
-        self._end.inbound.deliver_directly(None)
-        if self._quick_stdout is not None:
-            self._quick_stdout.close()
-
-
 # --- http_network_relay/proxy_command/settings.py -------------------------------------------------
 # The proxy command's settings: flag > environment > default.
 
@@ -4172,82 +3842,536 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     )
 
 
-# --- http_network_relay/proxy_command/session.py --------------------------------------------------
-# Session: one run of the proxy command, from the dial to the exit code.
+# --- http_network_relay/proxy_command/leg.py ------------------------------------------------------
+# One leg of the proxy command: asks for the tunnel, then is read until the leg is lost.
+
+# From the code of `detached` to the reason.
+_DETACHED = {
+    "client_lost": "the client's connection to the relay was lost",
+    "client_replaced": "the client connected to the relay anew",
+    "server_restart": "the relay is being restarted",
+}
+
+
+def dial_leg(
+    settings: Settings, tunnel_id: str = "", is_cancelled: Callable[[], bool] = lambda: False
+) -> Connection:
+    """Dial the server, to resume the tunnel `tunnel_id` if there is one. Any thread."""
+    headers = [f"Authorization: Bearer {settings.token}"]
+    if tunnel_id:
+        headers.append(f"{TUNNEL_HEADER}: {tunnel_id}")
+    return connect(
+        settings.endpoint,
+        headers,
+        context=settings.context,
+        environ=os.environ,
+        ping_interval_s=settings.ping_interval_s,
+        is_cancelled=is_cancelled,
+    )
+
+
+class Leg:
+    """A connection with the only channel of a user leg. Main's thread but where said."""
+
+    def __init__(self, connection: Connection, settings: Settings) -> None:
+        self.connection = connection
+        self.channel = Channel(connection.outbox)
+        self._settings = settings
+        self._server_restarts = False
+        # When the timer gives the leg up because no answer has come, and with which reason.
+        self._answer_by = float("inf")
+        self._no_answer = RelayError("open_timeout", "")
+
+    def ask(self, first: Opening, timeout_s: float) -> None:
+        """Send the first message. The caller MUST wake the timer, and take the answer()."""
+        who = f"{self._settings.target}: " if isinstance(first, Open) else ""
+        self._no_answer = RelayError("open_timeout", f"{who}no answer from the client in time")
+        self._answer_by = time.monotonic() + timeout_s
+        self.connection.start("user")
+        self.channel.put_first(first)
+        self.channel.push()
+
+    def answer(self, first: Opening) -> Opened | Resumed:
+        """Wait for the answer to `first`. Raises RelayError."""
+        is_open = isinstance(first, Open)
+        wanted, word = (Opened, "opened") if is_open else (Resumed, "resumed")
+        try:
+            while True:
+                opcode, payload = self.connection.receive()
+                if opcode == OP_CLOSE:
+                    raise self._loss(payload)
+                if opcode == OP_BINARY:
+                    raise TunnelError(f"data came before {word}")
+                control = _parse(payload)
+                if isinstance(control, wanted):
+                    return control
+                if isinstance(control, OpenRefused):
+                    # Of a resume, the caller's sentence names the whole target.
+                    who = f"{first.client}: " if is_open else ""
+                    raise RelayError(control.code, who + control.message)
+                if isinstance(control, (Reset, Detached)):
+                    raise _reason(control)
+                if not isinstance(control, GoingAway):
+                    raise TunnelError(f"{type_of(control)} came before {word}")
+                self._server_restarts = True
+        except (LegError, TunnelError) as exc:
+            raise _server_error(exc) from exc
+        finally:
+            self._answer_by = float("inf")
+
+    def read(self, end: UserEnd, on_going_away: Callable[[float], None]) -> None:
+        """Pass each message to the end, until the tunnel has ended or the leg is lost.
+
+        `on_going_away`: called with the seconds over which the server spreads the returns.
+        """
+        pause = functools.partial(end.inbound.on_pause, self.channel)
+        on_pause: Callable[[], None] | None = None
+        while True:
+            try:
+                opcode, payload = self.connection.receive(on_pause)
+                if opcode == OP_CLOSE:
+                    end.detach(self.channel, self._loss(payload))
+                    return
+                if opcode == OP_BINARY:
+                    on_pause = pause if end.inbound.on_data(self.channel, payload) else None
+                    continue
+                control = _parse(payload)
+                if isinstance(control, GoingAway):
+                    self._server_restarts = True
+                    on_going_away(control.spread_ms / 1000)
+                else:
+                    self._pass_on(control, end)
+                if isinstance(control, Detached) and not end.is_over:
+                    return
+            except TunnelError as exc:
+                end.reset(_server_error(exc))
+            except LegError as exc:
+                self.connection.close(exc.close_code, str(exc), flush=False)
+                end.detach(self.channel, _server_error(exc))
+                return
+
+    def _pass_on(self, control: Control, end: UserEnd) -> None:
+        if isinstance(control, Ack):
+            end.outbound.on_ack(self.channel, control)
+        elif isinstance(control, Eof):
+            end.inbound.on_eof(self.channel, control.count)
+        elif isinstance(control, Reset):
+            end.on_reset(self.channel, _reason(control))
+        elif isinstance(control, Detached):
+            end.detach(self.channel, _reason(control))
+        else:
+            raise TunnelError(f"{type_of(control)} after the tunnel was open")
+
+    def say_goodbye(self, ended: RelayError | None) -> None:
+        """Close the leg of a tunnel that is over. Any thread; again is harmless."""
+        if ended is not None and ended.code == "user_gone":
+            # A leg that is just resuming has no reset yet: behind the `resume` it counts.
+            self.channel.put_reset(ended)
+        self.connection.close(CLOSE_NORMAL)
+
+    def tick(self, now: float, *, slept: bool) -> float:
+        """Do what is due and return when to call again. The timer's thread; never waits."""
+        if now >= self._answer_by:
+            self._answer_by = float("inf")
+            self.connection.give_up(self._no_answer)
+        return min(self.connection.tick(now, slept=slept), self._answer_by)
+
+    def _loss(self, close_code: int) -> RelayError:
+        if self.connection.gave_up is not None:
+            return self.connection.gave_up
+        where = f"the relay {self._settings.endpoint.host}"
+        if close_code == CLOSE_RESTART or self._server_restarts:
+            return RelayError("server_restart", f"{where} is being restarted")
+        if close_code == 1006:
+            return RelayError("leg_lost", f"the connection to {where} was lost")
+        return RelayError("leg_lost", f"{where} ended the connection (close code {close_code})")
+
+
+def _parse(payload: bytes | bytearray) -> Control:
+    return parse_control(decode_text(payload), TO_USER, has_channel=False)
+
+
+def _reason(control: Reset | Detached) -> RelayError:
+    if isinstance(control, Reset):
+        return RelayError(control.code, control.message)
+    cut = f"the tunnel was cut ({control.code})"
+    return RelayError(control.code, _DETACHED.get(control.code, cut))
+
+
+def _server_error(exc: Exception) -> RelayError:
+    return RelayError("protocol_error", f"the server broke the protocol: {exc}")
+
+
+# --- http_network_relay/proxy_command/next_leg.py -------------------------------------------------
+# NextLeg: dials the next leg while the present one still works.
+
+# The pause between two tries to reach a server that restarts, and for how long to try.
+RESTART_RETRY_S = (0.1, 0.3)
+RESTART_S = 3.0
+
+
+class NextLeg:
+    """Dials in a thread of its own, for a server that goes away."""
+
+    def __init__(
+        self,
+        end: UserEnd,
+        dial: Callable[[], Connection],
+        spread_s: float,
+        on_up: Callable[[], None],
+    ) -> None:
+        """`on_up` is called in the thread when the leg is there."""
+        self._end = end
+        self._dial = dial
+        self._spread_s = spread_s
+        self._on_up = on_up
+        self._connection: Connection | None = None
+        self._thread = threading.Thread(target=self._run, name="next-leg")
+
+    def start(self) -> None:
+        """Begin; the caller MUST call take(), which joins the thread."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        wait_s = uniform(0.0, self._spread_s)
+        until = time.monotonic() + self._spread_s + RESTART_S
+        while True:
+            self._end.wait_over(wait_s)
+            if self._end.is_over:
+                return
+            try:
+                self._connection = self._dial()
+            except RelayError as exc:
+                if not exc.is_retryable or time.monotonic() >= until:
+                    return
+                wait_s = uniform(*RESTART_RETRY_S)
+            else:
+                self._on_up()
+                return
+
+    def take(self) -> Connection | None:
+        """Wait for the leg, which the caller then owns; None if there is none."""
+        self._thread.join()
+        connection, self._connection = self._connection, None
+        return connection
+
+
+# --- http_network_relay/proxy_command/stdio.py ----------------------------------------------------
+# Standard input and output of the proxy command, as the operating system gives them.
+
+STDIN = 0
+
+STDOUT = 1
+
+# What a pipe as stdin or stdout is given as soon as it was full: the most that any user may, by
+# default.
+PIPE_BYTES = 1024 * 1024
+
+# Windows has no poll, and no select for pipes.
+CAN_POLL = hasattr(select, "poll")
+
+
+def fill_standard_files() -> None:
+    """Open what is closed of 0, 1 and 2: a socket in that place would be taken for stdin."""
+    number = os.open(os.devnull, os.O_RDWR)
+    while number <= 2:
+        number = os.dup(number)
+    os.close(number)
+
+
+class QuickStdout:
+    """Writes what stdout takes at once, by a description of its own: the shared one stays as is."""
+
+    def __init__(self, stdout: int) -> None:
+        """Raises OSError where there is no such way."""
+        self._stdout = stdout
+        mode = os.fstat(stdout).st_mode
+        self._is_socket = stat.S_ISSOCK(mode)
+        self._is_enlarged = False
+        if self._is_socket and DONT_WAIT:
+            self._file: Any = socket.socket(fileno=os.dup(stdout))
+        elif stat.S_ISFIFO(mode) and sys.platform == "linux":
+            self._file = open(  # noqa: SIM115  # close() closes it.
+                f"/proc/self/fd/{stdout}", "wb", buffering=0, opener=_open_now
+            )
+        else:
+            raise OSError(errno.ENOTSUP, "stdout is neither a pipe nor a socket")
+
+    def write(self, data: Any) -> int:
+        """Return how many bytes it took; raises OSError."""
+        if self._is_socket:
+            return int(self._file.send(data, DONT_WAIT))
+        count = self._file.write(data) or 0  # None: it would have to wait.
+        if count < len(data) and not self._is_enlarged:
+            self._is_enlarged = True
+            enlarge_pipe(self._stdout)
+        return count
+
+    def close(self) -> None:
+        """Let it go; nobody is inside write() any more."""
+        self._file.close()
+
+
+def enlarge_pipe(descriptor: int) -> None:
+    """Give it room, so that we need not take turns with its other end for each 64 KiB."""
+    import fcntl  # Not everywhere; and only bulk needs it.
+
+    set_size = getattr(fcntl, "F_SETPIPE_SZ", 1031)  # Python 3.9 has no names for them.
+    get_size = getattr(fcntl, "F_GETPIPE_SZ", 1032)
+    with contextlib.suppress(OSError):  # This user has many such pipes.
+        if fcntl.fcntl(descriptor, get_size) < PIPE_BYTES:
+            fcntl.fcntl(descriptor, set_size, PIPE_BYTES)
+
+
+def _open_now(path: str, flags: int) -> int:
+    return os.open(path, flags & ~(os.O_CREAT | os.O_TRUNC) | os.O_NONBLOCK)
+
+
+def write_stdout(stdout: int, chunk: Any) -> None:
+    """Write all of it, with waits."""
+    view = memoryview(chunk)
+    while view:
+        try:
+            view = view[os.write(stdout, view) :]
+        except BlockingIOError:  # Somebody made the shared pipe non-blocking.
+            select.select([], [stdout], [])
+
+
+def close_stdout(stdout: int) -> None:
+    """Deliver the eof: every duplicate of stdout must go, or its reader waits on."""
+    about = os.fstat(stdout)
+    if stat.S_ISSOCK(about.st_mode):
+        # stdin may be the same socket, so closing would not be enough.
+        with socket.socket(fileno=os.dup(stdout)) as sock, contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+    null = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError):
+        stderr = os.fstat(2)
+        if not stat.S_ISCHR(about.st_mode) and os.path.samestat(about, stderr):
+            os.dup2(null, 2)
+    os.dup2(null, stdout)
+    os.close(null)
+
+
+# --- http_network_relay/proxy_command/wakeup.py ---------------------------------------------------
+# Wakeup: how any thread wakes pump-up, and why the user has gone.
+
+
+class Wakeup:
+    """Any thread; leave() and wake() never wait."""
+
+    def __init__(self) -> None:
+        # 128+n once the user has gone. The first wins.
+        self.exit_code: int | None = None
+        # Where there is no poll.
+        self.woken = threading.Event()
+        self.left = threading.Event()
+        # The end that pump-up polls; -1 without poll.
+        self.reader, self._writer = os.pipe() if CAN_POLL else (-1, -1)
+        if CAN_POLL:
+            os.set_blocking(self.reader, False)
+            os.set_blocking(self._writer, False)
+
+    def leave(self, exit_code: int) -> None:
+        """Note that the user has gone; pump-up tells the client."""
+        if self.exit_code is None:
+            self.exit_code = exit_code
+        self.wake()
+        self.left.set()
+
+    def wake(self) -> None:
+        """Let pump-up look: credit came, the user has gone, or the tunnel is over."""
+        if CAN_POLL:
+            with contextlib.suppress(BlockingIOError):  # Full: pump-up is awake.
+                os.write(self._writer, b"w")
+        else:
+            self.woken.set()
+
+
+# --- http_network_relay/proxy_command/pumps.py ----------------------------------------------------
+# Pumps: stdin to the leg and the leg to stdout, one thread each.
+
+# Two messages, which cost less than twice one.
+STDIN_READ_BYTES = 2 * MESSAGE_BYTES
+
+# For the credit of bytes that are sent again; all of a user's leaving takes a second at most.
+GOODBYE_S = 0.5
+
+
+class Pumps:
+    """stdin -> leg and leg -> stdout, one thread each."""
+
+    def __init__(
+        self, end: UserEnd, wakeup: Wakeup, stdin: int = STDIN, stdout: int = STDOUT
+    ) -> None:
+        self._end = end
+        self._wakeup = wakeup
+        self._stdin = stdin
+        self._stdout = stdout
+        self._watches_stdout = CAN_POLL
+        self._quick_stdout: QuickStdout | None = None
+        with contextlib.suppress(OSError):
+            self._quick_stdout = QuickStdout(stdout)
+        self._coalescer = ReadCoalescer(STDIN_READ_BYTES)
+        self._is_stdin_enlarged = False
+        # What pump-up waits with, and for what it was made. Its own.
+        self._poll: Any = None
+        self._polled: tuple[bool, bool] | None = None
+        # Daemon: a write to stdout cannot be woken, nor on Windows a read of stdin.
+        self._up = threading.Thread(target=self._pump_up, name="pump-up", daemon=True)
+        self._down = threading.Thread(target=self._pump_down, name="pump-down", daemon=True)
+        # Without poll pump-up may be inside a read that nothing wakes.
+        self._leave = threading.Thread(target=self._leave_unpolled, name="pump-leave", daemon=True)
+
+    def start(self) -> None:
+        """Start both threads; join() joins them."""
+        if self._quick_stdout is not None:
+            self._end.inbound.deliver_directly(self._quick_stdout.write)
+        self._up.start()
+        self._down.start()
+        if not CAN_POLL:
+            self._leave.start()
+
+    def join(self, timeout_s: float) -> None:
+        """Join both; a pump that is stuck in stdin or stdout is left to the exit."""
+        deadline = time.monotonic() + timeout_s
+        for thread in (self._down, self._up):
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _leave_unpolled(self) -> None:
+        self._wakeup.left.wait()
+        if not self._end.is_over:
+            self._say_goodbye()
+
+    # stdin -> leg; watches signals and stdout meanwhile, and on after stdin's end.
+
+    def _pump_up(self) -> None:
+        end = self._end
+        try:
+            while not end.is_over and self._wakeup.exit_code is None:
+                size = min(end.outbound.credit(), STDIN_READ_BYTES)
+                if self._wait(want_stdin=size > 0):
+                    self._carry(size)
+            if not end.is_over:
+                self._say_goodbye()
+        except OSError as exc:
+            end.reset(RelayError("internal_error", f"reading stdin failed: {exc.strerror}"))
+
+    def _carry(self, size: int) -> bool:
+        data = os.read(self._stdin, size)
+        # All that a pipe holds, or nearly.
+        if len(data) > MESSAGE_BYTES and not self._is_stdin_enlarged:
+            self._is_stdin_enlarged = True
+            enlarge_pipe(self._stdin)
+        if data:
+            self._end.outbound.send(data)
+            if wait_s := self._coalescer.wait_s(len(data), size, time.monotonic()):
+                time.sleep(wait_s)
+        else:
+            self._end.outbound.send_eof()
+        return bool(data)
+
+    def _wait(self, *, want_stdin: bool) -> bool:
+        """Wait for what pump-up must act on; True if stdin can be read."""
+        if not CAN_POLL:
+            if not want_stdin:
+                self._wakeup.woken.wait()
+                self._wakeup.woken.clear()
+            return want_stdin
+        wanted = (want_stdin, self._watches_stdout)
+        if wanted != self._polled:
+            self._polled, self._poll = wanted, self._make_poll(*wanted)
+        ready = dict(self._poll.poll())
+        if self._wakeup.reader in ready:
+            os.read(self._wakeup.reader, 4096)
+        if ready.get(self._stdout, 0) & select.POLLNVAL:
+            self._watches_stdout = False
+        elif self._stdout in ready and self._watches_stdout:
+            self._wakeup.leave(EXIT_SIGPIPE)
+        return self._stdin in ready
+
+    def _make_poll(self, want_stdin: bool, watches_stdout: bool) -> Any:
+        poll = select.poll()
+        poll.register(self._wakeup.reader, select.POLLIN)
+        if want_stdin:
+            poll.register(self._stdin, select.POLLIN)
+        if watches_stdout:
+            poll.register(self._stdout, 0)  # POLLERR and POLLHUP come unasked.
+        return poll
+
+    def _say_goodbye(self) -> None:
+        """Take what stdin still holds without waiting, then tell the client."""
+        end = self._end
+        if end.has_both_eofs:
+            end.wait_over(FLUSH_S)
+        else:
+            # What was taken before a resume may still wait for its credit.
+            end.outbound.wait_sent(GOODBYE_S)
+            self._take_the_rest()
+        end.reset(RelayError("user_gone", "the proxy user has gone"))
+
+    def _take_the_rest(self) -> None:
+        if CAN_POLL:
+            poll = select.poll()
+            poll.register(self._stdin, select.POLLIN)
+            while (size := self._end.outbound.credit()) and poll.poll(0) and self._carry(size):
+                pass
+
+    # leg -> stdout
+
+    def _pump_down(self) -> None:
+        end = self._end
+        try:
+            while chunk := end.inbound.next_chunk():
+                write_stdout(self._stdout, chunk)
+                end.inbound.delivered(len(chunk))
+            if chunk == b"":
+                self._watches_stdout = False
+                self._wakeup.wake()
+                self._close_quick_stdout()
+                close_stdout(self._stdout)
+                end.inbound.delivered_eof()
+        except BrokenPipeError:
+            self._wakeup.leave(EXIT_SIGPIPE)
+        except OSError as exc:
+            end.reset(RelayError("internal_error", f"writing stdout failed: {exc.strerror}"))
+        finally:
+            self._close_quick_stdout()
+
+    def _close_quick_stdout(self) -> None:
+        self._end.inbound.deliver_directly(None)
+        if self._quick_stdout is not None:
+            self._quick_stdout.close()
+
+
+# --- http_network_relay/proxy_command/carrier.py --------------------------------------------------
+# Carrier: one tunnel of the proxy command, carried from leg to leg.
 
 # Longer than the client's own dial (10 s), so that the user reads the client's reason; and
-# than the server holds a resume whose client is not back yet (10 s).
+# than the server keeps a resume whose client is not back yet (10 s).
 ANSWER_TIMEOUT_S = 15.0
-
 # The longest wait between two tries to resume.
 RESUME_CAP_S = 5.0
 
-# Signals that mean: the user has gone. ssh sends SIGHUP at the end of each session.
-GONE_SIGNALS = ("SIGHUP", "SIGTERM", "SIGINT")
 
+class Carrier:
+    """Opens the tunnel, reads its legs and resumes it. Main's thread but where said."""
 
-class Session:
-    """One run: dial, open, pump, resume, and the right exit code. Main's thread but where said."""
-
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        connection: Connection,
+        wakeup: Wakeup,
+        wake_timer: Callable[[], None],
+    ) -> None:
         self._settings = settings
-        self._timer = Timer(self._tick, self._on_signal)
-        self._pumps = Pumps()
-        # What the timer looks at; written by main.
-        self._connection: Connection | None = None
-        self._is_pumping = False
-        self._answer_by = float("inf")
-        self._no_answer = RelayError("open_timeout", "")
-        # One tunnel: the end, its link on the present leg, and what `resume` repeats.
-        self._channel = Channel(FrameSender())
-        self._end = UserEnd(self._channel, settings.max_window_bytes)
-        self._opening: Open | None = None
-        self._attempt = 0
-        self._next_leg: NextLeg | None = None
-        self._server_restarts = False
-        # Why the last try to resume failed.
-        self._failure: RelayError | None = None
-
-    def run(self) -> int:
-        """Return the exit code; raises RelayError for what failed before the tunnel opened."""
-        names = [name for name in GONE_SIGNALS if hasattr(signal, name)]
-        self._timer.start(getattr(signal, name) for name in names)
-        try:
-            self._open_patiently()
-            return self._carry()
-        finally:
-            unused = self._next_leg.take() if self._next_leg is not None else None
-            if unused is not None:
-                unused.stop()
-            if self._connection is not None:
-                self._leave(self._connection)
-            self._timer.stop()
-
-    # Before the tunnel is open.
-
-    def _open_patiently(self) -> None:
-        """Open; try again only while the server restarts, with a new tunnel."""
-        restart_until = 0.0
-        while True:
-            try:
-                self._open(self._connect())
-                return
-            except RelayError as exc:
-                if self._connection is not None:
-                    self._leave(self._connection)
-                is_restarting = time.monotonic() < restart_until
-                if exc.code == "server_restart" and not restart_until:
-                    restart_until = time.monotonic() + RESTART_S
-                # The client may come back to the new server a moment later than we do.
-                elif not (is_restarting and exc.is_retryable):
-                    raise
-            time.sleep(uniform(*RESTART_RETRY_S))
-
-    def _open(self, connection: Connection) -> None:
-        """Ask for the tunnel and wait for the answer."""
-        settings = self._settings
-        self._channel = Channel(connection.outbox)
-        self._end = UserEnd(self._channel, settings.max_window_bytes, self._on_change)
+        self._wakeup = wakeup
+        self._wake_timer = wake_timer
+        leg = Leg(connection, settings)
+        # The leg in use. The timer and whoever ends the tunnel look at it; main writes it.
+        self.leg: Leg | None = leg
+        self._end = UserEnd(leg.channel, settings.max_window_bytes, self._on_change)
+        # A resume repeats its fields.
         self._opening = Open(
             client=settings.client,
             host=settings.host,
@@ -4258,155 +4382,75 @@ class Session:
             limit=self._end.first_limit,
             grace_s=settings.grace_s,
         )
-        answer = self._ask(connection, self._opening, ANSWER_TIMEOUT_S)
+        self._attempt = 0
+        self._next_leg: NextLeg | None = None
+        # Why the last try to resume failed.
+        self._failure: RelayError | None = None
+
+    def open(self) -> None:
+        """Ask for the tunnel and wait for the answer. Raises RelayError."""
+        assert self.leg is not None  # As long as nobody has left it.
+        answer = self._ask(self.leg, self._opening, ANSWER_TIMEOUT_S)
         assert isinstance(answer, Opened)  # _ask() returns nothing else for an Open.
-        if not self._end.on_open(answer.limit, min(settings.grace_s, answer.grace_s)):
-            raise self._end.ended or RelayError("leg_lost", "the tunnel was lost")
+        self._end.on_open(answer.limit, min(self._settings.grace_s, answer.grace_s))
 
-    def _connect(self) -> Connection:
-        """Dial one leg; also in the thread of NextLeg."""
-        settings = self._settings
-        headers = [f"Authorization: Bearer {settings.token}"]
-        if self._end.grace_s and self._opening is not None:
-            headers.append(f"{TUNNEL_HEADER}: {self._opening.tunnel_id}")
-        return connect(
-            settings.endpoint,
-            headers,
-            context=settings.context,
-            environ=os.environ,
-            ping_interval_s=settings.ping_interval_s,
-            is_cancelled=self._is_too_late,
-        )
+    def stop(self) -> None:
+        """Close all legs."""
+        unused = self._next_leg.take() if self._next_leg is not None else None
+        if unused is not None:
+            unused.stop()
+        self._leave()
 
-    def _is_too_late(self) -> bool:
-        """Whether a leg that is being dialled is of no use any more."""
-        return self._end.is_over or (self._end.is_detached and not self._end.resume_left_s())
-
-    def _ask(self, connection: Connection, asked: Opening, timeout_s: float) -> Opened | Resumed:
-        """Send a new leg's first message; return its answer. Raises RelayError."""
-        is_open = isinstance(asked, Open)
-        wanted = Opened if is_open else Resumed
-        answer = "opened" if is_open else "resumed"
-        self._server_restarts = False
-        self._connection = connection
-        connection.start("user")
-        channel = Channel(connection.outbox)
-        channel.put_first(asked)
-        channel.push()
-        who = f"{self._settings.target}: " if is_open else ""
-        self._no_answer = RelayError("open_timeout", f"{who}no answer from the client in time")
-        self._answer_by = time.monotonic() + timeout_s
-        self._timer.wake()
-        try:
-            # Who ends the tunnel closes the leg that it sees. From here on it sees this one.
-            if self._end.is_over:
-                raise RelayError("leg_lost", "the tunnel ended meanwhile")
-            while True:
-                opcode, payload = connection.receive()
-                if opcode == OP_CLOSE:
-                    raise self._lost(connection, payload)
-                if opcode == OP_BINARY:
-                    raise TunnelError(f"data came before {answer}")
-                control = parse_control(decode_text(payload), TO_USER, has_channel=False)
-                if isinstance(control, wanted):
-                    return control
-                if isinstance(control, OpenRefused):
-                    # A resume that is refused is reported with the whole target.
-                    who = f"{self._settings.client}: " if is_open else ""
-                    raise RelayError(control.code, who + control.message)
-                if isinstance(control, Reset):
-                    raise RelayError(control.code, control.message)
-                if isinstance(control, Detached):
-                    raise RelayError(control.code, _detached(control.code))
-                if not isinstance(control, GoingAway):
-                    raise TunnelError(f"{type_of(control)} came before {answer}")
-                self._server_restarts = True
-        except (LegError, TunnelError) as exc:
-            raise RelayError("protocol_error", f"the server broke the protocol: {exc}") from exc
-        finally:
-            self._answer_by = float("inf")
-
-    # While it is open.
-
-    def _carry(self) -> int:
+    def carry(self) -> int:
         """Carry the tunnel, from leg to leg, until it is over; return the exit code."""
-        end, pumps = self._end, self._pumps
-        # In this order: a signal from here on lets pump-up say goodbye, and ends nothing hard.
-        self._is_pumping = True
-        pumps.start(end)
+        end, pumps = self._end, Pumps(self._end, self._wakeup)
+        pumps.start()
         backoff = Backoff(RESUME_CAP_S)
-        while (connection := self._connection) is not None:
+        while (leg := self.leg) is not None:
             begun, counts = time.monotonic(), end.counts
-            self._read(connection)
-            self._leave(connection)
+            leg.read(end, self._on_going_away)
+            self._leave()
             if not end.is_over:
                 backoff.lasted(time.monotonic() - begun, was_used=end.counts != counts)
                 self._come_back(backoff)
-        pumps.wake()  # A tunnel that expires tells nobody.
-        # What came before the end may still be handed on, for a second.
-        if pumps.exit_code is None:
+        self._wakeup.wake()  # A tunnel that expires tells nobody.
+        # Bytes that came before the end are still delivered, for a second.
+        if self._wakeup.exit_code is None:
             pumps.join(FLUSH_S)
         if end.is_finished:
             return EXIT_CLEAN
-        if pumps.exit_code is not None:
-            return pumps.exit_code
+        if self._wakeup.exit_code is not None:
+            return self._wakeup.exit_code
         ended = end.ended or RelayError("leg_lost", "the tunnel was lost")
         sentence = f"{self._settings.target}: {ended}"
-        if end.has_expired:
+        if end.state is EndState.EXPIRED:
             sentence += f"; not resumed within {end.grace_s:.0f} s"
             sentence += f": {self._failure}" if self._failure is not None else ""
         complain(RelayError(ended.code, sentence))
         return EXIT_TUNNEL_LOST
 
-    def _read(self, connection: Connection) -> None:
-        """Read a leg until the tunnel has ended or the leg is lost."""
-        end, channel = self._end, self._channel
-        pause = functools.partial(end.inbound.on_pause, channel)
-        on_pause: Callable[[], None] | None = None
-        while True:
-            try:
-                opcode, payload = connection.receive(on_pause)
-                if opcode == OP_CLOSE:
-                    end.detach(channel, self._lost(connection, payload))
-                    return
-                if opcode == OP_BINARY:
-                    on_pause = pause if end.inbound.on_data(channel, payload) else None
-                elif self._on_control(payload):
-                    return
-            except TunnelError as exc:
-                end.reset(RelayError("protocol_error", f"the server broke the protocol: {exc}"))
-            except LegError as exc:
-                connection.close(exc.close_code, str(exc), flush=False)
-                error = RelayError("protocol_error", f"the server broke the protocol: {exc}")
-                end.detach(channel, error)
-                return
+    def _ask(self, leg: Leg, first: Opening, timeout_s: float) -> Opened | Resumed:
+        self.leg = leg
+        leg.ask(first, timeout_s)
+        self._wake_timer()
+        # Whoever ends the tunnel closes the leg that it sees: from here on, this leg.
+        if self._end.is_over:
+            raise RelayError("leg_lost", "the tunnel ended meanwhile")
+        return leg.answer(first)
 
-    def _on_control(self, payload: bytes | bytearray) -> bool:
-        """Hand one control to the tunnel; whether the leg has no more to say."""
-        control = parse_control(decode_text(payload), TO_USER, has_channel=False)
-        end, channel = self._end, self._channel
-        if isinstance(control, Ack):
-            end.outbound.on_ack(channel, control)
-        elif isinstance(control, Eof):
-            end.inbound.on_eof(channel, control.count)
-        elif isinstance(control, Reset):
-            end.on_reset(channel, RelayError(control.code, control.message))
-        elif isinstance(control, Detached):
-            end.detach(channel, RelayError(control.code, _detached(control.code)))
-            return not end.is_over
-        elif isinstance(control, GoingAway):
-            self._on_going_away(control.spread_ms / 1000)
-        else:
-            raise TunnelError(f"{type_of(control)} after the tunnel was open")
-        return False
+    def _dial(self) -> Connection:
+        """Dial for a resume; also in the thread of NextLeg."""
+        return dial_leg(self._settings, self._opening.tunnel_id, self._is_too_late)
+
+    def _is_too_late(self) -> bool:
+        return self._end.is_over or (self._end.is_detached and not self._end.resume_left_s())
 
     def _on_going_away(self, spread_s: float) -> None:
-        self._server_restarts = True
-        connection = self._connection
-        if self._next_leg is None and self._end.grace_s and connection is not None:
-            self._next_leg = NextLeg(self._end, self._connect, spread_s)
-            # The loss of the old leg is what main waits for.
-            self._next_leg.start(on_up=connection.abort)
+        leg = self.leg
+        if self._next_leg is None and self._end.grace_s and leg is not None:
+            # Main waits for the loss of the old leg.
+            self._next_leg = NextLeg(self._end, self._dial, spread_s, leg.connection.abort)
+            self._next_leg.start()
 
     def _come_back(self, backoff: Backoff) -> None:
         """Resume on another leg, until it works or the tunnel is over."""
@@ -4421,12 +4465,11 @@ class Session:
                     connection.stop()
                 return
             try:
-                self._resume(connection or self._connect())
+                self._resume(connection or self._dial())
                 self._failure = None
                 return
             except RelayError as exc:
-                if self._connection is not None:
-                    self._leave(self._connection)
+                self._leave()
                 # At the very end it is the haste that failed.
                 if self._failure is None or end.resume_left_s():
                     self._failure = exc
@@ -4437,85 +4480,107 @@ class Session:
 
     def _resume(self, connection: Connection) -> None:
         self._attempt += 1
-        position = self._end.begin_resume()
-        assert self._opening is not None  # Only an open tunnel is resumed.
-        received, delivered, limit = position
-        asked = Resume(
+        received, delivered, limit = self._end.begin_resume()
+        first = Resume(
             **self._opening._replace(limit=limit)._asdict(),
             attempt=self._attempt,
             received=received,
             delivered=delivered,
         )
-        timeout_s = min(ANSWER_TIMEOUT_S, self._end.resume_left_s())
-        answer = self._ask(connection, asked, timeout_s)
+        leg = Leg(connection, self._settings)
+        answer = self._ask(leg, first, min(ANSWER_TIMEOUT_S, self._end.resume_left_s()))
         assert isinstance(answer, Resumed)  # _ask() returns nothing else for a Resume.
-        self._channel = Channel(connection.outbox)
-        peer = Position(answer.received, answer.delivered, answer.limit)
         try:
-            self._end.on_resumed(self._channel, peer)
+            peer = Position(answer.received, answer.delivered, answer.limit)
+            self._end.on_resumed(leg.channel, peer)
         except TunnelError as exc:
             raise RelayError("protocol_error", f"the client broke the protocol: {exc}") from exc
-        if self._end.is_over:  # It expired while we asked.
+        if self._end.is_over:  # The tunnel expired while the client was asked.
             raise RelayError("leg_lost", "the tunnel ended meanwhile")
 
-    def _leave(self, connection: Connection) -> None:
-        if self._end.is_over:
-            # Who ended it has perhaps not come to that, or did not see this leg yet.
-            self._say_goodbye(connection)
-        self._connection = None
-        connection.stop()
+    def _leave(self) -> None:
+        """Close the leg in use, if there is one."""
+        leg = self.leg
+        if leg is not None:
+            if self._end.is_over:
+                # The thread that ended the tunnel may not have seen this leg.
+                leg.say_goodbye(self._end.ended)
+            self.leg = None
+            leg.connection.stop()
 
     def _on_change(self) -> None:
         """Any thread: credit came, the leg was lost, or the tunnel is over."""
-        self._pumps.wake()
-        connection = self._connection
-        if self._end.is_over and connection is not None:
-            self._say_goodbye(connection)
-            self._timer.wake()
+        self._wakeup.wake()
+        leg = self.leg
+        if self._end.is_over and leg is not None:
+            leg.say_goodbye(self._end.ended)
+            self._wake_timer()
 
-    def _say_goodbye(self, connection: Connection) -> None:
-        """Close a leg of a tunnel that is over. Any thread; again is harmless."""
-        ended = self._end.ended
-        if ended is not None and ended.code == "user_gone":
-            # Again, for a leg that is just resuming: behind the `resume` it counts.
-            Channel(connection.outbox).put_reset(ended)
-        connection.close(CLOSE_NORMAL)
 
-    def _lost(self, connection: Connection, close_code: int) -> RelayError:
-        if connection.gave_up is not None:
-            return connection.gave_up
-        where = f"the relay {self._settings.endpoint.host}"
-        if close_code == CLOSE_RESTART or self._server_restarts:
-            return RelayError("server_restart", f"{where} is being restarted")
-        if close_code == 1006:
-            return RelayError("leg_lost", f"the connection to {where} was lost")
-        return RelayError("leg_lost", f"{where} ended the connection (close code {close_code})")
+# --- http_network_relay/proxy_command/session.py --------------------------------------------------
+# Session: one run of the proxy command, from the first dial to the exit code.
+
+# Signals that mean: the user has gone. ssh sends SIGHUP at the end of each session.
+GONE_SIGNALS = ("SIGHUP", "SIGTERM", "SIGINT")
+
+
+class Session:
+    """Opens the tunnel, and passes the timer's ticks and the signals on."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._timer = Timer(self._tick, self._on_signal)
+        self._wakeup = Wakeup()
+        # Written by main, read by the timer.
+        self._carrier: Carrier | None = None
+        self._is_carrying = False
+
+    def run(self) -> int:
+        """Return the exit code; raises RelayError for what failed before the tunnel opened."""
+        names = [name for name in GONE_SIGNALS if hasattr(signal, name)]
+        self._timer.start(getattr(signal, name) for name in names)
+        try:
+            carrier = self._open_patiently()
+            # Before carry(): a signal from here on lets pump-up say goodbye, and kills nothing.
+            self._is_carrying = True
+            return carrier.carry()
+        finally:
+            if self._carrier is not None:
+                self._carrier.stop()
+            self._timer.stop()
+
+    def _open_patiently(self) -> Carrier:
+        """Open; try again only while the server restarts, with a new tunnel."""
+        restart_until = 0.0
+        while True:
+            try:
+                connection = dial_leg(self._settings)
+                carrier = Carrier(self._settings, connection, self._wakeup, self._timer.wake)
+                self._carrier = carrier
+                carrier.open()
+                return carrier
+            except RelayError as exc:
+                if self._carrier is not None:
+                    self._carrier.stop()
+                is_restarting = time.monotonic() < restart_until
+                if exc.code == "server_restart" and not restart_until:
+                    restart_until = time.monotonic() + RESTART_S
+                # The client may come back to the new server a moment later than we do.
+                elif not (is_restarting and exc.is_retryable):
+                    raise
+            time.sleep(uniform(*RESTART_RETRY_S))
 
     # The timer's thread: never writes to the leg, never waits for a lock.
 
     def _tick(self, now: float, slept: bool) -> float:
-        connection = self._connection
-        if connection is None:
-            return now + 60.0
-        if now >= self._answer_by:
-            self._answer_by = float("inf")
-            connection.give_up(self._no_answer)
-        return min(connection.tick(now, slept=slept), self._answer_by)
+        leg = self._carrier.leg if self._carrier is not None else None
+        return leg.tick(now, slept=slept) if leg is not None else now + 60.0
 
     def _on_signal(self, number: int) -> None:
-        if not self._is_pumping:
+        if not self._is_carrying:
             # Nothing is open and nothing to keep; main may be inside a name lookup.
             os._exit(EXIT_SIGNAL_BASE + number)
-        self._pumps.leave(EXIT_SIGNAL_BASE + number)
-
-
-def _detached(code: str) -> str:
-    sentences = {
-        "client_lost": "the client's connection to the relay was lost",
-        "client_replaced": "the client connected to the relay anew",
-        "server_restart": "the relay is being restarted",
-    }
-    return sentences.get(code, f"the tunnel was cut ({code})")
+        self._wakeup.leave(EXIT_SIGNAL_BASE + number)
 
 
 # --- http_network_relay/proxy_command/main.py -----------------------------------------------------

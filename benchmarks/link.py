@@ -140,7 +140,7 @@ class Link:
             heapq.heappush(self.timers, (way.chunks[0][0], id(way), way))
 
     def write(self, way: Way) -> None:
-        """Hand on what is due; an empty chunk is the FIN."""
+        """Write the chunks that are due; an empty chunk is the FIN."""
         if way.source not in self.ways:
             return
         now = time.monotonic()

@@ -18,7 +18,7 @@ from http_network_relay.wire.errors import RelayError
 
 # All threads are joined within this after a signal.
 _STOP_S = 1.9
-# The interpreter hands the GIL on after 5 ms by default, which a keystroke would feel.
+# The interpreter lets another thread run after 5 ms by default: too late for a keystroke.
 _SWITCH_INTERVAL_S = 0.0005
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         log.warning("dials whatever the server asks for: --allow limits it")
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    # What is there now stays: no collection, which stops all threads, need look at it.
+    # The objects that exist now stay. A collection, which stops all threads, skips them.
     gc.freeze()
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     agent = Agent(config, on_signal=signals.put)

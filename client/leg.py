@@ -1,4 +1,4 @@
-"""The client's leg while it is up: reads it and hands each message to its tunnel."""
+"""The client's leg while it is up: reads the leg and passes each message to its tunnel."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ log = logging.getLogger("http_network_relay.client")
 
 
 class Leg:
-    """Channels of one leg. All but `is_leaving` is the reader's own, who calls serve()."""
+    """The channels of one leg. Only the reader, which calls serve(), uses all but `is_leaving`."""
 
     def __init__(self, connection: Connection, tunnels: TunnelTable) -> None:
         self._connection = connection
         self._tunnels = tunnels
-        # May hold channels that have ended; each new one prunes them.
+        # May contain channels that have ended; each new channel removes those.
         self._channels: dict[int, tuple[Forwarder, Channel]] = {}
         self._highest_channel_id = 0
-        # Those whose on_pause() is to be called.
+        # Channels whose on_pause() is due when nothing more comes.
         self._owing: dict[int, tuple[Forwarder, Channel]] = {}
         # Set when the server is about to go or the leg has ended: time for the next leg.
         self.is_leaving = threading.Event()
@@ -105,9 +105,9 @@ class Leg:
         else:
             found = self._find(control.channel)
             if found is not None:
-                self._hand(*found, control)
+                self._pass_on(*found, control)
 
-    def _hand(self, tunnel: Forwarder, channel: Channel, control: Control) -> None:
+    def _pass_on(self, tunnel: Forwarder, channel: Channel, control: Control) -> None:
         end = tunnel.end
         try:
             if isinstance(control, Ack):

@@ -97,7 +97,7 @@ class TunnelTable:
         return tunnel
 
     def detach(self, carried: Iterable[tuple[Forwarder, Channel]], error: RelayError) -> None:
-        """The leg beyond these links is lost: keep their tunnels for a while, or end them."""
+        """The leg of these channels is lost: keep their tunnels for a while, or end them."""
         for tunnel, channel in carried:
             if tunnel.end.detach(channel, error):
                 log.info("tunnel detached %s reason=%s", tunnel.about, error.code)

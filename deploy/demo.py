@@ -30,16 +30,16 @@ CLIENT_SECRET_FILE = RUN_FOLDER / "demo-client.secret"
 TOKEN_FILE = RUN_FOLDER / "proxy-user.token"
 CLIENT_NAME = "demo"
 
-# Generous: a Raspberry Pi takes 5 s to start Python, Flask and gunicorn.
+# A Raspberry Pi takes 5 s to start Python, Flask and gunicorn.
 START_TIMEOUT_S = 30.0
-# Server and client are gone in 2 s by themselves.
+# Server and client end within 2 s of SIGTERM.
 STOP_TIMEOUT_S = 5.0
-# How often to look whether a child has ended; nothing wakes us for that.
+# Interval between two looks at the children; no event tells of a child's end.
 LOOK_S = 0.1
 
 
 class DemoError(Exception):
-    """Why the demo cannot run, in one line."""
+    """The reason why the demo cannot run, in one line."""
 
 
 class Child:
@@ -67,7 +67,7 @@ class Child:
         self._thread.start()
 
     def ended_with(self) -> str | None:
-        """How it ended, in words; None while it runs."""
+        """Return how the child ended, in words; None while it runs."""
         status = self.process.poll()
         if status is None:
             return None
@@ -96,7 +96,7 @@ class Child:
 
 
 class Demo:
-    """The two children and the wish to stop."""
+    """The two children, and the event that asks both to stop."""
 
     def __init__(self) -> None:
         self.children: list[Child] = []
@@ -144,7 +144,7 @@ class Demo:
                 raise DemoError(f"the {child.role} {how}; its own lines above say why")
 
     def stop(self) -> None:
-        """The client first, so that it does not see its server go and try again."""
+        """Stop the client first, so that it does not see its server end and try again."""
         for child in reversed(self.children):
             child.stop()
 
@@ -164,7 +164,7 @@ def load_or_create_credentials() -> tuple[str, str]:
     except OSError as exc:
         raise DemoError(f"cannot read {CREDENTIALS_FILE}: {exc.strerror}") from exc
     except (ValueError, LookupError, TypeError) as exc:
-        # No `exc` in the text: a JSON error may quote what it found.
+        # No `exc` in the text: a JSON error may quote a secret.
         raise DemoError(
             f"{CREDENTIALS_FILE} needs a client named {CLIENT_NAME!r} and a proxy user; "
             "add them, or move the file away to have one made"
@@ -211,7 +211,7 @@ def answers_health(url: str) -> bool:
 
 
 def instructions(url: str, ssh_port: int) -> str:
-    """What to paste into another terminal."""
+    """Return the line to paste into another terminal."""
     proxy = [sys.executable, str(ROOT / "ssh_proxy_command.py"), CLIENT_NAME, "127.0.0.1"]
     proxy += [str(ssh_port), "tcp", "--server_url", url, "--secret-key-file", str(TOKEN_FILE)]
     # ssh reads % as the start of one of its own tokens.

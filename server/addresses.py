@@ -1,7 +1,7 @@
 """Whose address a request comes from, when proxies stand in between. No I/O.
 
-X-Forwarded-For is what anybody may write. Only what a trusted peer has added to its end
-counts: each proxy appends the address that it saw.
+Anybody may write X-Forwarded-For. Only the addresses that trusted peers have added at the end
+count: each proxy appends the address of its own peer.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import ipaddress
 from typing import NamedTuple
 
-# A web server on this machine, which ends TLS.
+# A web server on this machine that terminates TLS.
 DEFAULT_TRUSTED_PROXIES = "127.0.0.0/8,::1,unix"
-# How a peer is called that has no address: it came by a socket file.
+# The name of a peer without an address: the peer of a socket file.
 UNIX = "unix"
-# The smallest part of IPv6 that is given to one customer: who has one has all of it.
+# The smallest part of IPv6 that a provider gives to one customer, who has all its addresses.
 _IPV6_PREFIX = 64
-# What IPv4 addresses are mapped into: ::ffff:0:0/96.
+# The prefix of mapped IPv4 addresses: ::ffff:0:0/96.
 _MAPPED_PREFIX = 96
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -62,7 +62,7 @@ def _fold(network: Network) -> Network:
 
 
 def _parse(text: str) -> Address | None:
-    """Return an address as one would write it; None for what is none, or names an interface."""
+    """Return the address, a mapped one as IPv4; None for a text that is none or has a scope."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -75,9 +75,9 @@ def _parse(text: str) -> Address | None:
 def source_address(peer: str | None, forwarded: str, trusted: Networks) -> str:
     """Return the address that a request comes from.
 
-    `peer` is who connected, None or empty by a socket file; `forwarded` is X-Forwarded-For,
-    all lines of it joined by commas. From the right, over trusted proxies: the first address
-    that is none of them is the source. What is no address ends the walk.
+    `peer` is the connection's address, None or empty for a socket file. `forwarded` is
+    X-Forwarded-For, all its lines joined by commas. The search goes from the right over trusted
+    proxies: the first other address is the source. A text that is no address ends the search.
     """
     address = _parse(peer) if peer else None
     if not peer:
@@ -95,7 +95,7 @@ def source_address(peer: str | None, forwarded: str, trusted: Networks) -> str:
 
 
 def block_of(source: str) -> str:
-    """Return what a source is counted under: itself, or its /64 for IPv6."""
+    """Return the key of a source in counts: the source itself, or the /64 of an IPv6 address."""
     address = _parse(source)
     if isinstance(address, ipaddress.IPv6Address):
         return str(ipaddress.ip_network((address, _IPV6_PREFIX), strict=False))

@@ -34,18 +34,18 @@ from server.relay import Relay
 
 _log = logging.getLogger(f"{ROOT_NAME}.app")
 
-# Under this name in `app.extensions` the worker finds the relay.
+# The name in `app.extensions` under which the worker finds the relay.
 EXTENSION = "http_network_relay"
-# gunicorn's WORKER_BOOT_ERROR: its master then ends too instead of starting it again.
+# gunicorn's WORKER_BOOT_ERROR: with it the master ends too, and starts no further worker.
 _EXIT_CANNOT_START = 3
 
-# What Flask refuses by itself -> code and message.
+# The HTTP status of an error that Flask raises by itself -> code and message.
 _HTTP_ERRORS = {
-    404: ("not_found", f"the relay has {CLIENTS_PATH}, {USERS_PATH} and /healthz only"),
-    500: ("internal_error", "the relay failed; its log says why"),
+    404: (Code.NOT_FOUND, f"the relay has {CLIENTS_PATH}, {USERS_PATH} and /healthz only"),
+    500: (Code.INTERNAL_ERROR, "the relay failed; its log says why"),
 }
 
-# An instance of a client, and a tunnel.
+# Ids of a client's instance and of a tunnel.
 _ID = re.compile(r"[0-9a-f]{32}")
 _WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")
 _NEWER_SUBPROTOCOL = re.compile(r"http-network-relay\.v([2-9]|[1-9][0-9]{1,3})")
@@ -71,53 +71,62 @@ def build_app(relay: Relay) -> Flask:
     app.config["SOCK_SERVER_OPTIONS"] = SERVER_OPTIONS
     # A redirect would make peers send their secret once more, or elsewhere.
     app.url_map.merge_slashes = False
+    app.before_request(functools.partial(_admit, relay))
+    app.teardown_request(functools.partial(_give_slot_back, relay))
+    app.after_request(_mark)
+    app.add_url_rule("/healthz", "healthz", functools.partial(_healthz, relay))
     sock = Sock(app)
-
-    @app.before_request
-    def admit() -> None:
-        if request.path == CLIENTS_PATH:
-            _check_upgrade(relay, "client")
-            login = _authenticate_client(relay)
-            instance = _id_header(INSTANCE_HEADER)
-            g.slot = relay.admit_client(login, instance, _address(relay))
-        elif request.path == USERS_PATH:
-            _check_upgrade(relay, "proxy command")
-            login = _authenticate_user(relay)
-            tunnel_id = _id_header(TUNNEL_HEADER) if TUNNEL_HEADER in request.headers else ""
-            g.slot = relay.admit_user(login, _address(relay), tunnel_id)
-        else:
-            return
-        relay.attach(g.slot, Connection(prepare_upgrade(request.environ)))
-
-    @app.teardown_request
-    def give_slot_back(_error: BaseException | None) -> None:
-        slot = g.pop("slot", None)
-        if slot is not None:
-            relay.release(slot)
-
-    @app.after_request
-    def mark(response: Response) -> Response:
-        response.headers[RELAY_HEADER] = RELAY_HEADER_VALUE
-        return response
-
-    @app.get("/healthz")
-    def healthz() -> Response:
-        if relay.is_draining:
-            raise Refused("server_restart", "the relay restarts")
-        return jsonify(status="ok")
-
-    def serve(ws: Any) -> None:
-        relay.serve(g.slot, ws)
-
     for path in (CLIENTS_PATH, USERS_PATH):
-        sock.route(path, endpoint=path)(serve)
+        sock.route(path, endpoint=path)(functools.partial(_serve, relay))
     app.register_error_handler(Refused, functools.partial(_refusal_response, relay))
     app.register_error_handler(HTTPException, _http_error_response)
     return app
 
 
+# The steps of a request: admit, serve, give the slot back.
+
+
+def _admit(relay: Relay) -> None:
+    """Authenticate and admit a peer before the upgrade."""
+    if request.path == CLIENTS_PATH:
+        _check_upgrade(relay, "client")
+        login = _authenticate_client(relay)
+        instance = _id_header(INSTANCE_HEADER)
+        g.slot = relay.admit_client(login, instance, _address(relay))
+    elif request.path == USERS_PATH:
+        _check_upgrade(relay, "proxy command")
+        login = _authenticate_user(relay)
+        tunnel_id = _id_header(TUNNEL_HEADER) if TUNNEL_HEADER in request.headers else ""
+        g.slot = relay.admit_user(login, _address(relay), tunnel_id)
+    else:
+        return
+    relay.attach(g.slot, Connection(prepare_upgrade(request.environ)))
+
+
+def _serve(relay: Relay, websocket: Any) -> None:
+    relay.serve(g.slot, websocket)
+
+
+def _give_slot_back(relay: Relay, _error: BaseException | None) -> None:
+    slot = g.pop("slot", None)
+    if slot is not None:
+        relay.release(slot)
+
+
+def _mark(response: Response) -> Response:
+    """Let peers see that this is a relay."""
+    response.headers[RELAY_HEADER] = RELAY_HEADER_VALUE
+    return response
+
+
+def _healthz(relay: Relay) -> Response:
+    if relay.is_draining:
+        raise Refused(Code.SERVER_RESTART, "the relay restarts")
+    return jsonify(status="ok")
+
+
 def _check_upgrade(relay: Relay, peer: str) -> None:
-    """Refuse what is no WebSocket upgrade of a version that we speak."""
+    """Refuse a request that is no WebSocket upgrade of the version spoken here."""
     header = request.headers.get
     tokens = [token.strip().lower() for token in header("Connection", "").split(",")]
     is_upgrade = (
@@ -130,7 +139,7 @@ def _check_upgrade(relay: Relay, peer: str) -> None:
     )
     if not is_upgrade:
         raise Refused(
-            "bad_request",
+            Code.BAD_REQUEST,
             "this path takes WebSocket upgrades (version 13) over HTTP/1.1 only; if a proxy "
             "stands before the relay, let it pass Upgrade and Connection on",
         )
@@ -138,7 +147,9 @@ def _check_upgrade(relay: Relay, peer: str) -> None:
     offered = [name.strip() for name in header("Sec-WebSocket-Protocol", "").split(",")]
     if SUBPROTOCOL not in offered:
         side = "relay" if any(map(_NEWER_SUBPROTOCOL.fullmatch, offered)) else peer
-        raise Refused("version_unsupported", f"the relay speaks {SUBPROTOCOL}: upgrade the {side}")
+        raise Refused(
+            Code.VERSION_UNSUPPORTED, f"the relay speaks {SUBPROTOCOL}: upgrade the {side}"
+        )
 
 
 def _authorization(scheme: str) -> str:
@@ -170,7 +181,7 @@ def _authenticate_user(relay: Relay) -> Login:
 def _id_header(header: str) -> str:
     value = request.headers.get(header, "")
     if not _ID.fullmatch(value):
-        raise Refused("bad_request", f"{header} must be 32 lower-case hex digits")
+        raise Refused(Code.BAD_REQUEST, f"{header} must be 32 lower-case hex digits")
     return value
 
 
@@ -180,27 +191,27 @@ def _address(relay: Relay) -> str:
 
 
 def _refusal_response(relay: Relay, error: Refused) -> Response:
-    row = Code(error.code)
+    code = Code(error.code)
     # Failed logins have a line of their own.
-    if error.code not in ("unauthorized", "too_many"):
-        # A full relay is for its operator to see; the rest is the peer's business.
-        level = logging.WARNING if error.code == "busy" else logging.INFO
+    if code not in (Code.UNAUTHORIZED, Code.TOO_MANY):
+        # An operator can act on a full relay; the other refusals concern the peer alone.
+        level = logging.WARNING if code is Code.BUSY else logging.INFO
         path, address = request.path, _address(relay)
-        _log.log(level, "request refused code=%s path=%s address=%s", error.code, path, address)
-    response: Response = jsonify(code=error.code, message=error.message)
-    response.status_code = row.http_status
-    if row.retry_after_s:
-        response.headers["Retry-After"] = str(row.retry_after_s)
-    if error.code == "unauthorized":
+        _log.log(level, "request refused code=%s path=%s address=%s", code, path, address)
+    response: Response = jsonify(code=code, message=error.message)
+    response.status_code = code.http_status
+    if code.retry_after_s:
+        response.headers["Retry-After"] = str(code.retry_after_s)
+    if code is Code.UNAUTHORIZED:
         scheme = "Basic" if request.path == CLIENTS_PATH else "Bearer"
         response.headers["WWW-Authenticate"] = f'{scheme} realm="relay"'
     return response
 
 
 def _http_error_response(error: HTTPException) -> Response:
-    """Answer what Flask refuses by itself: unknown paths and methods, and our own bugs."""
+    """Answer an error that Flask raises by itself: an unknown path or method, or our own bug."""
     status = error.code or 500
-    code, message = _HTTP_ERRORS.get(status, ("bad_request", error.name))
+    code, message = _HTTP_ERRORS.get(status, (Code.BAD_REQUEST, error.name))
     response: Response = jsonify(code=code, message=message)
     response.status_code = status
     return response

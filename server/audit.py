@@ -1,8 +1,8 @@
 """The audit log: one JSON object a line, to a file or stdout (docs/limits.md, "Audit log").
 
 Any thread puts, and never waits, neither for the disk nor for a lock. One thread,
-`audit:writer`, writes; the relay starts, stops and joins it, and each put wakes it. What does
-not fit its queue is lost, and is counted in a line of its own.
+`audit:writer`, writes; the relay starts, stops and joins it, and each put wakes it. Events that
+do not fit into its queue are lost, and counted in a line of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import threading
 import time
 from datetime import datetime, timezone
 from itertools import count
-from typing import Any
 
 from server.log_paths import STDOUT
 from server.logs import ROOT_NAME
@@ -28,6 +27,10 @@ from server.service_thread import ServiceThread
 
 _log = logging.getLogger(f"{ROOT_NAME}.audit")
 
+
+# The value of a field, and an event with its fields by name.
+Value = str | int | float | None
+_Event = dict[str, Value]
 
 # Lines that wait, at most: some 4 MB, and minutes of a busy relay.
 MAX_WAITING = 10_000
@@ -53,20 +56,20 @@ class AuditLog(ServiceThread):
         super().__init__("audit:writer", is_daemon=True)
         self._path = path
         self._max_waiting = max_waiting
-        # SimpleQueue.put is one step of the interpreter: the timer may come in here.
-        self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        # SimpleQueue.put is one step of the interpreter, so the timer may put too.
+        self._queue: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
         # One for each line lost, and one for each look of the writer: next() is one step of
         # the interpreter too, where += would be two.
         self._losses = count(1)
         self._is_stopped = threading.Event()
-        # The writer's own from here on.
+        # Used by the writer alone from here on.
         self._fd = -1
-        # The line being written, and what a short write has left of it.
+        # The line being written, and its rest after a short write.
         self._line = b""
         self._rest = b""
         self._looks = 0
-        self._told = 0
-        self._told_at = float("-inf")
+        self._reported = 0
+        self._reported_at = float("-inf")
         self._failure = ""
 
     @property
@@ -78,8 +81,8 @@ class AuditLog(ServiceThread):
         if self.is_on:
             super().start()
 
-    def put(self, event: str, **fields: Any) -> None:
-        """Queue one event, with the time as it is now. Never waits."""
+    def put(self, event: str, **fields: Value) -> None:
+        """Queue one event with the time of the call. Never waits."""
         if not self.is_on:
             return
         if self._queue.qsize() >= self._max_waiting:
@@ -95,13 +98,13 @@ class AuditLog(ServiceThread):
     # The writer's thread.
 
     def _run(self) -> None:
-        line: dict[str, Any] | None = None
+        line: _Event | None = None
         try:
             while not (self._is_stopped.is_set() and self._queue.empty()):
                 line = self._queue.get()
                 if line is not None:
                     self._write_patiently(_encode(line))
-                self._tell_losses()
+                self._report_losses()
         except _GiveUpError:
             left = 1
             with contextlib.suppress(queue.Empty):
@@ -113,25 +116,25 @@ class AuditLog(ServiceThread):
         finally:
             self._close()
 
-    def _tell_losses(self) -> None:
-        """Write how many lines were lost since it was last said; not more often than needed."""
+    def _report_losses(self) -> None:
+        """Write how many lines were lost since the last report, once in _RETRY_S or at a pause."""
         self._looks += 1
-        lost = next(self._losses) - self._looks - self._told
+        lost = next(self._losses) - self._looks - self._reported
         now = time.monotonic()
-        if lost and (self._queue.empty() or now - self._told_at >= _RETRY_S):
+        if lost and (self._queue.empty() or now - self._reported_at >= _RETRY_S):
             self._write_patiently(_encode({"time": utc_now(), "event": "lost", "count": lost}))
-            self._told += lost
-            self._told_at = now
+            self._reported += lost
+            self._reported_at = now
 
     def _write_patiently(self, line: bytes) -> None:
-        """Write a whole line, however long that takes; raises _GiveUpError when stopped."""
+        """Write a whole line, however long that takes. Raises _GiveUpError when stopped."""
         self._line = self._rest = line
         while True:
             try:
                 self._open_again_if_moved()
                 while self._rest:
                     self._wait_writable()
-                    # At most what a pipe takes as one: after poll() it then does not block.
+                    # At most the size that a pipe takes at once: so it does not block after poll().
                     sent = os.write(self._fd, self._rest[: select.PIPE_BUF])
                     self._rest = self._rest[sent:]
             except OSError as exc:
@@ -165,7 +168,7 @@ class AuditLog(ServiceThread):
         # Not blocking: a FIFO that nobody reads is an error and no wait.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
         self._fd = os.open(self._path, flags, 0o600)
-        # What a full disk has cut off stays alone on its line.
+        # A line that a full disk has cut off stays alone.
         self._rest = b"\n" + self._line if self._ends_within_a_line() else self._line
 
     def _ends_within_a_line(self) -> bool:
@@ -199,6 +202,6 @@ class _GiveUpError(Exception):
     """The server stops, and a line cannot be written."""
 
 
-def _encode(event: dict[str, Any]) -> bytes:
+def _encode(event: _Event) -> bytes:
     # ASCII: no character of a peer can look like another line.
     return json.dumps(event, separators=(",", ":")).encode("ascii") + b"\n"

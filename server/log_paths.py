@@ -1,4 +1,4 @@
-"""Whether a log file can be written, found out before the first line."""
+"""Whether a log file can be written: a check before the first line."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ STDOUT = "-"
 
 
 def why_not_writable(path: str) -> str | None:
-    """Return what keeps lines from ever being written there; None if nothing is known to.
+    """Return the reason why no line can ever be written to the path; None if none is known.
 
-    A disk that is full and a FIFO that nobody reads are none: that may change, and the writer
-    waits for it. Waits for nothing itself, and leaves no file: whoever asks may be root.
+    A full disk and a FIFO without a reader are no such reason: both may change, and the writer
+    waits for that. The check itself never waits. It leaves no file, which could be root's.
     """
     if path in ("", STDOUT):
         return None
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISFIFO(mode):
-            # Not opened: who reads it would take the closing for the end.
+            # Not opened: a close would end the stream for the reader.
             return None if os.access(path, os.W_OK) else os.strerror(errno.EACCES)
         if not stat.S_ISREG(mode) and not stat.S_ISCHR(mode):
             return "not a file"

@@ -15,7 +15,7 @@ ROOT_NAME = "http_network_relay.server"
 
 
 def set_up_logging() -> None:
-    """Log to stderr from INFO on, unless whoever started us has set logging up."""
+    """Log to stderr from INFO on, unless the starting program has set logging up."""
     logger = logging.getLogger(ROOT_NAME)
     if logger.hasHandlers():
         return

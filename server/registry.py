@@ -1,4 +1,4 @@
-"""Who holds a slot, and which leg is a client's. No I/O under its lock.
+"""The slots of a worker, and the leg of each client. No I/O under its lock.
 
 "Where is this client connected?" is asked here and nowhere else.
 """
@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from http_network_relay.wire.codes import CLOSE_REPLACED_BY_OTHER, CLOSE_REPLACED_BY_SELF
+from http_network_relay.wire.codes import CLOSE_REPLACED_BY_OTHER, CLOSE_REPLACED_BY_SELF, Code
 from http_network_relay.wire.errors import Refused
 from server.access.credentials import Login
 
@@ -21,7 +21,7 @@ LegT = TypeVar("LegT")
 
 @dataclass(eq=False)
 class Slot(Generic[LegT]):
-    """The right to one thread for one leg. Its identity is what counts.
+    """The right to one thread for one leg. Slots are compared by identity.
 
     `tunnel_id`, `leg` and `close_code` are guarded by the registry's lock.
     """
@@ -29,7 +29,7 @@ class Slot(Generic[LegT]):
     login: Login
     address: str
     instance: str = ""
-    # The tunnel of a user's leg, as soon as it is known.
+    # The tunnel of a user's leg, once its id is known.
     tunnel_id: str = ""
     leg: LegT | None = field(default=None, repr=False)
     # Set when a newer leg of the same client has taken the slot over.
@@ -58,7 +58,7 @@ class Registry(Generic[LegT]):
         self._clients: dict[str, Slot[LegT]] = {}
 
     def set_capacity(self, slots: int) -> None:
-        """Say how many legs there is room for."""
+        """Set how many legs there is room for."""
         with self._lock:
             self._capacity = slots
 
@@ -82,7 +82,7 @@ class Registry(Generic[LegT]):
             if old is None:
                 self._check_room_locked()
                 if len(self._clients) >= self.clients_at_most:
-                    raise Refused("busy", "the relay has no room for another client")
+                    raise Refused(Code.BUSY, "the relay has no room for another client")
             else:
                 same = old.instance == instance
                 old.close_code = CLOSE_REPLACED_BY_SELF if same else CLOSE_REPLACED_BY_OTHER
@@ -101,8 +101,8 @@ class Registry(Generic[LegT]):
         new: Slot[LegT] = Slot(login, address, tunnel_id=tunnel_id)
         with self._lock:
             self._check_draining_locked()
-            # A walk, and no index by tunnel that would have to be kept true: there are as many
-            # slots as threads. One at most, but for ends that did not name their tunnel.
+            # Linear search: at most one slot per thread, so an index is not worth keeping
+            # consistent. One is found at most, but for ends that did not name their tunnel.
             olds = [slot for slot in self._slots if tunnel_id and _is_same_tunnel(slot, new)]
             if not olds:
                 self._check_room_locked()
@@ -153,12 +153,14 @@ class Registry(Generic[LegT]):
             return len(self._slots)
 
     def _check_draining_locked(self) -> None:
+        assert self._lock.locked()
         if self._is_draining:
-            raise Refused("server_restart", "the relay restarts; try again")
+            raise Refused(Code.SERVER_RESTART, "the relay restarts; try again")
 
     def _check_room_locked(self) -> None:
+        assert self._lock.locked()
         if len(self._slots) >= self._capacity:
-            raise Refused("busy", "the relay has no free slot; try again later")
+            raise Refused(Code.BUSY, "the relay has no free slot; try again later")
 
 
 def _is_same_tunnel(old: Slot[LegT], new: Slot[LegT]) -> bool:

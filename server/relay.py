@@ -60,7 +60,7 @@ class Relay:
         """Open for business, with room for `slots` legs. In the worker process, once."""
         self._registry.set_capacity(slots)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        # What is there now stays: no collection, which stops all threads, need look at it.
+        # The objects of now stay: no garbage collection, which stops all threads, need visit them.
         gc.freeze()
         self._timer.start()
         self._sender.start()
@@ -127,10 +127,10 @@ class Relay:
         return slot
 
     def attach(self, slot: Slot[Leg], transport: Connection) -> None:
-        """Make the slot's leg, before the peer is told that it is connected.
+        """Make the slot's leg, before the peer reads the answer to its upgrade.
 
-        A client that has its answer can be reached: a proxy user who comes in the next
-        instant finds it. Its `open` waits in the outbox until serve().
+        So a client that has its answer can be reached: a proxy user who comes in the next
+        instant finds it. The user's `open` waits in the outbox until serve().
         """
         config = self._config
         leg: Leg
@@ -158,7 +158,7 @@ class Relay:
             raise ValueError("serve() without attach()")
         thread = threading.current_thread()
         thread_name, thread.name = thread.name, f"{slot.kind}-leg:{slot.name}"
-        # Before the question: a drain that it does not see finds the leg in the list.
+        # Before the look at is_draining: a drain that comes later finds the leg in the list.
         self._legs.add(leg)
         if self._registry.is_draining:
             leg.end(CLOSE_RESTART, Code.SERVER_RESTART)
@@ -186,7 +186,7 @@ class Relay:
         """Give a slot back; every admitted slot comes here once."""
         self._registry.release(slot)
         if slot.leg is not None:
-            # Only where the upgrade failed is there anything left to tell.
+            # Does nothing unless the upgrade failed: serve() has ended the tunnels.
             slot.leg.lost()
 
     def _enforce_all(self) -> None:

@@ -1,4 +1,4 @@
-"""What holds for every test: no thread or process is left, and nothing is skipped unseen."""
+"""Rules for every test: it leaves no thread and no process, and each skip is reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.waiting import eventually
 # Set by .ci/run, where every package is installed: a skipped test fails the run.
 NO_SKIP = os.environ.get("RELAY_TESTS_NO_SKIP") == "1"
 
-# A thread that was told to end may take a moment; more is a thread that nobody joined.
+# A stopped thread may take a moment to end; a longer time means that nobody joined it.
 _THREADS_END_S = 1.0
 
 _NEEDS = "needs "
@@ -74,7 +74,7 @@ def pytest_runtest_makereport(
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    # Of all the processes in which tests run, their starter hears this too, and counts.
+    # With several test processes, this also runs in the process that started them.
     if report.skipped and not hasattr(report, "wasxfail"):
         _skipped.append(report)
 

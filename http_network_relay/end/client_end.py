@@ -20,38 +20,38 @@ class ClientEnd(TunnelEnd):
     @property
     def can_be_asked(self) -> bool:
         """Whether a resume has an answer: the tunnel lives, has finished, or was reset here."""
-        return self.grace_s > 0 and self._core.state not in (EndState.ENDED, EndState.EXPIRED)
+        return self.grace_s > 0 and self.state not in (EndState.ENDED, EndState.EXPIRED)
 
     def is_at(self, channel: Channel) -> bool:
         """Whether `channel` carries the tunnel now."""
-        return self._core.channel is channel and not self._core.state.is_over
+        return self.channel is channel and not self.is_over
 
     def detached_bytes(self) -> tuple[float, int] | None:
         """Return since when the end is detached and how many bytes it keeps; else None."""
-        with self._core.lock:
-            if self._core.state is not EndState.DETACHED:
+        with self.lock:
+            if self.state is not EndState.DETACHED:
                 return None
-            into = self._core.stream.into
-            kept = self._core.stream.out.kept_bytes + into.received - into.delivered
-            return self._core.detached_at, kept
+            into = self.stream.into
+            kept = self.stream.out.kept_bytes + into.received - into.delivered
+            return self.detached_at, kept
 
     def must_stop(self) -> bool:
         """Whether the time to deliver what came before the end has passed."""
-        with self._core.lock:
-            self._core.expire_locked()
-        return self._core.state.has_error and time.monotonic() >= self._core.deliver_until
+        with self.lock:
+            self.expire_locked()
+        return self.state.has_error and time.monotonic() >= self.deliver_until
 
     def deliver_left_s(self) -> float:
         """Return the seconds that are left of that time; only after the end."""
-        return max(0.0, self._core.deliver_until - time.monotonic())
+        return max(0.0, self.deliver_until - time.monotonic())
 
     def give_up(self, error: RelayError) -> bool:
         """End a tunnel that waits for a resume; False if it does not wait (any more)."""
-        with self._core.lock:
-            if self._core.state is not EndState.DETACHED:
+        with self.lock:
+            if self.state is not EndState.DETACHED:
                 return False
-            self._core.end_locked(EndState.ENDED, error)
-        self._core.on_change()
+            self.end_locked(EndState.ENDED, error)
+        self.on_change()
         return True
 
     def accept_resume(self, channel: Channel, peer: Position, attempt: int) -> None:
@@ -62,16 +62,15 @@ class ClientEnd(TunnelEnd):
             RelayError: The tunnel has ended with an error, or a newer attempt has come.
                 Neither changes anything.
         """
-        core = self._core
-        with core.lock:
-            if core.ended is not None:
-                raise RelayError(core.ended.code, str(core.ended))
+        with self.lock:
+            if self.ended is not None:
+                raise RelayError(self.ended.code, str(self.ended))
             if attempt <= self._attempt:
                 raise RelayError("superseded", "a newer connection has resumed the tunnel")
-            core.stream.out.check_resume(peer)
+            self.stream.out.check_resume(peer)
             self._attempt = attempt
-            old = core.channel
-            channel.put_first(Resumed(*core.stream.into.resume()))
+            old = self.channel
+            channel.put_first(Resumed(*self.stream.into.resume()))
             self._attach_locked(channel, peer)
         channel.push()
         if old is not None:
@@ -88,5 +87,5 @@ class ClientEnd(TunnelEnd):
     def forget(self) -> None:
         """Free all bytes: the tunnel is over and its threads have ended."""
         self.inbound.clear()
-        with self._core.lock:
-            self._core.stream.out.forget()
+        with self.lock:
+            self.stream.out.forget()

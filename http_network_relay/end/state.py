@@ -57,8 +57,7 @@ END_TRANSITIONS: dict[EndState, tuple[EndState, ...]] = {
 class EndCore:
     """The lock, the state, the streams and the present channel of one end.
 
-    Inbound, Outbound and TunnelEnd work on one core. A single read of a field needs no lock.
-    Only the methods here change a field, and a `_locked` method needs `lock`.
+    A single read of a field needs no lock. Only the methods here change a field.
     """
 
     def __init__(
@@ -75,6 +74,7 @@ class EndCore:
         self.state = EndState.OPENING
         # None without a leg.
         self.channel: Channel | None = channel
+        # For how long both ends keep the tunnel without a leg; 0 until the tunnel is open.
         self.grace_s = 0.0
         # Why the tunnel ended before it was finished. The first reason counts.
         self.ended: RelayError | None = None
@@ -83,6 +83,11 @@ class EndCore:
         # Of the newest loss of a leg.
         self.detached_at = 0.0
         self._lost: RelayError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the tunnel is finished or has ended."""
+        return self.state.is_over
 
     def is_stale_locked(self, channel: Channel, message: str) -> bool:
         """Whether a message comes too late to count; raises TunnelError if it comes too early."""

@@ -169,7 +169,7 @@ class SendStream:
 
 
 class ReceiveStream:
-    """The bytes that this end takes in and hands on. Not thread-safe."""
+    """The bytes that this end receives and delivers. Not thread-safe."""
 
     def __init__(self, max_window_bytes: int = DEFAULT_MAX_WINDOW_BYTES) -> None:
         self._window = Window(max_window_bytes)

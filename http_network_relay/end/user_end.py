@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from http_network_relay.end.channel import Channel
-from http_network_relay.end.state import EndState
 from http_network_relay.end.stream import Position
 from http_network_relay.end.tunnel_end import TunnelEnd
 
@@ -12,26 +11,21 @@ class UserEnd(TunnelEnd):
     """The end that resumes."""
 
     @property
-    def has_expired(self) -> bool:
-        """Whether the tunnel has ended because nobody resumed it in time."""
-        return self._core.state is EndState.EXPIRED
-
-    @property
     def has_both_eofs(self) -> bool:
         """Whether our source ended and the peer's eof was delivered; acks may be missing."""
-        return self._core.stream.out.is_ended and self._core.stream.into.eof_delivered
+        return self.stream.out.is_ended and self.stream.into.eof_delivered
 
     def begin_resume(self) -> Position:
         """Return the position for `resume`. Only while detached: all channels are stale then."""
-        with self._core.lock:
-            return self._core.stream.into.resume()
+        with self.lock:
+            return self.stream.into.resume()
 
     def on_resumed(self, channel: Channel, peer: Position) -> None:
         """Go on, on `channel`, after the peer's `resumed`. Raises TunnelError."""
-        with self._core.lock:
-            if self._core.state.is_over:
+        with self.lock:
+            if self.is_over:
                 return
-            self._core.stream.out.check_resume(peer)
+            self.stream.out.check_resume(peer)
             self._attach_locked(channel, peer)
         channel.push()
-        self._core.on_change()
+        self.on_change()

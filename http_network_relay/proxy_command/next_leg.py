@@ -8,28 +8,34 @@ from collections.abc import Callable
 
 from http_network_relay.dial.backoff import uniform
 from http_network_relay.dial.connection import Connection
-from http_network_relay.end.tunnel_end import TunnelEnd
+from http_network_relay.end.user_end import UserEnd
 from http_network_relay.wire.errors import RelayError
 
-# A server that restarts is tried again so often, so long.
+# The pause between two tries to reach a server that restarts, and for how long to try.
 RESTART_RETRY_S = (0.1, 0.3)
-
 RESTART_S = 3.0
 
 
 class NextLeg:
-    """Dials the next leg while the present one still works; for a server that goes away."""
+    """Dials in a thread of its own, for a server that goes away."""
 
-    def __init__(self, end: TunnelEnd, dial: Callable[[], Connection], spread_s: float) -> None:
+    def __init__(
+        self,
+        end: UserEnd,
+        dial: Callable[[], Connection],
+        spread_s: float,
+        on_up: Callable[[], None],
+    ) -> None:
+        """`on_up` is called in the thread when the leg is there."""
         self._end = end
         self._dial = dial
         self._spread_s = spread_s
+        self._on_up = on_up
         self._connection: Connection | None = None
         self._thread = threading.Thread(target=self._run, name="next-leg")
 
-    def start(self, on_up: Callable[[], None]) -> None:
-        """Begin; `on_up` is called in the thread when the leg is there. take() joins it."""
-        self._on_up = on_up
+    def start(self) -> None:
+        """Begin; the caller MUST call take(), which joins the thread."""
         self._thread.start()
 
     def _run(self) -> None:

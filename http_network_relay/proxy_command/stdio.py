@@ -36,16 +36,17 @@ def fill_standard_files() -> None:
 class QuickStdout:
     """Writes what stdout takes at once, by a description of its own: the shared one stays as is."""
 
-    def __init__(self) -> None:
+    def __init__(self, stdout: int) -> None:
         """Raises OSError where there is no such way."""
-        mode = os.fstat(STDOUT).st_mode
+        self._stdout = stdout
+        mode = os.fstat(stdout).st_mode
         self._is_socket = stat.S_ISSOCK(mode)
         self._is_enlarged = False
         if self._is_socket and DONT_WAIT:
-            self._file: Any = socket.socket(fileno=os.dup(STDOUT))
+            self._file: Any = socket.socket(fileno=os.dup(stdout))
         elif stat.S_ISFIFO(mode) and sys.platform == "linux":
             self._file = open(  # noqa: SIM115  # close() closes it.
-                f"/proc/self/fd/{STDOUT}", "wb", buffering=0, opener=_open_now
+                f"/proc/self/fd/{stdout}", "wb", buffering=0, opener=_open_now
             )
         else:
             raise OSError(errno.ENOTSUP, "stdout is neither a pipe nor a socket")
@@ -57,7 +58,7 @@ class QuickStdout:
         count = self._file.write(data) or 0  # None: it would have to wait.
         if count < len(data) and not self._is_enlarged:
             self._is_enlarged = True
-            enlarge_pipe(STDOUT)
+            enlarge_pipe(self._stdout)
         return count
 
     def close(self) -> None:
@@ -80,26 +81,27 @@ def _open_now(path: str, flags: int) -> int:
     return os.open(path, flags & ~(os.O_CREAT | os.O_TRUNC) | os.O_NONBLOCK)
 
 
-def write_stdout(chunk: Any) -> None:
+def write_stdout(stdout: int, chunk: Any) -> None:
+    """Write all of it, with waits."""
     view = memoryview(chunk)
     while view:
         try:
-            view = view[os.write(STDOUT, view) :]
+            view = view[os.write(stdout, view) :]
         except BlockingIOError:  # Somebody made the shared pipe non-blocking.
-            select.select([], [STDOUT], [])
+            select.select([], [stdout], [])
 
 
-def close_stdout() -> None:
-    """Hand the eof on: every duplicate of stdout must go, or its reader waits on."""
-    about = os.fstat(STDOUT)
+def close_stdout(stdout: int) -> None:
+    """Deliver the eof: every duplicate of stdout must go, or its reader waits on."""
+    about = os.fstat(stdout)
     if stat.S_ISSOCK(about.st_mode):
         # stdin may be the same socket, so closing would not be enough.
-        with socket.socket(fileno=os.dup(STDOUT)) as sock, contextlib.suppress(OSError):
+        with socket.socket(fileno=os.dup(stdout)) as sock, contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
     null = os.open(os.devnull, os.O_WRONLY)
     with contextlib.suppress(OSError):
         stderr = os.fstat(2)
         if not stat.S_ISCHR(about.st_mode) and os.path.samestat(about, stderr):
             os.dup2(null, 2)
-    os.dup2(null, STDOUT)
+    os.dup2(null, stdout)
     os.close(null)

@@ -1,7 +1,7 @@
-"""What is in force: the credentials as they stand now, and what a proxy user may open.
+"""The credentials in force, and the targets that a proxy user may open.
 
-A thread of its own looks at the file every second; everybody else asks. Whoever was let in
-is asked about again after each change: a login is no licence for ever.
+One thread looks at the file every second. After each change the relay checks every login again:
+a login is no licence for ever.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from server.service_thread import ServiceThread
 
 _log = logging.getLogger(f"{ROOT_NAME}.access")
 
-# A change is in force after two looks at most, see FileWatch: well within the 5 s promised.
+# Seconds. A change is in force after two looks at most, see FileWatch.
 _LOOK_S = 1.0
 
 
@@ -32,9 +32,9 @@ class Access(ServiceThread):
     ) -> None:
         super().__init__("credentials")
         self.credentials = credentials
-        # None: nothing to follow.
+        # None: no file to follow.
         self._watch = watch
-        # Called in the thread: whoever is connected has to be looked at again.
+        # Called in the thread: the relay has to check the login of each leg again.
         self._on_change = on_change
         self._stopped = threading.Event()
 
@@ -42,16 +42,16 @@ class Access(ServiceThread):
         self._stopped.set()
 
     def check_open(self, user: str, control: Opening) -> str:
-        """Return the rule by which this user may open or resume that. Raises Refused."""
+        """Return the rule that lets this user open or resume the target. Raises Refused."""
         client, host, port = control.client, control.host, control.port
         try:
             asked = canonical_host(host)
         except RuleError as exc:
             raise Refused("target_invalid", str(exc)) from exc
-        # One look, so that both answers are of one file.
+        # Read once, so that both answers are of one file.
         credentials = self.credentials
         rule = credentials.may_open(user, client, asked, port)
-        # Before the question for the client: the answer must not tell which clients there are.
+        # Before the check of the client: the answer must not tell which clients exist.
         if rule is None:
             raise Refused("denied", f"no rule lets {user} open {host}:{port} at {client}")
         if not credentials.has_client(client):
@@ -63,12 +63,12 @@ class Access(ServiceThread):
         is_due = False
         while not self._stopped.wait(_LOOK_S):
             try:
-                # At midnight somebody's last day may be over.
+                # At midnight the last day of an entry may be over.
                 is_due = self._look() or is_due or utc_today() != today
                 if is_due:
                     today = utc_today()
                     self._on_change()
-                    is_due = False  # Not before: who was not asked would stay.
+                    is_due = False  # After the call: an error in it makes the next look try again.
             except Exception:
                 _log.exception("credentials were not looked at")
 

@@ -1,4 +1,4 @@
-"""Which rules name a client that there is. No I/O."""
+"""Which rules name a client that exists. No I/O."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 
 from http_network_relay.rules.target import AccessRule
 
-# Behind every character of a name.
+# Sorts behind every character of a name.
 _LAST = "\x7f"
 
 
 class ClientNames:
-    """The clients of one credentials file. Each pattern is looked for once, whoever has it.
+    """The clients of one credentials file. Each pattern is searched for once.
 
-    Thousands of users may have rules of the same few patterns, and each of a pattern of its own
-    finds its clients by how it begins or ends: a file of that size must not hold up a reload.
+    Thousands of users may have rules with the same few patterns. A pattern finds its clients by
+    its beginning or its end, so that a large file does not delay a reload.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -25,7 +25,7 @@ class ClientNames:
         self._is_named: dict[str, bool] = {}
 
     def has_match(self, rule: AccessRule) -> bool:
-        """Whether the rule says anything about one of them."""
+        """Whether the rule matches one of the clients."""
         if rule.client in self._names:
             return True
         found = self._is_named.get(rule.client)

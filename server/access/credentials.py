@@ -1,7 +1,7 @@
-"""Who may connect, and what proxy users may open: kept as digests only. No I/O.
+"""Who may connect, and what proxy users may open. Secrets are kept as digests only. No I/O.
 
-`server/access/file.py` makes these objects of the file. A changed file makes a new
-one, and is_valid() tells which logins of the old one still hold.
+server/access/form.py makes a Credentials of the file. A changed file makes a new one, and
+is_valid() tells which logins of the old one are still valid.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _log = logging.getLogger("http_network_relay.server.credentials")
 Kind = Literal["client", "user"]
 HASH_PREFIX = "sha256:"
 _HASHED = re.compile(HASH_PREFIX + "([0-9a-f]{64})")
-# What may_open() says of a user of the short form, whom no rule limits.
+# Answer of may_open() for a user of the short form, whom no rule limits.
 EVERYTHING = "*"
 _ID_DIGITS = 8
-# No secret has this digest: it stands in for those that a name does not have.
+# No secret has this digest. Fills up the digests of a name that has fewer than another one.
 _NO_DIGEST = b"\0" * 32
 
 
@@ -67,7 +67,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Login:
-    """Who was let in, and by which secret; only comparing tells more of the secret."""
+    """A successful login, and the digest of its secret."""
 
     kind: Kind
     name: str
@@ -95,8 +95,8 @@ def utc_today() -> date:
 class Credentials:
     """The names and secrets that are accepted. Immutable; any thread may ask.
 
-    A question costs as many comparisons for an unknown name as for a wrong secret, each in
-    constant time. `today` gives the date in UTC.
+    A login costs as many comparisons for an unknown name as for a wrong secret, each in constant
+    time. `today` gives the date in UTC.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Credentials:
         """Return the login if `secret` is one of that client's, and the name not expired."""
         entry = self._clients.get(name)
         known = entry.digests if entry is not None else ()
-        # As many for each name: time tells neither whether it exists nor how many it has.
+        # As many for each name: the time tells neither that a name exists nor its count of secrets.
         candidates = (*known, *[_NO_DIGEST] * (self._most - len(known)))
         found = _find(secret, candidates)
         return self._let_in("client", entry, found) if entry is not None else None
@@ -147,16 +147,16 @@ class Credentials:
         return self._let_in("user", owners[0], found) if owners else None
 
     def check_client(self, name: str, secret: str) -> bool:
-        """Whether login_client() lets in."""
+        """Whether login_client() returns a login."""
         return self.login_client(name, secret) is not None
 
     def check_user(self, token: str) -> str | None:
-        """Return the name that login_user() lets in."""
+        """Return the name of the login of login_user()."""
         login = self.login_user(token)
         return login.name if login is not None else None
 
     def is_valid(self, login: Login) -> bool:
-        """Whether this login would be let in now: not revoked, rotated away or expired."""
+        """Whether the login would succeed now: not revoked, rotated away or expired."""
         entry = self._of_kind(login.kind).get(login.name)
         if entry is None or entry.is_expired(self._today()):
             return False
@@ -165,7 +165,7 @@ class Credentials:
     def may_open(self, user: str, client: str, host: Host, port: int) -> str | None:
         """Return the text of the rule that allows the target as it was asked for, or None.
 
-        None also where the host is none (canonical_host() says why), and where the user is
+        None also if the host is no host (canonical_host() says why), and if the user is
         unknown or expired.
         """
         entry = self._users.get(user)
@@ -187,7 +187,7 @@ class Credentials:
         if digest is None:
             return None
         if entry.is_expired(self._today()):
-            # Only for the log: the peer is told no more than with a wrong secret.
+            # Only for the log: the peer gets the same answer as for a wrong secret.
             _log.warning(
                 "login refused reason=expired %s=%s secret=%s expired=%s "
                 "fix='credentials rotate --expires'",
@@ -198,10 +198,10 @@ class Credentials:
 
 
 def _find(presented: str, known: Iterable[bytes]) -> bytes | None:
-    """Return the digest of what was presented if it is one of `known`; compares with all."""
+    """Return the digest of the presented secret if `known` has it; compares with all of them."""
     if not is_secret(presented):
         return None
     digest = digest_of(presented)
     same = [hmac.compare_digest(digest, each) for each in known]
-    # What a leaked file holds is never a password, not even of somebody who set it as one.
+    # The text of a leaked file is never a password, not even if somebody set that text as one.
     return digest if any(same) and not presented.startswith(HASH_PREFIX) else None

@@ -13,24 +13,24 @@ from server.config import CREDENTIALS_FILE
 
 _log = logging.getLogger("http_network_relay.server.credentials")
 
-# Some 50,000 entries; more would hold up every login and reload.
+# Room for some 50,000 entries. More would delay every login and reload.
 _MAX_FILE_BYTES = 16 * 1024 * 1024
 
 
 class UnreadableError(ConfigError):
-    """Nothing is known of the content: there is no such file, or the system does not give it."""
+    """The content is unknown: the file does not exist, or cannot be read."""
 
 
 def load_credentials(path: str, *, warn: bool = True) -> Credentials:
     """Read the file. Raises ConfigError that names it, the line and the fix, never a secret.
 
-    `warn`: log what an operator may want to change (one of several readers does).
+    `warn`: log what an operator may want to change. One of several readers sets it.
     """
     return parse_credentials(path, read_file(path, warn=warn), warn=warn)
 
 
 def read_file(path: str, *, warn: bool = False) -> bytes:
-    """Return the file's content; raises ConfigError, UnreadableError where there is none."""
+    """Return the content; raises ConfigError, and UnreadableError for a file that is unreadable."""
     try:
         # Non-blocking: opening a FIFO would wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

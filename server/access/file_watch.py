@@ -1,4 +1,4 @@
-"""Notices that the credentials file has changed. No thread of its own: somebody polls."""
+"""Notices that the credentials file has changed. Has no thread: the caller polls."""
 
 from __future__ import annotations
 
@@ -10,33 +10,32 @@ from server.access.credentials import Credentials
 from server.access.file import UnreadableError, read_file
 from server.access.form import parse_credentials
 
-# Device, inode, size, and the times of content and of owner or mode; None: not there.
+# Device, inode, size, mtime and ctime; None: the file does not exist.
 _Version = tuple[int, int, int, int, int] | None
 
 
 class FileWatch:
-    """One file, looked at by its name each time: it may be replaced, or a link turned.
+    """One file, opened by its name at each poll: a replaced file or a changed link is noticed.
 
-    Between two polls everything may happen to it. A new version that cannot be loaded is
-    looked at again by the next poll, and only then an error: a file that is half written,
-    or gone for a moment, is nobody's concern. One that cannot be read is tried at each poll,
-    since what stands in it may revoke somebody. Not thread-safe; one thread polls.
+    A new version that cannot be loaded is an error only after the next poll: a file may be half
+    written, or missing for a moment. A version that cannot be read is tried at each poll, since
+    its content may revoke a login. Not thread-safe; one thread polls.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._version: _Version = None
         self._digest = b""
-        # The version was read by the last poll only. A change within one tick of the file
-        # system's clock keeps it, so the next poll reads again.
+        # Only the last poll has read this version. A change within one tick of the file system's
+        # clock does not change the version, so the next poll reads again.
         self._is_fresh = True
-        # How many polls in a row could not read the version, or were broken off.
+        # Number of polls in a row that could not read the version, or were interrupted.
         self._vain_looks = 0
-        # What was raised, and for which version.
+        # The last error that was raised, and its version.
         self._failure: tuple[_Version, str] | None = None
 
     def load(self, *, warn: bool = True) -> Credentials:
-        """Read the file now, for the start; raises ConfigError. poll() tells later changes."""
+        """Read the file now, for the start; raises ConfigError. poll() returns later changes."""
         version = self._look()
         content = read_file(self._path, warn=warn)
         credentials = parse_credentials(self._path, content, warn=warn)
@@ -45,19 +44,19 @@ class FileWatch:
         return credentials
 
     def poll(self) -> Credentials | None:
-        """Return what is in force from now on, or None if nothing changed.
+        """Return the credentials of a changed file, or None if nothing changed.
 
-        Raises ConfigError, once for each version that stays wrong or unread; what was in
-        force before stays so. After such an error, a good file is always returned.
+        Raises ConfigError, once for each version that stays wrong or unread. The caller MUST keep
+        the older credentials then. After such an error, a good file is always returned.
         """
         version = self._look()
         is_same = version == self._version
         if is_same and not self._is_fresh and not self._vain_looks:
             return None
-        # Before the reading: a change during it shows as another version at the next poll.
+        # Before the read: a change during the read is another version at the next poll.
         self._version, self._is_fresh = version, not is_same
-        # Until the content is judged: no descriptor left, or a server of files that is away,
-        # is no answer to what the file says, however often it is asked.
+        # Counts until the content is checked. Without a descriptor, or with a file server that is
+        # away, the content stays unknown, and each poll has to try again.
         self._vain_looks = self._vain_looks + 1 if is_same else 1
         try:
             content = read_file(self._path)
@@ -83,7 +82,7 @@ class FileWatch:
         try:
             found = os.stat(self._path)
         except OSError:
-            # Whatever the reason, reading the file says it.
+            # The read that follows raises the error with its reason.
             return None
         return (
             found.st_dev,

@@ -12,13 +12,17 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _WORD = re.compile(r"-?[0-9][0-9.eE+-]*|true|false|null")
 
 
-class JsonError(ValueError):
-    """What is no JSON, or has a key twice; `line` counts from 1. Quotes nothing."""
+class LineError(ValueError):
+    """A line of a file is wrong; `line` counts from 1."""
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
         self.message = message
         self.line = line
+
+
+class JsonError(LineError):
+    """The content is no JSON, or has a key twice. The message quotes nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,12 @@ def parse_json(content: bytes) -> Node:
         line = content.count(b"\n", 0, exc.start) + 1
         raise JsonError("not JSON in UTF-8", line) from None
     try:
-        # The standard library judges; the walk below only finds the lines again. float, as
+        # The standard library checks the text; the walk below only finds the lines. float, since
         # int() raises for thousands of digits.
         json.loads(text, parse_int=float)
         return _Walk(text).value(_skip(text, 0))[0]
     except json.JSONDecodeError as exc:
-        # Not str(exc.doc): that is the file.
+        # Not str(exc.doc), which is the whole file.
         raise JsonError(f"not JSON ({exc.msg}, column {exc.colno})", exc.lineno) from None
     except RecursionError:
         raise JsonError("not JSON of ours: too deeply nested", 1) from None
@@ -67,7 +71,7 @@ def _skip(text: str, at: int) -> int:
 
 
 class _Walk:
-    """Goes once through a text that is known to be JSON. Each step returns where it ended."""
+    """Goes once through a text that is valid JSON. Each step returns the offset of its end."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -104,7 +108,7 @@ class _Walk:
             if key in found:
                 raise JsonError("a name stands here for the second time; remove one", key_line)
             keys[key] = key_line
-            # Over the colon, and after the value over the comma.
+            # Skips the colon, and behind the value the comma.
             found[key], at = self.value(_skip(text, _skip(text, at) + 1))
             at = self._next(at)
         return Node(found, line, keys), at + 1
@@ -119,6 +123,6 @@ class _Walk:
         return Node(found, line), at + 1
 
     def _next(self, at: int) -> int:
-        """Return where the next member is, or the end of the object or array."""
+        """Return the offset of the next member, or of the end of the object or array."""
         at = _skip(self._text, at)
         return _skip(self._text, at + 1) if self._text[at] == "," else at

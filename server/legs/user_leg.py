@@ -148,7 +148,7 @@ class UserLeg(Leg):
         if asked is not None:
             self._opener.refused(asked, self.reason)
 
-    # What comes in.
+    # Messages.
 
     def _on_message(self, message: Message) -> None:
         tunnel = self.tunnel

@@ -1,4 +1,4 @@
-"""Windows as the server counts them (docs/protocol.md, "Streams and credit").
+"""Counts and windows of a tunnel at the server (docs/protocol.md, "Streams and credit").
 
 Counters only: no I/O, clock, thread or log. The lock of the client leg guards them.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 from http_network_relay.wire.constants import MAX_DATA_BYTES, MIN_WINDOW_BYTES
 from http_network_relay.wire.errors import TunnelError
 
-# The part of a budget that no window grows into: each newcomer needs the smallest window
-# at once, or would be refused because of others' downloads. A quarter is 64 newcomers.
+# The part of a budget that no window grows into: each new tunnel needs the smallest window at
+# once, or would be refused because of other tunnels' downloads. A quarter is 64 new tunnels.
 _NEWCOMERS_SHARE = 4
-# What a paced tunnel may send each way at once, where its user does not owe too much: a
-# message, so that a login does not wait for a download of the same user.
+# The first credit of a paced tunnel each way, where its user does not owe too much: a message,
+# so that a login does not wait for a download of the same user.
 FIRST_CREDIT_BYTES = MAX_DATA_BYTES
 
 
@@ -25,12 +25,12 @@ class WindowBudget:
 
     @property
     def growth(self) -> int:
-        """What windows above the smallest may still take."""
+        """Bytes that windows above the smallest may still take."""
         return max(0, self.free - self._newcomers)
 
 
 class FlowCounters:
-    """One direction of a tunnel as the server counts it. Guarded by the leg's lock.
+    """One direction of a tunnel as the server counts it. Guarded by the lock of the channels.
 
     Every method raises TunnelError for what the peer may not do, and then changes nothing.
     """
@@ -47,9 +47,9 @@ class FlowCounters:
         self.start_at(received, delivered)
         self._budget = budget
         self._cap = cap_bytes
-        # Its limit is what begin() and raise_by() make it.
+        # Only begin() and raise_by() raise the limit then.
         self._is_paced = is_paced
-        # The part of the budget that is ours: the window granted, at least the smallest.
+        # The part of the budget that this direction has: its window, at least the smallest.
         self._reserved = MIN_WINDOW_BYTES
         budget.free -= MIN_WINDOW_BYTES
         self._asked = 0
@@ -58,7 +58,7 @@ class FlowCounters:
         self.eof_acked = False
 
     def start_at(self, received: int, delivered: int) -> None:
-        """Count from where the receiving end stands, which is not 0 after a resume."""
+        """Count from the counts of the receiving end, which are not 0 after a resume."""
         if delivered > received:
             raise TunnelError(f"{delivered} bytes delivered, but {received} received")
         self.begun_at = received
@@ -76,7 +76,7 @@ class FlowCounters:
         self.forwarded += size
 
     def on_eof(self, count: int) -> None:
-        """Take the sender's eof in."""
+        """Check and note the sender's eof."""
         if self.eof_count is not None:
             raise TunnelError("a second eof")
         if count != self.forwarded:
@@ -84,7 +84,7 @@ class FlowCounters:
         self.eof_count = count
 
     def on_ack(self, delivered: int, limit: int, eof: bool) -> int:
-        """Take the receiver's ack in; return the limit to pass on to the sender."""
+        """Check and note the receiver's ack; return the limit for the sender."""
         if not self.delivered <= delivered <= self.forwarded:
             raise TunnelError(
                 f"ack of {delivered} bytes after {self.delivered}, {self.forwarded} were sent"
@@ -98,22 +98,21 @@ class FlowCounters:
         return self.raise_limit(limit)
 
     def raise_limit(self, asked: int) -> int:
-        """Return the limit to pass on: what the receiver asks, as far as the budget goes.
+        """Return the limit for the sender: as the receiver asks, as far as the budget goes.
 
-        Never below `delivered` + the smallest window, which was reserved at the start,
-        and never below what was passed on before. Where bytes are paced, what was passed on
-        before: see begin().
+        The limit is never below `delivered` + the smallest window, which was reserved at the
+        start, and never falls. Where bytes are paced the limit stays as it is: see begin().
         """
         self._asked = asked
         return self._set_limit(self.limit if self._is_paced else self._highest())
 
     def ask_first(self, asked: int) -> int:
-        """Take the first limit of a paced direction in; return how much credit begin() takes."""
+        """Note the receiver's first limit; return the credit that begin() can use."""
         self._asked = asked
         return max(0, min(self._highest() - self.forwarded, FIRST_CREDIT_BYTES))
 
     def begin(self, credit: int) -> int:
-        """Return the first limit to pass on: `credit` bytes, or less, from where we stand."""
+        """Return the first limit of a paced direction: `credit` bytes, or fewer, from here."""
         return self._set_limit(min(self._highest(), self.forwarded + credit))
 
     @property
@@ -130,7 +129,7 @@ class FlowCounters:
 
     def _highest(self) -> int:
         """Return the limit that the receiver and the budget allow."""
-        # At least the smallest window, and what stands from before as `delivered` rises.
+        # At least the smallest window; and a limit that was sent stays when `delivered` rises.
         reach = max(MIN_WINDOW_BYTES, min(self._cap, self._reserved + self._budget.growth))
         return min(self._asked, max(self.delivered + reach, self.limit))
 
@@ -142,6 +141,6 @@ class FlowCounters:
         return self.limit
 
     def release(self) -> None:
-        """Give our part of the budget back; the tunnel is over."""
+        """Give this direction's part of the budget back; the tunnel is over."""
         self._budget.free += self._reserved
         self._reserved = 0

@@ -110,7 +110,7 @@ class TunnelPair(TunnelRequest):
             side.push()
         return rise, headroom
 
-    # What passes.
+    # Data, eof and acks, from one side to the other.
 
     def _pass_data(
         self, sender: TunnelSide, receiver: TunnelSide, data: bytes | bytearray | memoryview

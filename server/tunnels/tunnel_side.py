@@ -87,13 +87,12 @@ class TunnelSide:
     def put_ack(self) -> None:
         """Queue an ack of what the peer has sent, with its limit, as both stand now."""
         sent = self.sent
-        self.outbox.put_ack(
-            self.channel, self._frame(Ack(sent.delivered, sent.limit, sent.eof_acked))
-        )
+        ack = Ack(sent.delivered, sent.limit, sent.eof_acked, self.channel)
+        self.outbox.put_ack(self.channel, text_frame(ack))
 
     def put_eof(self, count: int) -> None:
         """Queue the eof of what the other side's peer has sent."""
-        self.outbox.put_eof(self.channel, self._frame(Eof(count)))
+        self.outbox.put_eof(self.channel, text_frame(Eof(count, self.channel)))
 
     def push(self) -> None:
         """Send what was queued."""

@@ -26,18 +26,18 @@ worker_class = "server.worker.relay_worker.RelayWorker"
 # A client and its users meet in one process.
 workers = 1
 threads = 64
-# Legs, answers on their way, and request heads being collected; the worker makes it more
-# where --threads needs it.
+# Legs, answers that are being sent, and request heads. The worker raises the number if --threads
+# needs more.
 worker_connections = 2048
-# Of the accept thread's heartbeat, which never waits long; legs have limits of their own.
+# Seconds between heartbeats of the accept thread, which never waits for long. Legs have own limits.
 timeout = 30
-# The drain takes 1.3 s at most, and its backstop 1.4 s; then the master kills.
+# The drain takes 1.3 s at most, and its backstop 1.4 s. Then the master kills the worker.
 graceful_timeout = 2
 # One request per connection: no thread ever waits for the next one.
 keepalive = 0
 # A restart after so many requests would end all tunnels.
 max_requests = 0
-# It would be opened in the home folder.
+# gunicorn would open the control socket in the home folder.
 control_socket_disable = True
 
 
@@ -60,7 +60,7 @@ def _check(cfg: Any) -> None:
         raise _ConfigError("--max-requests would cut all tunnels: leave it out")
     config = _Config.from_env()
     config.validate()
-    # The worker reads it again, and warns of what is doubtful.
+    # The worker reads the file again, and logs the warnings.
     _load_credentials(config.credentials_file, warn=False)
 
 
@@ -73,13 +73,13 @@ def on_starting(server: Any) -> None:
         if server.pidfile is not None:
             server.pidfile.unlink()
         raise SystemExit(_EXIT_CONFIG) from None
-    _guard_reload(server)
+    _check_before_reload(server)
 
 
-def _guard_reload(server: Any) -> None:
+def _check_before_reload(server: Any) -> None:
     """Let SIGHUP do nothing while a setting is wrong: gunicorn would end the whole relay.
 
-    The new worker could not start, and the master takes that for the end of everything.
+    The new worker could not start, and the master would end the relay for that.
     """
     reload = server.handle_hup
 
@@ -95,9 +95,9 @@ def _guard_reload(server: Any) -> None:
 
 
 def on_exit(server: Any) -> None:
-    """Leave nothing for the collector, which looks through all modules at the very end.
+    """Leave nothing for the collector, which looks through all modules at the end.
 
-    50 ms, and half a second on a busy machine, of the 2 s in which the relay is to be gone.
+    That takes 50 ms, and half a second on a busy machine, of the 2 s that a stop may take.
     """
     gc.freeze()
 

@@ -25,7 +25,7 @@ def _programs_not_measured() -> Iterator[None]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """The harness shows what a test itself started; this adds its fixtures' programs."""
+    """Add the output of the fixtures' programs; the harness shows those of the test itself."""
     report = yield
     if report.failed:
         for value in getattr(item, "funcargs", {}).values():

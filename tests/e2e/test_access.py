@@ -1,6 +1,6 @@
-"""Who may open what, and for how long: real server, clients and proxy, and users by hand.
+"""Who may open which target, and for how long: real programs, and users by hand.
 
-What is expected stands in tables that were written by hand, rule by rule.
+The expected answers stand in tables that were written by hand, rule by rule.
 """
 
 import itertools
@@ -36,14 +36,14 @@ from tests.support.waiting import eventually
 
 SECRETS = {"free": secret_of("cs-free"), "tied": secret_of("cs-tied")}
 TOKENS = {"short": TOKEN, "ops": secret_of("pu-ops"), "net": secret_of("pu-net")}
-# What docs/access.md promises.
+# The limit of docs/access.md.
 GONE_S = 5.0
 RELOADED = "credentials reloaded"
 NOT_RELOADED = "ERROR.* credentials not reloaded"
 ids = itertools.count(1)
 
 
-# What a user may open.
+# Targets that a user may open.
 
 # P has an echo, and the client `tied` was started with --allow 127.0.0.1:P; Q has an echo too.
 # `short` may open everything. The rules of the others:
@@ -141,7 +141,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def ask(server: Server, token: str, kind: str, **opening: Any) -> dict[str, Any]:
-    """The answer to an `open` or a `resume`; what was opened ends again."""
+    """Return the answer to an `open` or a `resume`; end a tunnel that was opened."""
     with RawUser(server.url, token) as user:
         opening["tunnel_id"] = f"{next(ids):032x}"
         if kind == "open":
@@ -241,7 +241,7 @@ def test_client_says_what_it_dials_when_it_starts(world: World) -> None:
     assert "dials allow=" not in free.text
 
 
-# What is taken away.
+# Access that is taken away.
 
 LIVE = {"device": secret_of("cs-device"), "other": secret_of("cs-other")}
 
@@ -264,7 +264,7 @@ def live_credentials(port: int) -> dict[str, Any]:
 
 @dataclass
 class Live:
-    """A server, its two clients, an echo, and the credentials as they were at first."""
+    """A server, its two clients, an echo, and the first credentials."""
 
     server: Server
     device: Proc
@@ -272,7 +272,7 @@ class Live:
     credentials: dict[str, Any]
 
     def write(self, credentials: object) -> float:
-        """Put new content into the file; return by when it must have done its work."""
+        """Write new content into the file; return the time by which it must be in force."""
         note_credentials(credentials)
         text = credentials if isinstance(credentials, str) else json.dumps(credentials)
         self.server.credentials_file.write_text(text)
@@ -285,7 +285,7 @@ class Live:
         self.server.wait_for_line(RELOADED, GONE_S, after=mark)
 
     def proxy(self, user: str, client: str = "device") -> Pipes:
-        """A real proxy command with a tunnel that is well."""
+        """A real proxy command with a tunnel that echoes."""
         url, token = self.server.url, secret_of(f"pu-{user}")
         proxy = start_proxy(url, name=client, port=self.target.port, token=token)
         try:
@@ -340,7 +340,7 @@ def reset_code(user: RawUser, deadline: float) -> str:
 
 @contextmanager
 def carrying(proxy: Pipes) -> Iterator[None]:
-    """All the while a thread sends through that tunnel; each byte has to come back."""
+    """Let a thread send through that tunnel meanwhile; each byte must come back."""
     stop = threading.Event()
     rounds = 0
     problems: list[BaseException] = []

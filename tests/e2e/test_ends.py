@@ -38,7 +38,7 @@ INTERVAL_S = 0.8
 # The shortest that the wire can tell.
 GRACE_S = 1
 KEPT = ("proxy command SIGKILLed", "client SIGKILLed", "server SIGKILLed")
-# Of the test's own: busy processes are late.
+# Added for the test: processes on a busy machine are late.
 MARGIN_S = 0.5
 SILENCE_S = 2.5 * INTERVAL_S + MARGIN_S
 
@@ -57,7 +57,7 @@ _names = iter(NAMES)
 
 @dataclass
 class World:
-    """One live tunnel and everything that an end can be done to."""
+    """One live tunnel with all its processes and sockets."""
 
     server: Server
     client: Proc
@@ -68,7 +68,7 @@ class World:
     name: str
 
     def server_lines(self) -> list[str]:
-        """What the server said of this tunnel."""
+        """Return the server's lines about this tunnel."""
         return [line for line in self.server.lines if f" client={self.name} " in line]
 
 

@@ -41,9 +41,9 @@ from tests.support.waiting import eventually
 LOST, USAGE, SECRET, CLIENT, TARGET, SERVER = 1, 2, 3, 4, 5, 6
 SIGPIPE_STATUS = 128 + signal.SIGPIPE
 WRONG_TOKEN = "pu-wrong-wrong-wrong-wrong-wrong"
-# The client's dial of a target that does not answer, and what the programs need beside it.
+# Time limit of the client's dial of a target.
 DIAL_S = 10.0
-# The proxy command's patience with a client that does not answer at all.
+# Time limit of the proxy command for an answer of the client.
 OPEN_S = 15.0
 PROXY_PASSWORD = "pw-Zk3vB9uXn5"
 OFFLINE = "switched-off"
@@ -468,7 +468,7 @@ def test_tunnel_opens_when_the_server_restarts_during_its_open(tmp_path: Path) -
         assert proxy.lines == []
 
 
-# The slowest.
+# Timeouts of a dial and of an open.
 
 
 def test_target_timeout_is_said_when_it_never_answers(slow: Slow) -> None:

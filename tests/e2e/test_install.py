@@ -1,4 +1,4 @@
-"""`pip install .` and the script alone: what a newcomer has, without this project's folder."""
+"""`pip install .` and the script alone, as a new user has them, without the project's folder."""
 
 import json
 import os
@@ -43,7 +43,7 @@ DEBIAN_PYTHON = "/usr/bin/python3"
 INSTALL_S = 120.0
 pytestmark = pytest.mark.timeout(2 * INSTALL_S)
 HINT = "pip install websocket-client"
-# What the script promises (its inline metadata says the same).
+# The script's oldest Python; its inline metadata says the same.
 OLDEST = (3, 9)
 MINORS = range(OLDEST[1], 20)
 

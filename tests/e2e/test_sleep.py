@@ -1,4 +1,4 @@
-"""A laptop that sleeps: its proxy command is stopped, and what it was connected by is forgotten."""
+"""A laptop that sleeps: its proxy command is stopped, and its connection is lost meanwhile."""
 
 import time
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.support.processes import Finished, Pipes, running_relay, start_proxy
 from tests.support.targets import EchoTarget, RecordingTarget
 from tests.support.waiting import eventually
 
-# The timer believes in a sleep from 5 s on, and a wait of 2 s may just have begun.
+# The timer takes a gap from 5 s on for a sleep, and a wait of 2 s may just have begun.
 SLEEP_S = 7.5
 # Two until both clocks are looked at and three of waiting for a sign of life; the rest is for a
 # busy machine. By silence alone it would take 50 s.

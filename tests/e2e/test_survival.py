@@ -156,8 +156,8 @@ def check_server_stop(server: Server, number: signal.Signals) -> None:
         stuck = enter(start_proxy(server.url, port=source.port, env=NO_RESUME))
         wait_stuck(source.conversation(0))
         # A peer that never reads, so that the server's writes to it are stuck.
-        deaf = enter(RawUser(server.url))
-        deaf.send_open(port=source.port, tunnel_id="2" * 32, limit=1 << 30)
+        unread = enter(RawUser(server.url))
+        unread.send_open(port=source.port, tunnel_id="2" * 32, limit=1 << 30)
         wait_stuck(source.conversation(1))
         # A peer by hand that sees what the server says at the end.
         watcher = enter(RawUser(server.url))

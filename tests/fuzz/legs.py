@@ -50,11 +50,11 @@ _BATCH_BYTES = 64 * 1024
 
 
 class Violation(AssertionError):
-    """The product broke a promise."""
+    """The product broke a documented rule."""
 
 
 class _Faults(logging.Handler):
-    """Keeps what no peer may bring about: lines of errors that are ours, and dead threads."""
+    """Collects the product's own faults: error lines that no peer may cause, and dead threads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,21 +62,21 @@ class _Faults(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
-        # At the client a server that breaks the rules is an error, with a sentence.
+        # The client logs a server's protocol violation as an error with a sentence.
         is_peers = record.msg == "leg failed: %s" and not record.exc_info
         if record.exc_info or "internal_error" in line or (record.levelno >= 40 and not is_peers):
-            told = record.exc_info[1] if record.exc_info else None
-            trace = "".join(traceback.format_exception(told)) if told is not None else ""
+            error = record.exc_info[1] if record.exc_info else None
+            trace = "".join(traceback.format_exception(error)) if error is not None else ""
             self.found.append(f"{record.name}: {line}\n{trace}")
 
     def on_dead_thread(self, args: Any) -> None:
-        """In the place of threading.excepthook."""
+        """Replaces threading.excepthook."""
         trace = "".join(traceback.format_exception(args.exc_value))
         self.found.append(f"thread {args.thread.name} died:\n{trace}")
 
 
 class _Target(EchoTarget):
-    """Echoes, and forgets: what is looked at is the product's memory."""
+    """Echoes, and can forget closed connections, since the test measures the product's memory."""
 
     def forget(self) -> None:
         """Drop connections that are over."""
@@ -86,7 +86,7 @@ class _Target(EchoTarget):
 
 
 class GoodUser:
-    """A proxy user whose bytes come back from the echoing target, as they were, all the time."""
+    """A proxy user whose bytes must come back unchanged from the echoing target, all the time."""
 
     def __init__(self, sock: socket.socket, port: int) -> None:
         self._transport = ClientTransport(websocket_client(), sock, b"", 20.0)
@@ -119,7 +119,7 @@ class GoodUser:
     def _echo(self, data: bytes) -> None:
         sent, came = 0, b""
         while len(came) < len(data):
-            # On a slow machine the window is smaller than the largest of them.
+            # On a slow machine the window may be smaller than the largest message.
             piece = data[sent : self._limit - self._moved]
             if piece:
                 self._transport.outbox.put_data_now(0, b"", piece)
@@ -144,11 +144,11 @@ class GoodUser:
 
     def _on_control(self, payload: bytes) -> None:
         if b'"ack"' not in payload and b'"opened"' not in payload:
-            raise Violation(f"the good user was told {payload!r}")
+            raise Violation(f"the good user received {payload!r}")
         self._limit = int(payload.partition(b'"limit":')[2].partition(b",")[0].rstrip(b"}"))
 
     def check(self) -> None:
-        """Whether it goes on."""
+        """Raise Violation unless the tunnel goes on."""
         before = self.rounds
         eventually(
             lambda: self.failure or self.rounds > before, HANG_S, message="the good tunnel hangs"
@@ -163,7 +163,7 @@ class GoodUser:
 
 
 class _PestLeg:
-    """A leg in the hands of the input."""
+    """A leg that sends the messages of the input."""
 
     def __init__(self, sock: socket.socket, pest: Pest, *, masked: bool) -> None:
         sock.settimeout(HANG_S)
@@ -181,7 +181,7 @@ class _PestLeg:
         elif (said := self.pest.say(source)) is not None:
             self._waiting += frame(source, *said, masked=self.masked)
         else:
-            # It waits for an answer, which another thread is to give.
+            # The pest waits for an answer, which another thread sends.
             self.flush()
             threading.Event().wait(0.001)
             return 0
@@ -190,7 +190,7 @@ class _PestLeg:
         return 1
 
     def flush(self) -> None:
-        """Send what waits, and take what has come."""
+        """Send the queued messages, and read all that has come."""
         try:
             if not self.is_gone:
                 self.sock.sendall(self._waiting)
@@ -299,7 +299,7 @@ class World:
         for leg in pests:
             leg.reads = source.number(8) > 0
         users = pests[1:-1]
-        for leg in users:  # So that there are tunnels soon.
+        for leg in users:  # Open tunnels first.
             leg.say(source)
             leg.flush()
         while not source.is_empty:
@@ -325,12 +325,12 @@ class World:
             raise Violation("\n".join(self._faults.found))
 
     def settle(self) -> None:
-        """Give the pests' tunnels up; raises Violation where anything of them is left."""
+        """End the pests' tunnels; raise Violation where anything of them is left."""
         for tunnel in self._agent._tunnels.alive():
             if tunnel not in self._good_tunnels:
-                channel = tunnel.end._core.channel
+                channel = tunnel.end.channel
                 if channel and channel.outbox is not self._good_run.connection.outbox:
-                    raise Violation(f"{tunnel.about} was not told that its leg has ended")
+                    raise Violation(f"{tunnel.about} did not learn that its leg has ended")
                 tunnel.end.reset(RelayError("user_lost", "the end of the rounds"))
         self._wait(self._left_threads, "threads are left")
         self._target.forget()

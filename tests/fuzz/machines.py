@@ -1,4 +1,4 @@
-"""What legs do with messages, in one thread: the relay of a server, the tunnels of a client.
+"""Legs and their messages in one thread: the relay of a server, the tunnels of a client.
 
 The objects are the product's own; what is left out are threads and sockets. Pests say what the
 input makes them say, nearly right or wrong, and a good tunnel beside them must not notice.
@@ -57,7 +57,7 @@ def opening(tunnel_id: str, client: str = "good", port: int = 22, **more: Any) -
 
 
 class View(NamedTuple):
-    """What a pest may know of a channel: whether it is open, and what came from the other side."""
+    """A pest's knowledge of a channel: whether it is open, and the bytes of the other side."""
 
     is_open: bool = False
     came: int = 0
@@ -65,16 +65,16 @@ class View(NamedTuple):
 
 
 def view_of(leg: Any, channel: int) -> View:
-    """Look into the product's leg, so that most of what a pest says can be right."""
+    """Read the product's leg, so that most messages of a pest can be valid."""
     if isinstance(leg, Leg):
         found = leg._channels.get(channel)
         if found is None:
             return View()
         end = found[0].end
         return View(
-            end._core.state is EndState.OPEN and end.is_at(found[1]),
-            end._core.stream.out.sent,
-            end._core.stream.out.eof_sent,
+            end.state is EndState.OPEN and end.is_at(found[1]),
+            end.stream.out.sent,
+            end.stream.out.eof_sent,
         )
     is_client = isinstance(leg, ClientLeg)
     tunnel = leg.channels.tunnels.get(channel) if is_client else leg.tunnel
@@ -85,7 +85,7 @@ def view_of(leg: Any, channel: int) -> View:
 
 
 class Pest:
-    """Says messages on one leg: most can be right, some are not."""
+    """Sends messages on one leg: most are valid, some are not."""
 
     def __init__(self, leg: Any, known: dict[str, Any]) -> None:
         # The product's: a user's or a client's at the server, or the client's own.
@@ -167,7 +167,7 @@ class Pest:
 
 
 class Clock:
-    """Takes the place of a transport: nothing is written, nobody is silent."""
+    """Replaces a transport: nothing is written, and no leg is silent."""
 
     heard_at = 2.0**40
 
@@ -218,7 +218,7 @@ class ServedLegs:
         return slot.leg
 
     def check_good(self) -> None:
-        """Bytes both ways, and what the other legs got is nothing of it."""
+        """Send bytes both ways; no other leg may get any of them."""
         self.moved += 5
         self.user._on_message(b"there")
         self.good._on_message(encode_channel(self.channel) + b"back!")
@@ -287,7 +287,7 @@ def fuzz_server_legs(data: bytes) -> None:
 
 
 def _check_said(outbox: Any, legal: frozenset[str], *, has_channel: bool) -> None:
-    """What the product says is always right."""
+    """Fail unless each message of the product is valid."""
     for frame in drained(outbox):
         if frame.opcode == OP_TEXT:
             parse_control(bytes(frame.payload).decode(), legal, has_channel=has_channel)
@@ -329,7 +329,7 @@ class _Tunnel(Forwarder):
             end.outbound.send(bytes(min(size, 1 + source.number(3000))))
         elif source.is_rare(8):
             end.outbound.send_eof()
-        with end._core.lock:
+        with end.lock:
             has_news = end.inbound.has_news_locked()
         if has_news:
             chunk = end.inbound.next_chunk()
@@ -350,7 +350,7 @@ class _Tunnel(Forwarder):
 
 
 class _Transport:
-    """Takes the place of a client's transport: an outbox, and nothing comes."""
+    """Replaces a client's transport: an outbox, and no message comes."""
 
     def __init__(self) -> None:
         self.outbox = FrameSender()
@@ -402,7 +402,7 @@ def _fuzz_client_legs(source: Source) -> None:
     assert good.end.inbound.next_chunk() == b"there"
     assert [bytes(f.payload) for f in drained(channel.outbox)] == [b"back!"]
     for tunnel in tunnels.alive():
-        kept = tunnel.end._core.stream
+        kept = tunnel.end.stream
         assert 0 <= kept.into.delivered <= kept.into.received <= kept.into.limit
         assert kept.out.kept_bytes <= kept.out.taken
 

@@ -42,7 +42,7 @@ from server.app import build_app
 from server.config import Config
 from server.legs.websocket import SERVER_OPTIONS, Connection, prepare_upgrade
 from server.relay import Relay
-from server.worker.relay_worker import RelayWorker, _Head
+from server.worker.relay_worker import RelayWorker
 from tests.fuzz.decoders import Decoder, check_sentence
 from tests.fuzz.source import Source, bad_frame, frame
 from tests.support.taking import UnsentFrames, drained
@@ -198,12 +198,15 @@ def fuzz_server_frames(data: bytes) -> None:
 
 
 class _Poller:
-    """Takes the place of the worker's: nothing is registered, all has come already."""
+    """Takes the place of the worker's: calls back at once, as all has come already."""
 
-    def register(self, *_: Any) -> None:
+    def register(self, sock: socket.socket, _events: int, callback: Any) -> None:
+        callback(sock)
+
+    def unregister(self, *_: Any) -> None:
         pass
 
-    unregister = modify = register
+    modify = unregister
 
 
 class _Worker(RelayWorker):
@@ -216,6 +219,7 @@ class _Worker(RelayWorker):
         config.set("errorlog", "/dev/null")
         super().__init__(0, 0, [], None, 30, config, Logger(config))
         self.poller = _Poller()
+        self._heads = self.make_heads(Config())
         self.wsgi = build_app(_relay())
         self.served = 0
 
@@ -228,13 +232,12 @@ class _Worker(RelayWorker):
         ours, peer = socket.socketpair()
         with ours, peer:
             ours.setblocking(False)
-            head = _Head(TConn(self.cfg, ours, ("127.0.0.1", 1), ("127.0.0.1", 2)), _FAR, False)
-            self._pending[head] = None
             self.nr_conns += 1
             peer.sendall(data)
             peer.shutdown(socket.SHUT_WR)
-            self._continue_head(head)
-            if head in self._pending:
+            conn = TConn(self.cfg, ours, ("127.0.0.1", 1), ("127.0.0.1", 2))
+            self._heads.add(conn, None)
+            if self._heads.drop_oldest():
                 raise AssertionError("an ended connection is still waited for")
             ours.close()
             answer = b""
@@ -263,7 +266,7 @@ def fuzz_heads(data: bytes) -> None:
     worker = _worker[0]
     served = worker.served
     answer = worker.feed(data[:60_000])
-    assert not worker._pending
+    assert not worker._heads.drop_oldest()
     if worker.served > served and answer:
         assert answer.startswith(b"HTTP/1."), answer[:80]
         assert answer[9:13] in _STATUS, answer[:200]

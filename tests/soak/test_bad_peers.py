@@ -1,4 +1,4 @@
-"""Strangers who stall, trickle, or take their answer and stay: nobody else may notice."""
+"""Peers that stall, trickle, or stay after their answer: no other peer may notice."""
 
 import contextlib
 import errno

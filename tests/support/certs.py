@@ -12,13 +12,13 @@ _NEW_KEY = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes
 
 @dataclass(frozen=True)
 class Certs:
-    """Paths: `ca` is what a peer trusts; `cert` and `key` are good for 127.0.0.1 and localhost."""
+    """Paths: a peer trusts `ca`; `cert` and `key` are valid for 127.0.0.1 and localhost."""
 
     folder: Path
     ca: Path
     cert: Path
     key: Path
-    # By the same authority, but for a name that nobody asks for.
+    # Signed by the same authority, for a name that no test connects to.
     wrong_host_cert: Path
     wrong_host_key: Path
 
@@ -28,7 +28,7 @@ class Certs:
 
 
 def make_certs(folder: Path) -> Certs:
-    """Make them all in `folder`. Needs openssl."""
+    """Make all files in `folder`. Needs openssl."""
     subject = "/CN=HTTP network relay test CA"
     _openssl(
         folder,

@@ -1,6 +1,7 @@
-"""Programs from Debian packages: which there are, and real ones on folders of their own.
+"""Programs of Debian packages: which are installed, and real ones that tests start.
 
-Nothing here touches the system's own sshd, nginx or tinyproxy, or needs root.
+Each runs in a folder of its own, without root. The system's own sshd, nginx and tinyproxy are
+not touched.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from tests.support.ports import free_port
 from tests.support.processes import ROOT, Proc, child_environment, wait_listening
 
-# Which package brings what; the Makefile's DEBIAN_PACKAGES installs them.
+# The programs of each package; the Makefile's DEBIAN_PACKAGES installs the packages.
 PROGRAMS: dict[str, tuple[str, ...]] = {
     "git": ("git",),
     "iproute2": ("ss",),
@@ -33,7 +34,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
 }
 PYTHON_WEBSOCKET = Path("/usr/lib/python3/dist-packages/websocket/__init__.py")
 
-# A user's PATH on Debian is without the folder in which sshd and nginx are.
+# On Debian a user's PATH lacks the folder of sshd and nginx.
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
@@ -46,7 +47,7 @@ def program(name: str) -> str:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package of PROGRAMS, or python3-websocket, is there."""
+    """Return whether a package of PROGRAMS, or python3-websocket, is installed."""
     if package == "python3-websocket":
         return PYTHON_WEBSOCKET.exists()
     return all(shutil.which(name, path=_PATH) for name in PROGRAMS[package])
@@ -58,7 +59,7 @@ def missing_packages(packages: Sequence[str]) -> list[str]:
 
 @dataclass
 class Sshd:
-    """A real sshd of the current user on a port of its own, with a key that opens it."""
+    """A real sshd of the current user on a port of its own, with a key that may log in."""
 
     process: Proc
     port: int
@@ -90,7 +91,7 @@ def proxy_command(argv: Sequence[str]) -> str:
     The tokens %h, %p, %r and %n, alone as an argument, stay for ssh to fill in.
     """
     tokens = ("%h", "%p", "%r", "%n")
-    # ssh puts `exec` before it, so its signals reach the program and not a shell.
+    # ssh puts `exec` before the line, so ssh's signals reach the program and not a shell.
     return " ".join(arg if arg in tokens else shlex.quote(arg).replace("%", "%%") for arg in argv)
 
 
@@ -129,9 +130,9 @@ def run_sshd(folder: Path, *, config: str = "") -> Iterator[Sshd]:
         "LogLevel=ERROR",
     ):
         options += ["-o", option]
-    # sshd starts itself again for each connection, and insists on an absolute path.
+    # sshd starts itself again for each connection, and requires an absolute path.
     with Proc([program("sshd"), "-D", "-e", "-f", str(config_file)]) as process:
-        # Not by connecting: the log is to hold nothing but what the test does.
+        # Do not connect to find out: the log must show the test's connections alone.
         process.wait_for_line("^Server listening on")
         user = getpass.getuser()
         yield Sshd(process, port, folder / "user_key", user, options)
@@ -209,7 +210,7 @@ class Tinyproxy:
 
     @property
     def url(self) -> str:
-        """As for HTTPS_PROXY, with user and password if it asks for them."""
+        """Return the URL for HTTPS_PROXY, with user and password if the proxy requires them."""
         login = f"{self.user}:{self.password}@" if self.user else ""
         return f"http://{login}127.0.0.1:{self.port}"
 
@@ -222,7 +223,7 @@ class Tinyproxy:
 def run_tinyproxy(
     folder: Path, *, user: str | None = None, password: str | None = None
 ) -> Iterator[Tinyproxy]:
-    """A tinyproxy that allows CONNECT to every port; with `user`, it asks for a password."""
+    """A tinyproxy that allows CONNECT to every port; with `user`, it requires a password."""
     folder.mkdir(exist_ok=True)
     port = free_port()
     config_file = folder / "tinyproxy.conf"

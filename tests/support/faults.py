@@ -2,10 +2,10 @@
 
     program (proxy command or client) ---> FaultyLink.port ====> server
 
-Nothing here is triggered by a clock: a fault is due when so many bytes more have gone one way,
-and strikes at the next moment at which bytes are inside the link both ways. That makes it a
-*hit*. One that finds no such moment soon strikes all the same and is counted as a *miss*.
-Only what a fault does may last: a stall, or the time by which one side learns later.
+No clock triggers a fault. A fault is due once a number of bytes has passed one way. The fault
+strikes at the next moment at which bytes are inside the link both ways, and counts as a *hit*. A
+fault that finds no such moment soon strikes all the same, and counts as a *miss*. Only the effect
+of a fault takes time: a stall, or the delay until the second side learns of the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.support.link import Link, _Connection, _reset, _Way
 
 Leg = Literal["user", "client"]
 
-# What each fault does.
+# The effect of each fault.
 FAULTS = {
     "cut": "RST to both sides at once",
     "fin": "FIN to both sides, what they send afterwards is lost",
@@ -39,7 +39,7 @@ FAULTS = {
 ENDING = ("cut", "fin", "half_open", "delayed_end", "cut_resume", "cut_handshake")
 # Of these, those that strike where bytes flow.
 HITTING = tuple(kind for kind in ENDING if kind != "cut_handshake")
-# How often each is dealt, of twenty: for bytes in flow ...
+# How often each fault is drawn, of twenty: for bytes in flow ...
 _FLOW_WEIGHTS = {
     "cut": 6,
     "fin": 3,
@@ -49,17 +49,17 @@ _FLOW_WEIGHTS = {
     "late": 1,
     "short_reads": 3,
 }
-# ... and for a new connection, before anything flows; "" leaves it alone until then.
+# ... and for a new connection, before its bytes flow; "" is no fault until then.
 _NEW_WEIGHTS = {"cut_handshake": 2, "cut_resume": 3, "": 15}
 
-# A fault that is due waits for bytes both ways while at most so many pass.
+# Most bytes that pass while a due fault waits for bytes both ways.
 _PATIENCE_BYTES = 128 * 1024
-# Of a hundred, so many do not wait: faults hit a quiet connection too.
+# Of a hundred faults, so many do not wait, so that faults hit idle connections too.
 _PATIENT_PERCENT = 85
-# A half-open connection whose bytes nobody takes from the kernel: after this they are taken
-# after all, so that the end of the program is seen and no socket is left.
+# A link does not read from a half-open connection for so long. Then the link reads again, so that
+# it sees the program's end and no socket is left.
 _UNREAD_S = 5.0
-# What a handshake has at most: (up, down).
+# Most bytes of a handshake: (up, down).
 _HANDSHAKE_BYTES = (450, 300)
 _TLS_HANDSHAKE_BYTES = (1300, 2600)
 _EVENTS_KEPT = 40
@@ -84,7 +84,7 @@ class Event:
 
 
 class Tally:
-    """What has struck, of all links of a test. Any thread."""
+    """All faults that have struck, on all links of a test. Any thread may call the methods."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # Guards all below.
@@ -102,20 +102,20 @@ class Tally:
             last.append(event)
 
     def count(self, kind: str, leg: str) -> int:
-        """How often it struck, hit or miss."""
+        """Return how often the fault struck, hit or miss."""
         with self._lock:
             return self._hits[leg, kind] + self._misses[leg, kind]
 
     @property
     def hits(self) -> int:
-        """Connections that were lost while bytes were in flight both ways."""
+        """Return the connections that were lost while bytes were in flight both ways."""
         with self._lock:
             return sum(count for (_, kind), count in self._hits.items() if kind in ENDING)
 
     def missing(self) -> list[str]:
-        """Which kinds have not struck yet, by leg; one that ends a connection has to be a hit.
+        """Return the kinds that have not struck yet, by leg; only a hit counts for an end.
 
-        But in a handshake nothing has to be on its way both ways.
+        A fault in a handshake counts without bytes both ways.
         """
         return [
             f"{kind} on the {leg} leg"
@@ -155,7 +155,7 @@ class Tally:
 
 
 class Deck:
-    """Deals cards in a seeded order, each as often as its weight says before it deals anew."""
+    """Draws cards in a seeded order, each as often as its weight, and then starts anew."""
 
     def __init__(self, rng: random.Random, weights: Mapping[str, int]) -> None:
         self._random = rng
@@ -170,7 +170,7 @@ class Deck:
 
 @dataclass
 class Plan:
-    """What happens to one connection next."""
+    """The next fault of one connection."""
 
     number: int
     kind: str = ""  # "": nothing yet
@@ -187,7 +187,7 @@ class FaultyLink(Link):
     """A Link whose connections break by a seeded script once it is armed.
 
     `gap_bytes` is the range from which the bytes up to the next fault are drawn, small ones more
-    often. The `name` tells it from others of the `tally`, and makes its script its own.
+    often. The `name` identifies the link in the `tally`, and is part of its script's seed.
     """
 
     def __init__(
@@ -219,10 +219,10 @@ class FaultyLink(Link):
         self._orphans: set[socket.socket] = set()
         super().__init__(dest_port, **link)
 
-    # What a test calls.
+    # Called by tests.
 
     def arm(self) -> None:
-        """From now on connections break, the present one too."""
+        """Let connections break from now on, the present one too."""
 
         def act() -> None:
             self._is_armed = True
@@ -233,7 +233,7 @@ class FaultyLink(Link):
         self._call(act)
 
     def disarm(self) -> None:
-        """From now on nothing breaks, but a fault that has begun takes its course."""
+        """Let no connection break from now on; a fault that has begun is not undone."""
 
         def act() -> None:
             self._is_armed = False
@@ -244,7 +244,7 @@ class FaultyLink(Link):
 
     @property
     def half_open(self) -> int:
-        """Sockets that a program still holds although their connection is lost."""
+        """Return the sockets that a program has not closed although their connection is lost."""
         return self._call(lambda: len(self._orphans))
 
     # The script.
@@ -412,11 +412,11 @@ class FaultyLink(Link):
         self._bury(sock)
 
     def _of(self, sock: socket.socket, act: Callable[[socket.socket], None]) -> Callable[[], None]:
-        """`act` on `sock`, unless it is closed by then."""
+        """Run `act` on `sock`, unless `sock` is closed by then."""
         return lambda: act(sock) if sock in self._orphans else None
 
     def _swallow(self, sock: socket.socket) -> None:
-        """Read and drop, until the program ends it."""
+        """Read and drop bytes until the program ends the connection."""
         self._orphans.add(sock)
 
         def read(_events: int) -> None:

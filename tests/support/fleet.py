@@ -1,8 +1,8 @@
 """Very many proxy commands and clients on a small machine, all of them real code.
 
 Each proxy command is a process of its own, forked from one that has already imported the
-script; the clients are `client.agent.Agent`s in the threads of one process. This file runs as
-either of the two, and is told what to do by lines on standard input.
+script. The clients are `client.agent.Agent`s in the threads of one process. This file runs as
+either of the two, and reads its orders as lines from standard input.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ MESSAGE_BYTES = 32
 READY_S = 120.0
 # Of the requirement: from the moment at which the server answers.
 RETURN_S = 10.0
-# A server that is overrun by all at once would not answer anybody.
+# A server that all ends reach at once would answer nobody.
 HEALTH_S = 3.0
 _LEG_UP = re.compile(r"^(\S+ \S+?),(\d+) INFO leg up ")
-# The old worker lost the user's leg, which the user gave up for another, and did not end it.
+# The user replaced the leg at the old worker, so the old worker sees the leg lost, not closed.
 _TUNNEL_KEPT = re.compile(r"tunnel closed reason=(user_lost|superseded)")
 _USER_LEG_UP = re.compile("INFO leg up user=")
 # kill -9 and SIGTERM, with a new start; SIGHUP to the master.
@@ -59,7 +59,7 @@ class FleetSize:
 
 
 def check_fleet_returns(folder: Path, size: FleetSize, how: Restart) -> str:
-    """A new server, or a new worker: every tunnel echoes again. Returns a line of figures."""
+    """Start a new server or worker; every tunnel must echo again. Return a line of figures."""
     secrets = {f"device-{number}": f"cs-{number:04d}-{'x' * 24}" for number in range(size.clients)}
     port = free_port()
     options: dict[str, Any] = {
@@ -118,13 +118,13 @@ def restarted(
         return
     server.signal(signal.SIGTERM) if how == "terminate" else server.kill()
     server.wait()
-    # They are all back from their first tries, and wait.
+    # All ends have failed their first tries, and wait.
     with start_server(folder, **options) as another:
         yield another
 
 
 def _echo_until_back(commands: Pipes, server: Server, mark: int, tunnels: int) -> float:
-    """Echo until each has a leg of the new server; the longest that a message took."""
+    """Echo until each has a leg of the new server; return the longest time of a message."""
     longest_s, number, count = 0.0, 1, 0
     deadline = time.monotonic() + READY_S
     while count < tunnels:
@@ -244,7 +244,7 @@ class User:
                 os.dup2(theirs.fileno(), 0)
                 os.dup2(theirs.fileno(), 1)
                 null = os.open(os.devnull, os.O_RDWR)
-                # What it inherited of the others' sockets would keep their ends from ending.
+                # Inherited copies of the others' sockets would keep those connections open.
                 os.closerange(3, null)
                 os.closerange(null, 65536)
                 import ssh_proxy_command

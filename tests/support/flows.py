@@ -25,7 +25,7 @@ _LOGS = ("server", "client")
 
 
 def lines_since(process: Proc, mark: int) -> list[str]:
-    """What `process` wrote after `mark`, a former `line_count`."""
+    """Return the lines that `process` wrote after `mark`, a former `line_count`."""
     while True:
         count = process.line_count
         lines = process.lines
@@ -36,7 +36,7 @@ def lines_since(process: Proc, mark: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in the logs of a relay: what follows belongs to one test."""
+    """A place in the logs of a relay: the lines behind it belong to one test."""
 
     relay: Relay
     server_line: int
@@ -44,7 +44,7 @@ class Mark:
 
     @classmethod
     def now(cls, relay: Relay) -> Mark:
-        """Mark both logs, once the tunnels of what came before have ended in both."""
+        """Mark both logs, once all earlier tunnels have ended in both."""
         start = cls(relay, 0, 0)
 
         def is_quiet() -> bool:
@@ -63,7 +63,7 @@ class Mark:
         return lines_since(self.relay.client, self.client_line)
 
     def tunnels(self) -> dict[str, int]:
-        """How many tunnels each log says were opened and closed."""
+        """Return how many tunnels each log has opened and closed."""
         return {
             "server opened": count(self.server_lines, r"tunnel (started|opened) "),
             "server closed": count(self.server_lines, "tunnel closed "),
@@ -82,7 +82,7 @@ class Mark:
 
 
 def count(lines: Iterable[str], regex: str) -> int:
-    """In how many lines `regex` is found."""
+    """Return in how many lines `regex` is found."""
     return sum(re.search(regex, line) is not None for line in lines)
 
 
@@ -93,7 +93,7 @@ def reasons(lines: Iterable[str]) -> list[str]:
 
 
 def becomes(look: Callable[[], T], wanted: T, timeout_s: float = AT_ONCE_S) -> None:
-    """Wait until `look` returns `wanted`; else AssertionError with what it returns then."""
+    """Wait until `look` returns `wanted`; raise AssertionError with its last value if not."""
 
     def check() -> bool:
         seen = look()
@@ -138,7 +138,7 @@ def relay_argv(relay: Relay, port: int, url: str | None = None) -> list[str]:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What came out of a tunnel, and how fast both ways together."""
+    """The output of a tunnel, and the rate of both ways together."""
 
     sha256: str
     size: int

@@ -2,9 +2,9 @@
 
     near side ---> Link.port ==== delay, jitter, rate ====> dest_port (far side)
 
-"Up" is near to far, "down" is far to near. One thread runs the whole link; the methods may be
-called from any thread and return after the link has done what they say. The faults are
-calls, not timers, so a test decides when they hit.
+"Up" is near to far, "down" is far to near. One thread runs the whole link. Any thread may
+call the methods, which return after the link has acted. Faults are calls, not timers, so a test
+decides when a fault strikes.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ T = TypeVar("T")
 L = TypeVar("L", bound="Link")
 
 _READ_BYTES = 16 * 1024
-# Held per direction when no rate is set: enough for 100 MB/s over 40 ms.
+# Queue of each direction without a rate: enough for 100 MB/s over 40 ms.
 _UNPACED_QUEUE_BYTES = 4 * 1024 * 1024
-# With a rate set, the kernel must not hold more than the link itself does. Less than this
-# is fewer than two of loopback's 64 KiB segments, and stalls.
+# With a rate, the kernel's buffers must not exceed the link's own queue. Smaller buffers take
+# fewer than two of loopback's 64 KiB segments, and stall.
 _PACED_BUFFER_BYTES = 128 * 1024
 
 
 @dataclass
 class Cut:
-    """What a cut destroyed: connections, and bytes in flight inside the link each way."""
+    """The losses of a cut: connections, and bytes in flight inside the link each way."""
 
     connections: int
     up_bytes: int
@@ -68,7 +68,7 @@ class _Way:
     last_due: float = 0.0
     source_ended: bool = False
     has_timer: bool = False
-    sink_full: bool = False  # the far kernel takes no more: wait for EVENT_WRITE
+    sink_full: bool = False  # the far kernel's buffer is full: wait for EVENT_WRITE
     sink_ended: bool = False
     total_bytes: int = 0  # written so far
 
@@ -85,8 +85,8 @@ class Link:
     """A TCP forwarder with delay, jitter, a rate, cuts and freezes. A context manager.
 
     `delay_ms` and `jitter_ms` (0 to that much more, never reordering) are one way; `mbit` is the
-    rate each way, shared by all connections. A sender is stopped by TCP once a connection
-    holds rate x delay + `queue_bytes` in one direction. The three may be changed while live.
+    rate each way, shared by all connections. TCP stops a sender once a connection has
+    rate x delay + `queue_bytes` queued in one direction. A test may change the three at any time.
     """
 
     def __init__(
@@ -130,11 +130,11 @@ class Link:
         self._thread = threading.Thread(target=self._run, name=f"link:{self.port}")
         self._thread.start()
 
-    # What a test calls.
+    # Called by tests.
 
     @property
     def url(self) -> str:
-        """The near side as a relay's URL without a path."""
+        """Return the near side as a relay's URL without a path."""
         return f"ws://127.0.0.1:{self.port}"
 
     @property
@@ -193,7 +193,7 @@ class Link:
         return self._call(act)
 
     def thaw(self) -> None:
-        """Go on where `freeze()` stopped; what ended meanwhile ends now."""
+        """Go on where `freeze()` stopped; pass on the ends that came meanwhile."""
 
         def act() -> None:
             if self._accept_frozen:
@@ -291,17 +291,17 @@ class Link:
         self._on_accepted(connection)
         self._watch(connection)
 
-    # For a subclass that breaks things; all on the link's own thread.
+    # Hooks for a subclass that injects faults; all run on the link's own thread.
 
     def _on_accepted(self, connection: _Connection) -> None:
-        """A connection has come. It may not be ended here."""
+        """Called for each new connection. The hook must not end the connection."""
 
     def _piece_bytes(self, connection: _Connection, way: _Way) -> int:
-        """How much may be written at once, at least 1: up to the next fault, say."""
+        """Return the most bytes to write at once, at least 1; for example, up to the next fault."""
         return _READ_BYTES
 
     def _on_moved(self, connection: _Connection, way: _Way, data: bytes) -> None:
-        """`data` has just been written. Anything may be done to the connection."""
+        """Called after `data` was written. The hook may do anything to the connection."""
 
     def _later(self, seconds: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._alarms, (time.monotonic() + seconds, next(self._tie), act))
@@ -312,7 +312,7 @@ class Link:
         return int(self.mbit * 125 * (self.delay_ms + self.jitter_ms)) + self.queue_bytes
 
     def _watch(self, connection: _Connection) -> None:
-        """Register exactly what this connection now waits for."""
+        """Register exactly the events that this connection waits for."""
         if connection not in self._connections:
             return
         up, down = connection.ways
@@ -340,7 +340,7 @@ class Link:
     ) -> Callable[[int], None]:
         def handle(events: int) -> None:
             if connection not in self._connections:
-                return  # an earlier event of this round ended it
+                return  # an earlier event of this round ended the connection
             if events & selectors.EVENT_WRITE:
                 outgoing.sink_full = False
                 self._write(connection, outgoing)
@@ -386,7 +386,7 @@ class Link:
             heapq.heappop(self._alarms)[2]()
 
     def _write(self, connection: _Connection, way: _Way) -> None:
-        """Hand on what is due; an empty chunk is the FIN."""
+        """Write the chunks that are due; an empty chunk is the FIN."""
         if connection.frozen or way.sink_full or connection not in self._connections:
             return
         while way.chunks and way.chunks[0][0] <= time.monotonic():
@@ -433,7 +433,7 @@ class Link:
                 sock.close()
 
     def _let_go(self, connection: _Connection) -> None:
-        """Lose what is in flight and know the connection no more; its sockets stay open."""
+        """Lose the bytes in flight and forget the connection; its sockets stay open."""
         self._connections.discard(connection)
         for way in connection.ways:
             way.lane.held_bytes -= way.held_bytes

@@ -1,12 +1,12 @@
-"""The flaky-link oracle: real programs, both legs of which break all the time, and not one byte
-may be lost, doubled or swapped, nor a tunnel hang.
+"""The flaky-link oracle: real programs whose two legs break all the time. No byte may be lost,
+doubled or swapped, and no tunnel may hang.
 
     test -> proxy command -> FaultyLink -> server <- FaultyLink <- client -> test
 
-The test is both the user and the target of every tunnel, in one thread. Streams of seeded
-bytes go both ways at the full speed of the link; each byte is compared as it comes, and each
-stream hashed. A tunnel that was broken often enough ends with both eofs, still under fire; the
-proxy command has to exit 0, and another tunnel follows.
+The test is both the user and the target of every tunnel, in one thread. Streams of seeded bytes
+go both ways at the full speed of the link. Each byte is compared when it comes, and each stream
+is hashed. A tunnel that was broken often enough ends with both eofs while faults go on. The proxy
+command must exit 0, and another tunnel follows.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ ALL_KINDS_HITS = 200
 USER_GAP_BYTES, USER_MBIT = (20_000, 500_000), 60.0
 CLIENT_GAP_BYTES, CLIENT_MBIT = (30_000, 1_000_000), 400.0
 WINDOWS = (262_144, 400_000, 4_194_304)
-# SIGABRT makes a program say where each of its threads is.
+# SIGABRT makes a program print the stack of each thread.
 DUMPS = {"PYTHONFAULTHANDLER": "1"}
 BUGS = re.compile(r"Traceback|internal_error|protocol_error|ERROR")
 READ_BYTES = 32 * 1024
@@ -76,7 +76,7 @@ _LINES_SHOWN = 25
 
 @dataclass(frozen=True)
 class Result:
-    """What a run of the oracle found, all well."""
+    """The figures of a run without a failure."""
 
     tally: Tally
     seed: int
@@ -114,7 +114,7 @@ class Stream:
         return chunk[within:]
 
     def next_piece(self) -> bytes:
-        """What to send next; b"" at the end."""
+        """Return the bytes to send next; b"" at the end."""
         piece = self._from(self.sent)
         return piece if self.size is None else piece[: self.size - self.sent]
 
@@ -123,7 +123,7 @@ class Stream:
         self.sent += len(piece)
 
     def check(self, data: bytes) -> None:
-        """Take what came. Raises AssertionError at the first byte that is not the next one."""
+        """Compare received bytes. Raises AssertionError at the first wrong byte."""
         self._received_hash.update(data)
         at = 0
         while at < len(data):
@@ -137,7 +137,7 @@ class Stream:
             raise AssertionError(f"{self.received} bytes came, {self.sent} were sent")
 
     def check_end(self) -> None:
-        """The end came. Raises AssertionError when it is not the end of what was sent."""
+        """Called at the end. Raises AssertionError when bytes that were sent are missing."""
         self.has_ended = True
         assert self.received == self.size, f"eof after {self.received} of {self.size} ({self.sent})"
         assert self._received_hash.digest() == self._sent_hash.digest(), "other SHA-256"
@@ -243,7 +243,7 @@ class Tunnel:
         except OSError:
             if self.is_open:
                 raise
-            self._is_refused = True  # The exit status tells why.
+            self._is_refused = True  # The exit status gives the reason.
 
     def stop(self) -> None:
         """From now on the streams have an end, one before the other perhaps."""
@@ -261,7 +261,7 @@ class Tunnel:
         self.proxy.close()
 
     def state(self) -> str:
-        """Where it stands, for the report of a failure."""
+        """Return the tunnel's state, for the report of a failure."""
         ways = [
             f"{name}: sent {way.sent} received {way.received} size {way.size} eof {way.has_ended}"
             for name, way in (("up", self.up), ("down", self.down))
@@ -313,7 +313,7 @@ class Tunnel:
 
 
 class Oracle:
-    """Drives all tunnels in one thread until the wanted number of hits is reached."""
+    """Runs all tunnels in one thread until the wanted number of hits is reached."""
 
     def __init__(
         self,
@@ -352,7 +352,7 @@ class Oracle:
         self._client_link: FaultyLink
 
     def run(self) -> Result:
-        """Raises AssertionError with all that is known about the first thing that went wrong."""
+        """Raises AssertionError with all that is known about the first failure."""
         begun = time.monotonic()
         with ExitStack() as stack:
             self._start(stack)
@@ -562,7 +562,7 @@ class Oracle:
                 text = "\n".join(lines_since(process, mark)[max(0, at - 5) : at + 60])
                 raise AssertionError(f"seed {self.seed}: {process!r} says:\n{text}")
 
-    # What went wrong.
+    # Failures.
 
     @contextmanager
     def _explained(self, tunnel: Tunnel) -> Iterator[None]:

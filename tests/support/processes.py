@@ -1,7 +1,7 @@
 """Real processes: the server, the client and the proxy command, each started as a user would.
 
-Every one is a `Proc`: its output is collected by a thread of its own, and leaving its `with`
-block ends and reaps its whole process group, whatever state it is in.
+Each is a `Proc`. A thread collects its output, and the end of its `with` block ends and reaps the
+whole process group, whatever state the process is in.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ P = TypeVar("P", bound="Proc")
 ROOT = Path(__file__).resolve().parents[2]
 CHECKING_TLS_FOLDER = Path(__file__).resolve().parent / "checking_tls"
 
-# Long and random-looking, as real ones are; tests look for them in logs and in `ps`.
+# As long and random as real ones; tests search for them in logs and in `ps`.
 CLIENT_NAME = "device"
 CLIENT_SECRET = "cs-hT7wq0ZkV3yB9uXn5rLmD2fGs8jPaEoKc"
 TOKEN = "pu-Qe4vR1xWm7bN0zYt6sHk9dCg3fJlUiAo"
 CREDENTIALS: dict[str, Any] = {"clients": {CLIENT_NAME: CLIENT_SECRET}, "proxy_users": [TOKEN]}
 
-# For the client and the proxy command: the loss of a leg ends the tunnel at once.
+# For the client and the proxy command: a tunnel ends at once when its leg is lost.
 NO_RESUME = {"HTTP_NETWORK_RELAY_RESUME_TIMEOUT": "0"}
 
-# Starting Python, Flask and gunicorn takes 0.5 s on an idle machine; this one may be busy.
+# Python, Flask and gunicorn take 0.5 s to start on an idle machine; more on a busy one.
 _START_TIMEOUT_S = 20.0
 _LINES_KEPT = 10_000
 
-# What ran in this test, for the report of a failure; tests/conftest.py empties it.
+# The processes of this test, for the report of a failure; tests/conftest.py empties the list.
 started: list[Proc] = []
 
 
 def child_environment(
     extra: Mapping[str, str] | None = None, *, checking_tls_file: Path | None = None
 ) -> dict[str, str]:
-    """This process's environment without what would steer the relay's programs.
+    """Return this process's environment without variables that change the relay's programs.
 
-    With `checking_tls_file`, a process in which two threads were inside one TLS object at
-    once ends with code 99 and a line in that file.
+    With `checking_tls_file`, a process ends with code 99 and a line in that file when two threads
+    are inside one TLS object at once.
     """
     env = {
         name: value
@@ -129,7 +129,7 @@ class Proc:
 
     @property
     def returncode(self) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
+        """Return the exit status, negative for a signal; None while the process runs."""
         return self.popen.poll()
 
     @property
@@ -138,9 +138,9 @@ class Proc:
 
     @property
     def lines(self) -> list[str]:
-        """What it wrote so far, without line ends; the last 10,000 lines.
+        """Return the lines written so far, without line ends; the last 10,000.
 
-        All of it: what this test has seen it do, it has said before.
+        The pipe is read first, so every line that precedes an observed effect is here.
         """
         with self._changed:
             self._read_locked()
@@ -152,7 +152,7 @@ class Proc:
 
     @property
     def line_count(self) -> int:
-        """Lines written so far: a mark for `wait_for_line(after=...)`."""
+        """Return how many lines were written so far: a mark for `wait_for_line(after=...)`."""
         with self._changed:
             self._read_locked()
             return self._line_count
@@ -160,7 +160,7 @@ class Proc:
     def wait_for_line(self, regex: str, timeout_s: float = 10.0, *, after: int = 0) -> str:
         """Return the first line, from number `after` on, in which `regex` is found.
 
-        Raises AssertionError with the output when it does not come, or the process ends first.
+        Raises AssertionError with the output when no such line comes, or the process ends first.
         """
         pattern = re.compile(regex)
         deadline = time.monotonic() + timeout_s
@@ -183,20 +183,20 @@ class Proc:
         raise AssertionError(f"{why} without a line matching {regex!r}:\n{self.text}")
 
     def wait(self, timeout_s: float = 10.0) -> int:
-        """Wait for its end and return the exit status; AssertionError after `timeout_s`."""
+        """Wait for the end and return the exit status; raise AssertionError after `timeout_s`."""
         try:
             status = self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(
                 f"still running after {timeout_s} s: {shlex.join(self.argv)}\n{self.text}"
             ) from None
-        # So that `lines` is complete; a grandchild may hold the pipe open for longer.
+        # So that `lines` is complete; a grandchild may keep the pipe open for longer.
         with self._changed:
             self._changed.wait_for(lambda: self._output_ended, 1.0)
         return status
 
     def signal(self, number: int) -> None:
-        """Send a signal to the process alone; nothing when it has ended."""
+        """Send a signal to the process alone; do nothing when the process has ended."""
         self.popen.send_signal(number)
 
     def terminate(self) -> None:
@@ -207,7 +207,7 @@ class Proc:
         self._signal_group(signal.SIGKILL)
 
     def stop(self) -> None:
-        """SIGSTOP to the whole group: alive, but deaf and mute."""
+        """SIGSTOP to the whole group: alive, without reading or writing."""
         self._signal_group(signal.SIGSTOP)
 
     def cont(self) -> None:
@@ -254,7 +254,7 @@ class Proc:
             os.killpg(self.pid, number)
 
     def _collect(self) -> None:
-        """The thread: lines until every holder of the pipe is gone, or close() says so."""
+        """The thread: collect lines until the pipe has no writer, or until close() is called."""
         poll = select.poll()
         poll.register(self._output_fd, select.POLLIN)
         poll.register(self._wake_reader, select.POLLIN)
@@ -268,7 +268,7 @@ class Proc:
                 ended = self._output_ended
 
     def _read_locked(self) -> None:
-        """Take what the pipe holds; whoever wants to see it does so, and the thread."""
+        """Read the pipe until it is empty. The thread and every caller that looks at lines read."""
         while not self._output_ended:
             try:
                 data = os.read(self._output_fd, 65536)
@@ -301,7 +301,7 @@ class Finished:
 
 
 class Pipes(Proc):
-    """A process whose stdin and stdout are the test's, every use under a deadline.
+    """A process whose stdin and stdout belong to the test; each use has a deadline.
 
     One thread may send while another receives.
     """
@@ -346,17 +346,17 @@ class Pipes(Proc):
         self.stdin.close()
 
     def close_stdout(self) -> None:
-        """Go away as the reader of its stdout: its next write gets EPIPE."""
+        """Close the reading end of its stdout: the next write fails with EPIPE."""
         self.stdout.close()
 
     def receive(self, size: int = 65536, timeout_s: float = 10.0) -> bytes:
-        """The next bytes from its stdout, at most `size`; b"" at the end."""
+        """Return the next bytes of its stdout, at most `size`; b"" at the end."""
         deadline = time.monotonic() + timeout_s
         self._wait(self.stdout.fileno(), select.POLLIN, deadline, "write to stdout")
         return os.read(self.stdout.fileno(), size)
 
     def receive_exactly(self, size: int, timeout_s: float = 10.0) -> bytes:
-        """Exactly `size` bytes; AssertionError when it ends before that."""
+        """Return exactly `size` bytes; raise AssertionError when stdout ends before that."""
         data = bytearray()
         deadline = time.monotonic() + timeout_s
         while len(data) < size:
@@ -369,7 +369,7 @@ class Pipes(Proc):
         return bytes(data)
 
     def receive_all(self, timeout_s: float = 10.0) -> bytes:
-        """Everything to the end of its stdout."""
+        """Return all bytes to the end of its stdout."""
         data = bytearray()
         deadline = time.monotonic() + timeout_s
         while more := self.receive(1 << 20, deadline - time.monotonic()):
@@ -446,7 +446,7 @@ class Server(Proc):
 
     @property
     def worker_pid(self) -> int:
-        """The process id of gunicorn's one worker; waits until there is exactly one."""
+        """Wait until gunicorn has exactly one worker, and return its process id."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
 
         def only_child() -> int | None:
@@ -463,7 +463,7 @@ class Server(Proc):
         if self.has_tls:
             context = ssl.create_default_context()
             context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE  # whether it is alive, not whether it is genuine
+            context.verify_mode = ssl.CERT_NONE  # the question is whether it is alive
             connection = http.client.HTTPSConnection(
                 "127.0.0.1", self.port, timeout=timeout_s, context=context
             )
@@ -593,7 +593,7 @@ def proxy_env(
     env: Mapping[str, str] | None = None,
     checking_tls_file: Path | None = None,
 ) -> dict[str, str]:
-    """The proxy command's environment; also ssh's, which hands it on."""
+    """Return the proxy command's environment; also ssh's, since ssh passes it on."""
     note_secrets(token)
     own = {} if token is None else {"HTTP_NETWORK_RELAY_SECRET_KEY": token}
     if ping_interval_s is not None:
@@ -677,12 +677,12 @@ def resident_bytes(pid: int) -> int:
 
 
 def command_line(pid: int) -> str:
-    """What `ps` shows of process `pid`."""
+    """Return the command line of process `pid` as `ps` shows it."""
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
 
 
 def can_connect(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether something accepts there now; for waiting until a program listens."""
+    """Return whether the port accepts connections now."""
     try:
         socket.create_connection((host, port), timeout=1).close()
     except OSError:
@@ -696,7 +696,9 @@ def wait_listening(process: Proc, port: int, timeout_s: float = _START_TIMEOUT_S
     _or_close(
         process,
         lambda: eventually(
-            lambda: is_up() or not process.is_running, timeout_s, message=f"{process!r} is deaf"
+            lambda: is_up() or not process.is_running,
+            timeout_s,
+            message=f"{process!r} does not listen",
         ),
     )
     if not process.is_running:
@@ -705,7 +707,7 @@ def wait_listening(process: Proc, port: int, timeout_s: float = _START_TIMEOUT_S
 
 
 def _or_close(process: Proc, ready: Callable[[], object]) -> None:
-    """Run `ready`; when it fails, leave no process behind."""
+    """Run `ready`; close the process when `ready` fails."""
     try:
         ready()
     except BaseException:

@@ -1,7 +1,7 @@
-"""Peers that speak the wire by hand: they say what a test wants, right or wrong.
+"""Peers that send single messages of the wire as a test asks, valid or not.
 
-Blocking, on websocket-client's frames. Nothing is answered but pings, and those only while
-`recv` is being called. One thread may send while another receives, except over TLS.
+All calls block; frames are websocket-client's. A peer answers pings alone, and only inside `recv`.
+One thread may send while another receives, except over TLS.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Message = (
     | tuple[Literal["close"], int, str]
 )
 
-# For what must happen at once: a frame's rest, the upgrade. Longer is a failure.
+# Limit of steps that take no time, such as a frame's rest or the upgrade.
 _IO_TIMEOUT_S = 10.0
 # RFC 6455, 7.1.5: the code of a connection that ended without a close frame.
 ABNORMAL = 1006
@@ -101,7 +101,7 @@ class RawPeer:
         try:
             self.ws = websocket.WebSocket(enable_multithread=True)
             self.ws.settimeout(_IO_TIMEOUT_S)
-            self.ws.connect(  # type: ignore[no-untyped-call]  # half of it has no annotations
+            self.ws.connect(  # type: ignore[no-untyped-call]  # partly without annotations
                 url.rstrip("/") + path,
                 socket=self.sock,
                 header=dict(headers),
@@ -144,16 +144,16 @@ class RawPeer:
         self.send_bytes(encode_frame(opcode, payload, fin=fin, rsv=rsv, mask=mask))
 
     def send_bytes(self, data: bytes) -> None:
-        """Bytes on the socket as they are, such as half a frame. Not beside another sender."""
+        """Send raw bytes, such as half a frame. No other thread may send meanwhile."""
         self.sock.sendall(data)
 
     def ping(self, payload: bytes = b"") -> None:
         self.send_raw_frame(ABNF.OPCODE_PING, payload)
 
     def settle(self, timeout_s: float = 5.0) -> None:
-        """Wait until the server has acted on all that was sent before; nothing may come meanwhile.
+        """Wait until the server has acted on all earlier messages; no message may come meanwhile.
 
-        The server reads a leg in order, so its pong says so much.
+        The server reads a leg in order, so its pong proves that.
         """
         pongs = self.pongs_seen
         self.ping()
@@ -221,7 +221,7 @@ class RawPeer:
                 return message[1], message[2]
 
     def expect_nothing(self, for_s: float) -> None:
-        """AssertionError if a message comes within `for_s`."""
+        """Raise AssertionError if a message comes within `for_s`."""
         try:
             message = self.recv(for_s)
         except TimeoutError:
@@ -238,7 +238,7 @@ class RawPeer:
     def drop(self) -> None:
         """End the connection without a close frame."""
         with contextlib.suppress(OSError):
-            # Not SSLSocket's own, which would take the object away from another thread.
+            # Not SSLSocket.shutdown(), which takes the TLS object away from another thread.
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
         self.sock.close()
 
@@ -254,7 +254,7 @@ class RawPeer:
         self.close()
 
     def _wait_readable(self, deadline: float) -> None:
-        # What TLS has decrypted already is invisible to poll().
+        # poll() does not see bytes that TLS has decrypted already.
         if isinstance(self.sock, ssl.SSLSocket) and self.sock.pending():
             return
         poll = select.poll()
@@ -323,7 +323,7 @@ class RawUser(RawPeer):
 
 
 class RawClient(RawPeer):
-    """A client leg: binary messages carry their channel in 4 bytes, controls in `channel`."""
+    """A client leg: a binary message has its channel in 4 bytes, a control in `channel`."""
 
     def __init__(
         self,

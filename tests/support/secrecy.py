@@ -1,7 +1,7 @@
-"""No secret that a test uses may show in what a program writes: log, message or audit line.
+"""No program may write a secret of a test into a log, a message or an audit line.
 
-Whoever gives a program a secret, right or wrong, notes it here; tests/support/processes.py looks
-through all output when a process ends.
+A test that passes a secret to a program, right or wrong, MUST note the secret here.
+tests/support/processes.py searches all output when a process ends.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-# Shorter ones stand in honest output by chance, and looking for them would tell nothing.
+# Shorter secrets appear in output by chance, so a search for them proves nothing.
 SHORTEST_SECRET = 16
 AUDIT_LOG = "HTTP_NETWORK_RELAY_AUDIT_LOG"
 
-# Each secret of this run, and how it may look.
+# Each secret of this run, and the forms in which it may appear.
 _noted: dict[str, tuple[bytes, ...]] = {}
-# Whoever writes a secret into a URL is past help: the access log has it.
+# A secret inside a URL cannot be hidden: the access log has the URL.
 _IN_A_URL = re.compile(rb"\?secret=\S*")
 
 
 def secret_of(name: str) -> str:
-    """A made-up secret that says whose it is, and is as long as real ones are."""
+    """Return a made-up secret that names its owner and has the length of a real one."""
     return f"{name}-hT7wq0ZkV3yB9uXn5rLm"
 
 
 def note_secrets(*secrets: str | None) -> None:
-    """See to it that no process shows these. None and "" are none; hashes may be shown."""
+    """Let no process write these secrets. None and "" are no secrets; hashes may be written."""
     for secret in secrets:
         if not secret or secret.startswith("sha256:"):
             continue
@@ -47,7 +47,7 @@ def note_credentials(credentials: object) -> None:
 
 
 def check_no_secret(who: str, *texts: bytes | str) -> None:
-    """AssertionError if one of the noted secrets stands there, in any form."""
+    """Raise AssertionError if the text has a noted secret in any form."""
     for text in texts:
         data = text.encode(errors="replace") if isinstance(text, str) else text
         data = _IN_A_URL.sub(b"", data)

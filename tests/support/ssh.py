@@ -26,7 +26,7 @@ from tests.support.processes import (
     thread_count,
 )
 
-# What a person at a terminal sees of a slow shell; not the relay's time.
+# A slow shell's time, as a person at a terminal sees it; not the relay's.
 SHELL_S = 10.0
 
 
@@ -49,13 +49,13 @@ class Terminal:
         os.write(self._ours, keys)
 
     def wait_for(self, ending: bytes) -> None:
-        """Wait until the screen ends so; AssertionError when it does not."""
+        """Wait until the screen ends with `ending`; raise AssertionError if it never does."""
         deadline = time.monotonic() + SHELL_S
         while not self.screen.endswith(ending):
             assert self.look(max(0.0, deadline - time.monotonic())), self.screen
 
     def look(self, timeout_s: float) -> bool:
-        """Add what is written next to the screen; False if nothing is in `timeout_s`."""
+        """Add the next output to the screen; return False if none comes in `timeout_s`."""
         poll = select.poll()
         poll.register(self._ours, select.POLLIN)
         if not poll.poll(timeout_s * 1000):
@@ -73,7 +73,7 @@ class Terminal:
 
 
 def check_short_sessions(relay: Relay, sshd: Sshd, sessions: int) -> None:
-    """Run `ssh host true` so many times, 8 at once; nothing may be left of them."""
+    """Run `ssh host true` `sessions` times, 8 at once; the sessions must leave nothing behind."""
     no_states: list[str] = []
     becomes(lambda: connections_to(sshd.port), no_states, SHELL_S)
     worker = relay.server.worker_pid
@@ -96,7 +96,7 @@ def check_short_sessions(relay: Relay, sshd: Sshd, sessions: int) -> None:
     for side in mark.reasons():
         assert set(side) <= {"user_gone", "eof"}, "an end that no user would cause"
 
-    # sshd was told goodbye by each, and nothing was cut off.
+    # Each session has ended with a disconnect, and none was cut off.
     def goodbyes() -> int:
         return count(lines_since(sshd.process, sshd_mark), "^Received disconnect from")
 

@@ -1,4 +1,4 @@
-"""TCP targets inside the test's process: what a client dials at a tunnel's far end.
+"""TCP targets inside the test's process, for a client to dial at a tunnel's far end.
 
 Each is a context manager with `.port`, keeps one `Conversation` per connection, and joins
 all its threads at the end, whatever they were blocked in.
@@ -74,7 +74,7 @@ class Conversation:
         self._ended: Literal["eof", "reset"] | None = None
         self._closed = False
         self._reset_at_close = False
-        self._end_wanted = threading.Event()  # by the test or the target: not the other side's
+        self._end_wanted = threading.Event()  # by the test or the target, not by the other side
 
     @property
     def ended(self) -> Literal["eof", "reset"] | None:
@@ -83,13 +83,13 @@ class Conversation:
 
     @property
     def is_closed(self) -> bool:
-        """True once our side has closed its socket too."""
+        """Return whether our side has closed its socket too."""
         with self._changed:
             return self._closed
 
     @property
     def received(self) -> bytes:
-        """All that came; only where the target keeps it (RecordingTarget)."""
+        """Return all bytes received; only a RecordingTarget keeps them."""
         with self._changed:
             return bytes(self._received)
 
@@ -205,7 +205,7 @@ class Conversation:
             self._changed.notify_all()
 
     def _abort(self) -> None:
-        """Wake whatever thread is in recv or send, for good."""
+        """Wake the thread that is in recv or send, for good."""
         self._end_wanted.set()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -223,11 +223,11 @@ class Conversation:
 class Target:
     """Accepts on 127.0.0.1 and runs `serve` in one thread per connection."""
 
-    # Whether conversations keep the bytes that came, or only count and hash them.
+    # Whether conversations keep the bytes received, or only count and hash them.
     keeps_bytes = False
 
     def __init__(self, *, receive_buffer_bytes: int | None = None) -> None:
-        """`receive_buffer_bytes` bounds what the kernel takes for a target that does not read."""
+        """`receive_buffer_bytes` bounds the kernel's buffer of a target that does not read."""
         # Guards _conversations and _threads; notified when a connection comes.
         self._changed = threading.Condition()
         self._conversations: list[Conversation] = []
@@ -266,7 +266,7 @@ class Target:
 
     def stop(self) -> None:
         """Refuse new connections, end all and join. Idempotent."""
-        # Linux: wakes the thread in accept(); close() alone would not.
+        # Linux: shutdown() wakes the thread in accept(); close() alone would not.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._acceptor.join()
@@ -311,7 +311,7 @@ class Target:
 
     def _run(self, conversation: Conversation) -> None:
         try:
-            # The other side may end it at any time; that is recorded, not raised.
+            # The other side may end the connection at any time: record the end, do not raise.
             with contextlib.suppress(OSError):
                 self.serve(conversation)
         finally:
@@ -319,7 +319,7 @@ class Target:
 
 
 class EchoTarget(Target):
-    """Sends back what comes; ends when the other side does."""
+    """Sends all bytes back; ends when the other side does."""
 
     def serve(self, conversation: Conversation) -> None:
         while data := conversation.recv():
@@ -437,7 +437,7 @@ def black_hole_port() -> Iterator[int]:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
         port: int = listener.getsockname()[1]
-        # A backlog of 0 still takes one; Linux drops the SYN of what comes after.
+        # A backlog of 0 still accepts one connection; Linux drops the SYN of the next.
         for _ in range(4):
             sock = stack.enter_context(socket.socket())
             sock.setblocking(False)

@@ -34,7 +34,7 @@ JITTER = {"delay_ms": 2.0, "jitter_ms": 15.0}
 
 @dataclass
 class TlsRelay:
-    """A relay whose legs are all `wss`, both through one link, and what watches its TLS."""
+    """A relay whose legs are all `wss` through one link, and the file of the TLS check."""
 
     server: Server
     client: Proc
@@ -53,7 +53,7 @@ class TlsRelay:
 
     @property
     def shared_tls(self) -> str:
-        """The complaints of the checking sockets: empty if all was well."""
+        """Return the reports of the checking sockets: empty without a fault."""
         return self.check_file.read_text() if self.check_file.exists() else ""
 
 
@@ -92,7 +92,7 @@ def check_bulk(relay: TlsRelay, size: int) -> float:
         assert (came.status, came.lines, came.size) == (0, [], size)
         assert came.sha256 == pseudo_random_sha256(size, "down")
         conversation = target.conversation()
-        # What the kernel has taken for the target, the target has yet to read.
+        # The target may not have read all bytes that its kernel has received.
         assert conversation.wait_ended() == "eof"
         assert conversation.received_bytes == size
         assert conversation.received_sha256 == pseudo_random_sha256(size, "up")
@@ -101,7 +101,7 @@ def check_bulk(relay: TlsRelay, size: int) -> float:
 
 
 class GreetingTarget(Target):
-    """Speaks in the instant in which it is connected, then echoes."""
+    """Sends at once when a connection comes, then echoes."""
 
     GREETING = b"hello from the target\n" * 50
 
@@ -130,6 +130,6 @@ def check_short_tunnels(relay: TlsRelay, tunnels: int, at_once: int = 8) -> None
         relay.link.delay_ms = relay.link.jitter_ms = 0.0
     assert relay.shared_tls == ""
     assert relay.client.is_running
-    # Every one of them went through the link, and the client's leg held all the time.
+    # Every tunnel went through the link, and the client's leg was never lost.
     assert relay.link.connections_accepted - before == tunnels
     assert count(relay.client.lines, "registered") == 1

@@ -1,4 +1,4 @@
-"""The one place in which a test polls. Everything else waits on a Condition or an Event."""
+"""The one place in which a test polls. All other waits use a Condition or an Event."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Short against every deadline of the relay, long enough to cost no CPU that a test would notice.
+# Short against every deadline of the relay; long enough that polling costs little CPU.
 _POLL_S = 0.005
 
 
 def eventually(
     predicate: Callable[[], T], timeout_s: float = 5.0, *, message: str | None = None
 ) -> T:
-    """Call `predicate` until it returns something true, and return that.
+    """Call `predicate` until its value is true, and return the value.
 
     Raises AssertionError with `message` (or the predicate's last value) after `timeout_s`.
     An AssertionError out of the predicate counts as "not yet"; the last one is chained.

@@ -1,1 +1,1 @@
-"""What a tunnel has to survive: a link that breaks at every byte, and restarts under real ssh."""
+"""Tunnels survive a link that breaks at every byte, and restarts under real ssh."""

@@ -61,7 +61,7 @@ class Flow:
             while data := self.sock.recv(65536):
                 self.received += len(data)
                 self._hash.update(data)
-            # The kernel tells of an RST once, and may have told the thread that sends.
+            # The kernel reports an RST once, and may have reported it to the sending thread.
             if self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE:
                 self._threads[0].join()
             self.ended = "reset" if self._send_failed else "eof"

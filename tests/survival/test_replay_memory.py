@@ -1,4 +1,4 @@
-"""What the ends keep of a tunnel while its legs are gone: their windows, however often."""
+"""While a tunnel's legs are lost, its ends keep their windows, however often that happens."""
 
 import threading
 from pathlib import Path

@@ -40,13 +40,13 @@ LOOK_S = 0.01
 SIGHUP_STALL_S = 2.0
 # One that was killed: the server's own start and the user's random waits are in it.
 KILL_STALL_S = 12.0
-# Keys are typed so fast, and travel so long on each leg, that some are always on their way.
+# Keys follow each other faster than the legs' delay, so some are always in flight.
 KEY_S = 0.005
 KEY_DELAY_MS = 20.0
 CUTS = 5
 KEYS_BETWEEN = 50
 KEYS_S = 90.0
-# Whose bytes in flight count.
+# Bytes in flight count on these ways.
 LEG = {"user": "user", "client": "client", "server": "user"}
 
 

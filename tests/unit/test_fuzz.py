@@ -41,7 +41,7 @@ def _edited(data: bytes, edits: list[tuple[int, bytes]]) -> bytes:
 
 @pytest.mark.parametrize("name", _ALL)
 def test_any_input_is_taken_or_refused_as_documented(name: str) -> None:
-    """Nothing else is raised, good tunnels beside it go on, and copies answer alike."""
+    """Nothing else is raised, and good tunnels beside the input go on."""
     for seed in _SEEDS[name]:
         _ALL[name](seed)
 

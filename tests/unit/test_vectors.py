@@ -162,15 +162,12 @@ def test_proxy_command_asks_as_the_vector_says(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(script, "connect", lambda to, headers, **_: asked.append((to, headers)))
     argv = ["device", "127.0.0.1", "22", "--server-url", "ws://localhost"]
     settings = script.read_settings(argv, {"HTTP_NETWORK_RELAY_SECRET_KEY": right["token"]})
-    session = script.Session(settings)
-    session._connect()
+    script.dial_leg(settings)
     assert asked[0][0].resource == right["path"]
     assert asked[0][1] == [f"Authorization: {right['headers']['Authorization']}"]
     (resuming,) = [v["replace"] for v in VECTORS["handshakes"] if v["id"] == "user-that-resumes"]
     tunnel_id = resuming["HTTP-Network-Relay-Tunnel"]
-    session._opening = script.Open("device", "127.0.0.1", 22, "tcp", tunnel_id, "", 0, 120)
-    session._end.on_open(0, 120)
-    session._connect()
+    script.dial_leg(settings, tunnel_id)
     assert asked[1][0] == asked[0][0]
     more = [f"{name}: {value}" for name, value in resuming.items()]
     assert asked[1][1] == asked[0][1] + more
@@ -453,7 +450,7 @@ def test_stream_counts_as_the_vector_says(shared: Any, vector: dict[str, Any]) -
 def play_counter(directions: list[FlowCounters], step: Mapping[str, Any]) -> Any:
     direction = directions[step["tunnel"]]
     if step["do"] == "first_limit":
-        return direction.grant(step["limit"])
+        return direction.raise_limit(step["limit"])
     if step["do"] == "ack":
         return direction.on_ack(step["delivered"], step["limit"], step["eof"])
     if step["do"] == "data":

@@ -1,8 +1,8 @@
 """What `server credentials` changes in the credentials file's content. No I/O.
 
-The content is the file's JSON as plain dicts and lists, so that what an edit does not
-touch stays as it was written. An edit changes it in place; one that raises EditError
-may have changed a part, which then must not be written.
+The content is the file's JSON as plain dicts and lists, so that an edit keeps all other parts as
+they were written. An edit changes the content in place. After EditError the caller MUST NOT write
+the content: a part of it may have changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from server.access.credentials import (
 )
 
 EVERYTHING_RULE = "*:*:*"
-# 256 bits: hashing such a secret once is enough, nobody counts through them.
+# 256 bits: one hash of such a secret is enough, since nobody can try all secrets.
 _SECRET_BYTES = 32
 
 Data = dict[str, Any]
@@ -65,7 +65,7 @@ def rotate(
     entries = data["clients"] if kind == "client" else _named_users(data)
     entry = entries[name]
     if isinstance(entry, str):
-        # Its strength is unknown, so it stays as it is: a hash would hide a weak one.
+        # The secret stays plain, since its strength is unknown: a hash would hide a weak secret.
         entry = entries[name] = {"secrets": [entry]}
     secret, hashed = _new_secret()
     old = [] if drop_old else entry["secrets"]
@@ -80,7 +80,7 @@ def rotate(
 
 
 def revoke(data: Data, names: list[str], kind: Kind | None) -> list[str]:
-    """Remove entries, and the rules that only they gave a meaning; return what was done."""
+    """Remove entries, and the rules that match no client any more; return one line each."""
     done = []
     for name in names:
         found = kind_of(data, name, kind)
@@ -96,7 +96,7 @@ def revoke(data: Data, names: list[str], kind: Kind | None) -> list[str]:
 
 
 def revoke_secret(data: Data, name: str, kind: Kind | None, secret_id: str) -> list[str]:
-    """Remove one secret of several; return what was done."""
+    """Remove one secret of several; return a line about it."""
     kind = kind_of(data, name, kind)
     old = secrets_of(data, kind, name)
     kept = [each for each in old if not digest_in_file(each).hex().startswith(secret_id)]
@@ -114,7 +114,7 @@ def revoke_secret(data: Data, name: str, kind: Kind | None, secret_id: str) -> l
 
 
 def _drop_rules(data: Data) -> list[str]:
-    """Remove rules that match no client any more: with one of them the file would not load."""
+    """Remove rules that match no client any more: the file would not load with such a rule."""
     done = []
     users, clients = data["proxy_users"], ClientNames(data["clients"])
     for name, entry in users.items() if isinstance(users, dict) else ():
@@ -137,7 +137,7 @@ def _is_of_use(text: str, clients: ClientNames) -> bool:
 
 
 def kind_of(data: Data, name: str, kind: Kind | None) -> Kind:
-    """Return which of the two this name is; raises EditError for none and for both."""
+    """Return the kind of this name; raises EditError if no entry has the name, or two have."""
     found: list[Kind] = []
     if name in data["clients"]:
         found.append("client")
@@ -170,7 +170,7 @@ def secrets_of(data: Data, kind: Kind, name: str) -> list[str]:
 def _named_users(data: Data) -> Data:
     """Return the proxy users by name; tokens of the short form become such, with their names.
 
-    They keep what they could do, and their logins stay valid.
+    The users keep their rights, and their logins stay valid.
     """
     users = data["proxy_users"]
     if isinstance(users, list):
@@ -183,7 +183,7 @@ def _named_users(data: Data) -> Data:
 
 
 def _new_secret() -> tuple[str, str]:
-    """Return a new secret, and what the file holds of it."""
+    """Return a new secret, and its text in the file."""
     secret = secrets.token_urlsafe(_SECRET_BYTES)
     return secret, HASH_PREFIX + hashlib.sha256(secret.encode("ascii")).hexdigest()
 

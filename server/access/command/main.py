@@ -1,6 +1,6 @@
 """The command `server credentials`: adds, rotates, revokes, lists and checks.
 
-It prints a secret when it makes it and never again: the file holds a hash.
+A secret is printed when it is made and never again: the file has a hash of it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import shlex
 import sys
 from collections.abc import Callable
 from datetime import date
-from typing import NoReturn
 
 from http_network_relay.rules.target import AccessRule, RuleError
+from http_network_relay.settings import OneLineParser, add_settings
 from http_network_relay.wire.constants import NAME_PATTERN
 from http_network_relay.wire.controls import matches
-from http_network_relay.wire.errors import ConfigError
+from http_network_relay.wire.errors import ConfigError, RelayError
 from server.access.command.edit import (
     EVERYTHING_RULE,
     Data,
@@ -37,61 +37,38 @@ from server.config import CREDENTIALS_FILE
 from server.logs import set_up_logging
 
 _EXIT_FAILED = 1
-_EXIT_USAGE = 2
 _NEVER = "never"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line, without the usage above it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(_EXIT_USAGE, f"error: {message}; --help lists all arguments\n")
+# Adds an argument to the parser of a command.
+_Add = Callable[..., argparse.Action]
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `server credentials`."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="server credentials", description="Change and check who may connect (docs/access.md)."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(
-        name: str, run: Callable[[argparse.Namespace], None], about: str
-    ) -> Callable[..., argparse.Action]:
+    def command(name: str, run: Callable[[argparse.Namespace], None], about: str) -> _Add:
         one = commands.add_parser(name, help=about, description=about)
         one.set_defaults(run=run)
-        one.add_argument(
-            "--credentials-file",
-            metavar="FILE",
-            help=f"({CREDENTIALS_FILE.variable}, default: {CREDENTIALS_FILE.default})",
-        )
+        add_settings(one, [CREDENTIALS_FILE])
         return one.add_argument
 
-    date_help = "the last day on which it is valid, in UTC, such as 2027-01-31"
-    url_help = "for the command line that is printed"
     add = command("add-client", _add_client, "add a client; the file is made if there is none")
     add("name", metavar="NAME", type=_new_name)
-    add("--expires", metavar="DATE", type=_day, help=date_help)
-    add("--server-url", metavar="URL", default="https://relay.example", help=url_help)
+    _add_expires_and_url(add)
     add = command("add-user", _add_user, "add a proxy user; the file is made if there is none")
     add("name", metavar="NAME", type=_new_name)
-    add(
-        "--allow",
-        metavar="RULE",
-        type=_rule,
-        action="append",
-        required=True,
-        help="CLIENT:HOST:PORT, such as 'lab-*:127.0.0.1:22', or '*:*:*' for everything; "
-        "repeat it for more",
-    )
-    add("--expires", metavar="DATE", type=_day, help=date_help)
-    add("--server-url", metavar="URL", default="https://relay.example", help=url_help)
+    _add_allow(add)
+    _add_expires_and_url(add)
     add = command("rotate", _rotate, "add a new secret; the old ones stay valid until revoked")
     add("name", metavar="NAME")
     _add_kind(add)
     add("--drop-old", action="store_true", help="end the old secrets at once")
-    add("--expires", metavar="DATE", type=_day_or_never, help=f"{date_help}, or {_NEVER}")
-    add("--server-url", metavar="URL", default="https://relay.example", help=url_help)
+    _add_expires_and_url(add, or_never=True)
     add = command("revoke", _revoke, "remove clients and proxy users, or one secret of one")
     add("names", metavar="NAME", nargs="+")
     _add_kind(add)
@@ -101,7 +78,29 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_kind(add: Callable[..., argparse.Action]) -> None:
+def _add_expires_and_url(add: _Add, or_never: bool = False) -> None:
+    about = "the last day on which it is valid, in UTC, such as 2027-01-31"
+    if or_never:
+        add("--expires", metavar="DATE", type=_day_or_never, help=f"{about}, or {_NEVER}")
+    else:
+        add("--expires", metavar="DATE", type=_day, help=about)
+    about = "for the command line that is printed"
+    add("--server-url", metavar="URL", default="https://relay.example", help=about)
+
+
+def _add_allow(add: _Add) -> None:
+    about = "CLIENT:HOST:PORT, such as 'lab-*:127.0.0.1:22', or '*:*:*' for everything"
+    add(
+        "--allow",
+        metavar="RULE",
+        type=_rule,
+        action="append",
+        required=True,
+        help=f"{about}; repeat it for more",
+    )
+
+
+def _add_kind(add: _Add) -> None:
     about = "where a client and a proxy user have one name"
     for kind in ("client", "user"):
         add(f"--{kind}", dest="kind", action="store_const", const=kind, help=about)
@@ -111,17 +110,14 @@ def main(argv: list[str]) -> int:
     """Run one command; return the exit code: 0, 1 failed, 2 wrong arguments."""
     try:
         args = make_parser().parse_args(argv)
-        args.file_flag = []
-        if args.credentials_file is None:
-            args.credentials_file = CREDENTIALS_FILE.text(os.environ)
-        else:
-            args.file_flag = [f"--credentials-file={args.credentials_file}"]
         args.run(args)
-    except SystemExit as exc:
-        return exc.code if isinstance(exc.code, int) else _EXIT_USAGE
     except (ConfigError, OSError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return _EXIT_FAILED
+    except RelayError as exc:
+        # The parser's.
+        print(f"error: {exc}", file=sys.stderr)
+        return exc.exit_code
     return 0
 
 
@@ -167,32 +163,39 @@ def _secret_id(text: str) -> str:
 # Commands.
 
 
+def _path(args: argparse.Namespace) -> str:
+    flag: str | None = args.credentials_file
+    return CREDENTIALS_FILE.text(os.environ) if flag is None else flag
+
+
 def _add_client(args: argparse.Namespace) -> None:
-    with edited(args.credentials_file, create=True) as data:
+    with edited(_path(args), create=True) as data:
         secret = add_client(data, args.name, args.expires)
     _print_new("client", args.name, secret, data, args.server_url)
 
 
 def _add_user(args: argparse.Namespace) -> None:
-    with edited(args.credentials_file, create=True) as data:
+    with edited(_path(args), create=True) as data:
         secret = add_user(data, args.name, args.allow, args.expires)
     _print_new("user", args.name, secret, data, args.server_url)
 
 
 def _rotate(args: argparse.Namespace) -> None:
-    with edited(args.credentials_file) as data:
+    with edited(_path(args)) as data:
         kind, secret, old = rotate(data, args.name, args.kind, args.expires, drop_old=args.drop_old)
     _print_new(kind, args.name, secret, data, args.server_url)
     for secret_id in old:
-        command = ["server", "credentials", "revoke", *args.file_flag, f"--{kind}"]
+        command = ["server", "credentials", "revoke", f"--{kind}"]
+        if args.credentials_file is not None:
+            command.insert(3, f"--credentials-file={args.credentials_file}")
         command += [f"--secret={secret_id}", args.name]
         print(f"\nThe secret {secret_id} stays valid until\n\n    {shlex.join(command)}")
 
 
 def _revoke(args: argparse.Namespace) -> None:
     if args.secret is not None and len(args.names) > 1:
-        raise SystemExit(_usage("--secret goes with one name"))
-    with edited(args.credentials_file) as data:
+        make_parser().error("--secret goes with one name")
+    with edited(_path(args)) as data:
         if args.secret is None:
             done = revoke(data, args.names, args.kind)
         else:
@@ -200,14 +203,9 @@ def _revoke(args: argparse.Namespace) -> None:
     print("\n".join(done))
 
 
-def _usage(message: str) -> int:
-    print(f"error: {message}; --help lists all arguments", file=sys.stderr)
-    return _EXIT_USAGE
-
-
 def _list(args: argparse.Namespace) -> None:
-    load_credentials(args.credentials_file, warn=False)
-    data = parse_json(read_file(args.credentials_file)).plain()
+    load_credentials(_path(args), warn=False)
+    data = parse_json(read_file(_path(args))).plain()
     for name in data["clients"]:
         print(_line(data, "client", name))
     for name in user_names(data):
@@ -232,17 +230,17 @@ def _line(data: Data, kind: Kind, name: str) -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    # Doubts go to stderr, as in the server's log.
+    # Warnings go to stderr, as in the server's log.
     set_up_logging()
-    credentials = load_credentials(args.credentials_file)
-    print(f"OK: {args.credentials_file}: {credentials.summary}")
+    credentials = load_credentials(_path(args))
+    print(f"OK: {_path(args)}: {credentials.summary}")
 
 
-# What the other side types.
+# What the operator passes on to the device's owner or the proxy user.
 
 
 def _print_new(kind: Kind, name: str, secret: str, data: Data, server_url: str) -> None:
-    """Print a new secret, and what to do with it; the secret is on no command line."""
+    """Print a new secret, and the commands that use it. No command line has the secret."""
     where = "device" if kind == "client" else "laptop"
     file = "client.secret" if kind == "client" else "~/.ssh/relay.token"
     if kind == "client":
@@ -258,7 +256,7 @@ def _print_new(kind: Kind, name: str, secret: str, data: Data, server_url: str) 
 
 
 def _example(user: str, data: Data) -> list[str]:
-    """Return client, host, port of a target that the user may open, as far as rules tell."""
+    """Return client, host and port of a target that the user may open, if the rules name one."""
     rule = AccessRule.parse(data["proxy_users"][user]["allow"][0])
     client = next(filter(rule.matches_client, data["clients"]), "CLIENT")
     host = rule.target.text.rpartition(":")[0].strip("[]")

@@ -21,19 +21,19 @@ from server.access.json_lines import parse_json
 
 _log = logging.getLogger("http_network_relay.server.credentials")
 
-# An edit takes milliseconds; whoever holds the lock for longer is stopped or stuck.
+# Seconds. An edit takes milliseconds; a command that locks for longer is stopped or stuck.
 _LOCK_TIMEOUT_S = 10.0
 _LOCK_RETRY_S = 0.02
 
 
 @contextmanager
 def edited(path: str, *, create: bool = False) -> Iterator[dict[str, Any]]:
-    """Give the file's content to change, and write it back when the body ends well.
+    """Yield the file's content for a change, and write the content after the body.
 
-    No other edit comes between. Raises ConfigError, and then the file is as it was. With
+    No other edit runs meanwhile. Raises ConfigError, and leaves the file unchanged then. With
     `create` a missing file counts as one without entries.
     """
-    # A link stays one: what it leads to is locked and replaced.
+    # A link stays a link: the file behind the link is locked and replaced.
     path = os.path.realpath(path)
     with _locked(path):
         is_new = create and not os.path.lexists(path)
@@ -47,7 +47,7 @@ def edited(path: str, *, create: bool = False) -> Iterator[dict[str, Any]]:
         try:
             parse_credentials(path, text.encode("ascii"))
         except CredentialsError as exc:
-            # Without the line: it is none of the file as it stands.
+            # Without the line, which is not a line of the file on the disk.
             raise ConfigError(f"{path}: not changed: {exc.what}") from None
         try:
             _replace(path, text.encode("ascii"))
@@ -61,7 +61,7 @@ def edited(path: str, *, create: bool = False) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _locked(path: str) -> Iterator[None]:
-    """Hold the lock file beside the file, which is never removed: that would be a race."""
+    """Lock the lock file beside the file. The lock file stays: to remove it would be a race."""
     lock = f"{path}.lock"
     try:
         descriptor = _open_lock(lock)
@@ -89,8 +89,8 @@ def _open_lock(lock: str) -> int:
     except FileExistsError:
         return os.open(lock, flags)
     if os.geteuid() == 0:
-        # Else the folder's owner could not edit after root did. Only of one that is new:
-        # the owner may have linked another file of root's under this name.
+        # Otherwise the folder's owner could not edit after root did. Only a new lock file: under
+        # this name the owner may have linked another file of root's.
         owner = os.stat(os.path.dirname(lock))
         os.fchown(descriptor, owner.st_uid, owner.st_gid)
     return descriptor
@@ -105,7 +105,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _replace(path: str, content: bytes) -> None:
-    """Put the content in the file's place: a reader sees the old or the new one, whole."""
+    """Replace the file: a reader sees the old content or the new one, whole."""
     folder, name = os.path.split(path)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
     try:
@@ -127,9 +127,9 @@ def _replace(path: str, content: bytes) -> None:
 
 
 def _keep_owner(path: str, descriptor: int) -> None:
-    """Give the new file (0600) the old one's owner, and its group what it could do before.
+    """Give the new file (0600) the old file's owner, and the group its old rights.
 
-    A file of root that the server reads by its group must stay readable. Others lose it.
+    A file of root that the server reads by its group must stay readable. Others lose their rights.
     """
     try:
         old = os.stat(path)

@@ -454,7 +454,7 @@ def stick(server: ServerSide, channel: int) -> None:
     """Send a window to a target that does not read, until its writer is stuck."""
     server.send(channel, bytes(MIN_WINDOW_BYTES))
     tunnel = server.tunnel(channel)
-    eventually(lambda: tunnel.end._core.stream.into.received == MIN_WINDOW_BYTES)
+    eventually(lambda: tunnel.end.stream.into.received == MIN_WINDOW_BYTES)
     assert tunnel._sock is not None
     eventually(lambda: not wait_ready(tunnel._sock, write=True, timeout_s=0.0))  # type: ignore[arg-type]
     assert tunnel.end.counts[1] < MIN_WINDOW_BYTES

@@ -71,9 +71,9 @@ def detach(server: ServerSide, channel: int) -> Forwarder:
 
 def shorten(tunnel: Forwarder, grace_s: float = 0.1) -> None:
     """Let its grace be over soon."""
-    with tunnel.end._core.changed:
-        tunnel.end._core.grace_s = grace_s
-        tunnel.end._core.changed.notify_all()
+    with tunnel.end.changed:
+        tunnel.end.grace_s = grace_s
+        tunnel.end.changed.notify_all()
 
 
 # Coming back.
@@ -294,7 +294,7 @@ def test_counts_that_cannot_be_true_are_refused_and_touch_nothing(
     assert is_alive(server, 1)
     server.ack(1, 3)
     tunnel = server.tunnel(1)
-    eventually(lambda: tunnel.end._core.stream.out.delivered == 3)
+    eventually(lambda: tunnel.end.stream.out.delivered == 3)
     received, delivered = counts
     server.resume(2, echo.port, of=1, received=received, delivered=delivered)
     assert server.control("refused", 2)["code"] == "protocol_error"
@@ -439,7 +439,7 @@ def test_detached_tunnel_takes_no_more_from_its_target(server: ServerSide) -> No
         server.ack(1, MIB, limit=3 * MIB)
         server.wait_bytes(1, 2 * MIB)
         tunnel = detach(server, 1)
-        out = tunnel.end._core.stream.out
+        out = tunnel.end.stream.out
         assert out.kept_bytes <= 2 * MIB + 64 * KIB
         # The source is stuck: what it has given stays the same when it could give more.
         taken = eventually(lambda: out.taken if tunnel.end.outbound.credit() == 0 else None)
@@ -521,7 +521,7 @@ def test_tunnel_that_is_attached_does_not_count_as_one_that_waits(
         server.wait_bytes(channel, 1000)
     server.ack(3, 1000)
     tunnel = server.tunnel(3)
-    eventually(lambda: tunnel.end._core.stream.out.delivered == 1000)
+    eventually(lambda: tunnel.end.stream.out.delivered == 1000)
     assert detach(server, 3).end.is_detached
     assert is_alive(server, 1)
     assert is_alive(server, 2)
@@ -557,7 +557,7 @@ def test_remembered_tunnels_are_bounded_and_the_oldest_goes_first(
         server.ack(channel, 1000, eof=True)
         server.wait_forgotten(channel)
     for tunnel, _ in server.tunnels._over.values():
-        assert tunnel.end._core.stream.out.kept_bytes == 0
+        assert tunnel.end.stream.out.kept_bytes == 0
         eventually(lambda thread=tunnel.thread: not thread.is_alive())
     server.resume(4, echo.port, of=1, received=1000, delivered=1000)
     assert server.control("refused", 4)["code"] == "unknown_tunnel"

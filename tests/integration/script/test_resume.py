@@ -463,7 +463,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import ssh_proxy_command as script
 
-on_change, leave = script.Session._on_change, script.Session._leave
+on_change, leave = script.Carrier._on_change, script.Carrier._leave
 has_left = threading.Event()
 
 def on_change_late(self):
@@ -472,13 +472,13 @@ def on_change_late(self):
         has_left.wait(10.0)
     on_change(self)
 
-def leave_and_tell(self, transport):
+def leave_and_tell(self):
     is_over = self._end.is_over
-    leave(self, transport)
+    leave(self)
     if is_over:
         has_left.set()
 
-script.Session._on_change, script.Session._leave = on_change_late, leave_and_tell
+script.Carrier._on_change, script.Carrier._leave = on_change_late, leave_and_tell
 sys.exit(script.main(sys.argv[1:]))
 """
 
@@ -658,7 +658,7 @@ def test_signal_while_the_server_goes_away_is_a_normal_end(
 
 
 class Answering:
-    """What Session needs of a transport; calls `hook` and then answers `resumed`."""
+    """What Carrier needs of a connection; calls `hook` and then answers `resumed`."""
 
     def __init__(self, hook: Callable[[], Any] | None) -> None:
         self.outbox = script.FrameSender()
@@ -682,19 +682,20 @@ class Answering:
         return script.OP_TEXT, text
 
 
-def detached_session(grace_s: float = 60.0) -> Any:
+def detached_carrier(grace_s: float = 60.0) -> Any:
     argv = ["lab-1", "127.0.0.1", "22", "--secret-key", "x", "--server-url", "ws://127.0.0.1:1"]
-    session: Any = script.Session(script.read_settings(argv, {}))
-    session._end = script.UserEnd(session._channel, WINDOW, session._on_change)
-    session._end.on_open(WINDOW, grace_s)
-    session._opening = script.Open("lab-1", "127.0.0.1", 22, "tcp", "0" * 32, "", 0, 120)
-    session._end.detach(session._channel, script.RelayError("leg_lost", "lost"))
-    return session
+    settings = script.read_settings(argv, {})
+    first: Any = Answering(None)
+    carrier: Any = script.Carrier(settings, first, script.Wakeup(), lambda: None)
+    carrier._end.on_open(WINDOW, grace_s)
+    carrier._end.detach(carrier.leg.channel, script.RelayError("leg_lost", "lost"))
+    carrier._leave()
+    return carrier
 
 
-def close_pipe(session: Any) -> None:
-    os.close(session._pumps._wake_r)
-    os.close(session._pumps._wake_w)
+def close_pipe(carrier: Any) -> None:
+    os.close(carrier._wakeup.reader)
+    os.close(carrier._wakeup._writer)
 
 
 GONE = script.RelayError("user_gone", "gone")
@@ -702,30 +703,30 @@ GONE = script.RelayError("user_gone", "gone")
 
 def test_tunnel_that_ended_before_the_new_leg_was_seen_waits_for_no_answer() -> None:
     """Who ended it saw no leg to close, and nothing else would."""
-    session = detached_session()
+    carrier = detached_carrier()
     try:
-        session._end.reset(GONE)
+        carrier._end.reset(GONE)
         with pytest.raises(script.RelayError):
-            session._resume(Answering(None))
+            carrier._resume(Answering(None))
     finally:
-        close_pipe(session)
+        close_pipe(carrier)
 
 
 @pytest.mark.parametrize("how", ["user_gone", "expired"])
 def test_tunnel_that_ends_while_the_resume_is_answered_is_not_read_for_ever(how: str) -> None:
     """An expired tunnel closes no leg by itself."""
-    session = detached_session()
+    carrier = detached_carrier()
 
     def end_it() -> None:
         if how == "user_gone":
-            session._end.reset(GONE)
+            carrier._end.reset(GONE)
         else:
-            session._end._grace_s = 0.0
-            assert session._end.must_stop()
+            carrier._end.grace_s = 0.0
+            assert carrier._end.resume_left_s() == 0.0
 
     try:
         with pytest.raises(script.RelayError):
-            session._resume(Answering(end_it))
-        assert session._end.ended.code == ("user_gone" if how == "user_gone" else "leg_lost")
+            carrier._resume(Answering(end_it))
+        assert carrier._end.ended.code == ("user_gone" if how == "user_gone" else "leg_lost")
     finally:
-        close_pipe(session)
+        close_pipe(carrier)

@@ -1,10 +1,10 @@
 """Ends a process in which two threads are inside one TLS object at the same time.
 
-Python imports this by itself in every process that has this folder on PYTHONPATH. OpenSSL's
-objects are "not safe to share between threads", but a data race in them shows once in many
-runs on a slow line, and never on loopback. So this looks at the cause, not the damage: each
-entry into OpenSSL is marked before and unmarked after, and a second thread's entry in between
-writes one line to the file named by RELAY_TLS_CHECK_FILE and ends the process with code 99.
+Python imports this file by itself in every process that has this folder on PYTHONPATH. OpenSSL's
+objects are "not safe to share between threads". A data race in them shows once in many runs on a
+slow line, and never on loopback. This check therefore finds the cause, not the damage: each entry
+into OpenSSL is marked before and unmarked after. A second thread's entry in between writes one
+line to the file named by RELAY_TLS_CHECK_FILE and ends the process with code 99.
 
 The mark is a lock-guarded owner and depth, so it holds for any switch interval, and a method
 that calls another (`sendall`, `send`) is one owner two deep.
@@ -24,7 +24,7 @@ from typing import Any
 EXIT_CODE = 99
 
 # Every method that enters OpenSSL, and those that take the object away (`shutdown`,
-# `_real_close`): under another thread's feet that is the same mistake.
+# `_real_close`): doing so under another thread is the same fault.
 _METHODS = (
     "_real_close",
     "cipher",
@@ -52,10 +52,10 @@ _METHODS = (
 
 
 class _Inside:
-    """Who is inside one TLS object."""
+    """The thread that is inside one TLS object."""
 
     def __init__(self) -> None:
-        # Guards the rest. Reentrant, because a signal handler may interrupt its holder.
+        # Guards the rest. Reentrant, because a signal handler may interrupt the owner.
         self.lock = threading.RLock()
         self.owner: int | None = None
         self.depth = 0

@@ -1,4 +1,4 @@
-"""Servers and legs played by hand: plain sockets in a thread, frames written byte by byte."""
+"""Fake servers and legs: plain sockets in a thread, with frames written byte by byte."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SUBPROTOCOL = "http-network-relay.v1"
 
 
 class Visitor:
-    """One accepted connection; every wait ends by the socket's timeout."""
+    """One accepted connection; the socket's timeout ends every wait."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(5.0)
@@ -132,7 +132,7 @@ class HandServer:
         self._serve = serve
         self._wrap = wrap
         self.errors: list[BaseException] = []
-        # Guards heads; woken at each.
+        # Guards heads; notified at each.
         self._changed = threading.Condition()
         self.visitors: list[Visitor] = []
         self._threads: list[threading.Thread] = []
@@ -173,15 +173,15 @@ class HandServer:
                 visitor.sock.settimeout(5.0)
             self._serve(visitor)
         except OSError:
-            pass  # The other side may leave at any time.
+            pass  # The other side may close at any time.
         except BaseException as exc:
             self.errors.append(exc)
         finally:
             visitor.sock.close()
 
     def stop_listening(self) -> None:
-        """Who comes from now on is refused by the kernel; who is here stays."""
-        # Linux: wakes the thread in accept(); close() alone would not.
+        """Let the kernel refuse new connections; open ones stay."""
+        # Linux: shutdown() wakes the thread in accept(); close() alone would not.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
 
@@ -198,7 +198,7 @@ class HandServer:
 
 @contextmanager
 def hand_server(serve: Callable[[Visitor], None], wrap: Any = None) -> Iterator[HandServer]:
-    """A HandServer; what its thread found wrong fails the test."""
+    """A HandServer; a failure in its thread fails the test."""
     server = HandServer(serve, wrap)
     try:
         yield server
@@ -209,12 +209,12 @@ def hand_server(serve: Callable[[Visitor], None], wrap: Any = None) -> Iterator[
 
 
 def stay(visitor: Visitor) -> None:
-    """Accept, and then say nothing."""
+    """Accept, and then send nothing."""
     visitor.wait_gone()
 
 
 class PlayedLeg:
-    """The server's end of a leg, in the test's own thread. Every wait ends by the socket's."""
+    """The server's end of a leg, in the test's own thread. The socket's timeout ends every wait."""
 
     def __init__(self, visitor: Visitor) -> None:
         self.visitor = visitor
@@ -233,7 +233,7 @@ class PlayedLeg:
             self.visitor.sock.sendall(frame(OP_BINARY, piece))
 
     def read(self) -> None:
-        """Take one message in."""
+        """Receive one message."""
         opcode, payload = self.visitor.read_frame()
         if opcode == OP_TEXT:
             self.controls.append(json.loads(payload))
@@ -251,13 +251,13 @@ class PlayedLeg:
         return b"/ws_for_clients" in self.visitor.head.split(b"\r\n")[0]
 
     def until(self, predicate: Callable[[], Any]) -> Any:
-        """Read until it is true; what it gave."""
+        """Read until the predicate's value is true, and return the value."""
         while not (value := predicate()):
             self.read()
         return value
 
     def control(self, kind: str, channel: int = 0) -> dict[str, Any]:
-        """Read until the first control of this kind (on this channel) is there."""
+        """Read until the first control of this kind (on this channel) has come."""
         found: dict[str, Any] = self.until(
             lambda: next(
                 (
@@ -289,7 +289,7 @@ class PlayedLeg:
         self.visitor.sock.close()
 
     def close(self, code: int) -> None:
-        """End it as a server does: a close, which is answered, and then the connection."""
+        """End the leg as a server does: close frame, answer, end of the connection."""
         with contextlib.suppress(OSError):
             self.visitor.sock.sendall(frame(OP_CLOSE, struct.pack("!H", code)))
             self.wait_close()
@@ -297,12 +297,12 @@ class PlayedLeg:
 
 
 class PlayedServer:
-    """Gives each leg that comes up to the test, which plays it; refuses first what it is told."""
+    """Gives each new leg to the test, which plays the server; may refuse requests first."""
 
     def __init__(self) -> None:
         self._up: queue.SimpleQueue[PlayedLeg] = queue.SimpleQueue()
         self._over = threading.Event()
-        # What the next requests are answered instead of a 101: status line, code, more headers.
+        # Answers of the next requests instead of a 101: status line, code, more headers.
         self.refusals: deque[tuple[str, str, dict[str, str]]] = deque()
         self.refused: list[str] = []
         self.hand = HandServer(self._serve)
@@ -329,7 +329,7 @@ class PlayedServer:
             status, code, headers = refusal
             visitor.read_head()
             body = json.dumps({"code": code, "message": "because"}).encode()
-            # First: once it is answered, the next may be up.
+            # Before the answer: after it, the next leg may be up.
             self.refused.append(code)
             visitor.answer(status, body, HTTP_Network_Relay="v1", **headers)
             return

@@ -1,4 +1,4 @@
-"""A leg without a network: the server's part is played by the test, message by message."""
+"""A leg without a network: the test plays the server, message by message."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.waiting import eventually
 
 
 class FakeTransport:
-    """What Leg needs of a Transport: a real outbox, and messages from a queue."""
+    """The part of a Transport that Leg needs: a real outbox, and messages from a queue."""
 
     def __init__(self) -> None:
         self.outbox = FrameSender()
@@ -46,7 +46,7 @@ class FakeTransport:
 
 
 class ServerSide:
-    """A Leg in a thread, and the server's end of it in the test's hands.
+    """A Leg in a thread; the test plays the server's end.
 
     A third thread takes what the leg sends, as the writer would. `tunnels` are those of an
     earlier leg, which that one ends; else they are this leg's own, with `grace_s`.
@@ -57,7 +57,7 @@ class ServerSide:
         self._owns_tunnels = tunnels is None
         self.tunnels = tunnels or TunnelTable(DEFAULT_MAX_WINDOW_BYTES, grace_s)
         self.leg = Leg(self.transport, self.tunnels)  # type: ignore[arg-type]
-        # Guards controls and data; woken at each frame.
+        # Guards controls and data; notified at each frame.
         self._changed = threading.Condition()
         self.controls: list[dict[str, Any]] = []
         self.data: dict[int, bytearray] = {}
@@ -76,7 +76,7 @@ class ServerSide:
         self.end()
 
     def end(self) -> None:
-        """Lose the leg, and join all that it had."""
+        """Lose the leg, and join all its threads."""
         self.transport.messages.put((OP_CLOSE, 1006))
         self._reader.join(5.0)
         if self._owns_tunnels:
@@ -115,7 +115,7 @@ class ServerSide:
                     self.order.append((control["channel"], control["type"]))
                 self._changed.notify_all()
 
-    # What the server says.
+    # Messages of the server.
 
     def say(self, kind: str, channel: int = 0, **fields: Any) -> None:
         text = encode(kind, channel, **fields)
@@ -153,7 +153,7 @@ class ServerSide:
     def ack(self, channel: int, delivered: int, *, eof: bool = False, limit: int = 2**40) -> None:
         self.say("ack", channel, delivered=delivered, limit=limit, eof=eof)
 
-    # What the client said.
+    # Messages of the client.
 
     def wait(self, predicate: Callable[[], Any], timeout_s: float = 5.0) -> Any:
         with self._changed:

@@ -54,7 +54,7 @@ class FakeClientLeg:
 
 
 def taken(outbox: FrameSender) -> list[Any]:
-    """What waits in the outbox, in order: controls as objects, data as bytes."""
+    """Return the messages in the outbox, in order: controls as objects, data as bytes."""
     frames: list[Any] = []
     while outbox.has_frames:
         frame = take(outbox)

@@ -7,7 +7,7 @@ from typing import Any
 from server.access.credentials import Credentials
 from server.config import Config
 from server.relay import Relay
-from server.worker import relay_worker
+from server.worker.drain import LEAVE_S
 
 
 class ToldLeg:
@@ -31,6 +31,6 @@ def spread_of(count: int) -> int:
 
 def test_legs_have_their_turn_before_they_are_ended_when_a_worker_is_replaced() -> None:
     """All of 150; the more there are the longer they are spread, so that they are no herd."""
-    assert spread_of(150) <= relay_worker._LEAVE_S * 1000
-    assert spread_of(64) <= relay_worker._LEAVE_S * 1000 / 2, "time for the dial too"
+    assert spread_of(150) <= LEAVE_S * 1000
+    assert spread_of(64) <= LEAVE_S * 1000 / 2, "time for the dial too"
     assert spread_of(1000) == 10 * spread_of(100) > 1000

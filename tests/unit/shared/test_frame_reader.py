@@ -200,7 +200,7 @@ def joined(found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     return whole
 
 
-@settings(deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data(), st.booleans())
 def test_messages_taken_and_bytes_left_are_the_stream_in_order(
     data: st.DataObject, is_masked: bool

@@ -375,7 +375,7 @@ STEPS = st.lists(
 )
 
 
-@settings(deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     sizes=st.tuples(st.integers(0, 6 * MIB), st.integers(0, 6 * MIB)),
     max_window=st.sampled_from([MIN_WINDOW_BYTES, MIB, 4 * MIB]),

@@ -617,7 +617,7 @@ SIZES = st.one_of(st.integers(0, MIB), st.integers(0, 100 * KIB), st.just(0))
 SOURCE = pseudo_random_bytes(MIB)
 
 
-@settings(deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     sizes=st.tuples(SIZES, SIZES),
     max_window=st.sampled_from([MIN_WINDOW_BYTES, MIB]),

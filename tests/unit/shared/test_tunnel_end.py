@@ -390,12 +390,12 @@ def test_eof_while_the_reader_hands_on_is_not_forgotten(end: ClientEnd, channel:
     def take(data: Any) -> int:
         end.inbound.on_eof(channel, 4)
         # It has looked, in vain, and waits again.
-        eventually(lambda: end._core.changed._waiters)  # type: ignore[attr-defined]
+        eventually(lambda: end.changed._waiters)  # type: ignore[attr-defined]
         return len(data)
 
     end.inbound.deliver_directly(take)
     consumer, chunks = waiting(end.inbound.next_chunk)
-    eventually(lambda: end._core.changed._waiters)  # type: ignore[attr-defined]
+    eventually(lambda: end.changed._waiters)  # type: ignore[attr-defined]
     end.inbound.on_data(channel, b"abcd")
     consumer.join(5.0)
     woken = list(chunks)
@@ -577,9 +577,9 @@ def test_change_is_told_without_the_lock(outbox: FrameSender) -> None:
     end: ClientEnd
 
     def lock_is_free() -> bool:
-        taken = end._core.changed.acquire(timeout=5.0)
+        taken = end.changed.acquire(timeout=5.0)
         if taken:
-            end._core.changed.release()
+            end.changed.release()
         return taken
 
     def on_change() -> None:

@@ -110,14 +110,14 @@ def kinds(channel: Channel) -> list[str]:
 
 def state(end: TunnelEnd) -> tuple[Any, ...]:
     """All that a message could change."""
-    out, into = end._core.stream.out, end._core.stream.into
+    out, into = end.stream.out, end.stream.into
     streams = [{**vars(each)} for each in (out, into)]
     for each in streams:
         for name, value in each.items():
             if hasattr(value, "append"):
                 each[name] = list(value)
-    core, attempt = end._core, getattr(end, "_attempt", 0)
-    return (*streams, list(end.inbound._queue), core.channel, core.ended, attempt, core.state)
+    attempt = getattr(end, "_attempt", 0)
+    return (*streams, list(end.inbound._queue), end.channel, end.ended, attempt, end.state)
 
 
 def come_back(end: UserEnd, channel: Channel, peer: Position = NOTHING) -> Position:
@@ -131,7 +131,7 @@ def finish(end: TunnelEnd, channel: Channel) -> None:
     """Both eofs and both acks, on that channel."""
     end.outbound.send_eof()
     end.outbound.on_ack(channel, Ack(end.counts[0], 2**40, True))
-    end.inbound.on_eof(channel, end._core.stream.into.received)
+    end.inbound.on_eof(channel, end.stream.into.received)
     assert end.inbound.next_chunk() == b""
     end.inbound.delivered_eof()
     assert end.is_finished
@@ -151,10 +151,10 @@ def test_no_more_than_a_window_each_way_is_kept_however_often_it_is_cut() -> Non
             end.outbound.send(source.randbytes(size))
             sent(channel)
         # So large it is only where that was needed.
-        end._core.stream.into._window.size = window
-        end._core.stream.into.limit = window
-        while end._core.stream.into.received < window:
-            room = window - end._core.stream.into.received
+        end.stream.into._window.size = window
+        end.stream.into.limit = window
+        while end.stream.into.received < window:
+            room = window - end.stream.into.received
             end.inbound.on_data(channel, source.randbytes(min(MESSAGE_BYTES, room)))
         for attempt in range(1, 6):
             end.detach(channel, LOST)
@@ -206,7 +206,7 @@ def test_message_of_an_old_channel_changes_nothing(
     assert not LATE[name](made, first)
     assert state(made) == before
     assert (sent(first), sent(newest)) == ([], [])
-    assert made._core.channel is not first
+    assert made.channel is not first
 
 
 def test_nothing_is_sent_while_detached_and_no_credit_is_given(
@@ -369,7 +369,7 @@ def test_grace_is_over_at_its_second(
     getattr(end, look)()
     assert end.ended is LOST
     assert end.inbound.next_chunk() is None
-    assert end._core.stream.out.kept_bytes == 0
+    assert end.stream.out.kept_bytes == 0
 
 
 def test_grace_begins_anew_with_each_loss(end: ClientEnd, first: Channel, clock: Clock) -> None:
@@ -581,7 +581,7 @@ def test_resume_that_comes_after_the_end_is_not_attached(user_end: UserEnd, firs
     newest = new_channel(2)
     user_end.on_resumed(newest, Position(77, 0, 0))
     assert sent(newest) == []
-    assert user_end._core.channel is not newest
+    assert user_end.channel is not newest
 
 
 def test_impossible_answer_is_an_error_and_the_tunnel_stays_detached(
@@ -718,7 +718,7 @@ def test_late_messages_during_a_resume_are_taken_whole_or_not_at_all() -> None:
             lambda e=end, f=first: e.detach(f, LOST),
         )
         (resumed,) = sent(newest)
-        assert resumed["received"] == end._core.stream.into.received
+        assert resumed["received"] == end.stream.into.received
         assert sum(map(len, end.inbound._queue)) == resumed["received"]
         assert end.is_at(newest)
 
@@ -734,6 +734,8 @@ class Line:
         for end in self.ends:
             end.on_open(WINDOW, GRACE_S)
         self.lost = threading.Event()
+        # The user takes the answer of the newest leg only: one thread asks and reads it.
+        self.asking = threading.Lock()
         self.errors: list[BaseException] = []
         self.threads: list[threading.Thread] = []
 
@@ -773,7 +775,9 @@ class Line:
             elif kind == "ack":
                 other.outbound.on_ack(channel, Ack(**control))
             elif kind == "resumed":
-                self.user.on_resumed(channel, Position(**control))
+                with self.asking:
+                    if channels is self.channels:
+                        self.user.on_resumed(channel, Position(**control))
         self.lost.set()
 
     def cut(self) -> None:
@@ -785,7 +789,8 @@ class Line:
 
     def resume(self, attempt: int, *most: int) -> None:
         """The user comes back on a new channel, which is lost after so many messages."""
-        self.channels = (new_channel(), new_channel())
+        with self.asking:
+            self.channels = (new_channel(), new_channel())
         self.client.accept_resume(self.channels[1], self.user.begin_resume(), attempt)
         self.carry(*most)
 

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import ssh_proxy_command as script
+from http_network_relay.proxy_command.main import main
+from http_network_relay.proxy_command.messages import complain, warn
+from http_network_relay.proxy_command.settings import Settings, read_settings
+from http_network_relay.wire.codes import Code
+from http_network_relay.wire.errors import RelayError
 from tests.support.processes import ROOT, child_environment
 
 TOKEN = "pu-a-token-that-is-looked-for"
@@ -24,9 +28,9 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"HTTP_NETWORK_RELAY_{name}", raising=False)
 
 
-def read(argv: list[str], **environ: str) -> script.Settings:
+def read(argv: list[str], **environ: str) -> Settings:
     full = {f"HTTP_NETWORK_RELAY_{name}": value for name, value in environ.items()}
-    return script.read_settings(argv, full)
+    return read_settings(argv, full)
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -100,7 +104,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
 def test_usage_error_is_one_line_and_exit_2(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """What is wrong, by its name; nothing on stdout, no secret, no usage over many lines."""
     argv, named = WRONG[name]
-    assert script.main(argv) == 2
+    assert main(argv) == 2
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
@@ -114,24 +118,24 @@ def test_usage_error_is_one_line_and_exit_2(name: str, capfd: pytest.CaptureFixt
 def test_help_names_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     """--help is no error."""
     with pytest.raises(SystemExit) as caught:
-        script.main(["--help"])
+        main(["--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for code in ("0 clean", "1 ", "2 usage", "3 ", "4 ", "5 ", "6 ", "128+n"):
         assert code in text
 
 
-@pytest.mark.parametrize("code", sorted(script.Code))
+@pytest.mark.parametrize("code", sorted(Code))
 def test_complaint_is_one_line_with_something_to_try(
     code: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Every code: its exit code, its sentence, and a hint where there is one."""
-    error = script.RelayError(code, "what failed")
-    assert script.complain(error) == error.exit_code
+    error = RelayError(code, "what failed")
+    assert complain(error) == error.exit_code
     line = capfd.readouterr().err
     assert line.count("\n") == 1
     assert "what failed" in line
-    assert script.Code(code).hint in line
+    assert Code(code).hint in line
 
 
 def test_process_ends_with_one_line_and_exit_2() -> None:
@@ -165,4 +169,4 @@ def test_line_for_nobody_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(9, "Bad file descriptor")
 
     monkeypatch.setattr(os, "write", write)
-    script.warn("x")
+    warn("x")

@@ -18,13 +18,23 @@ from typing import Any
 
 import pytest
 
-import ssh_proxy_command as script
+from http_network_relay.end.channel import Channel
+from http_network_relay.end.stream import Position
+from http_network_relay.end.user_end import UserEnd
+from http_network_relay.leg.frame_sender import FrameSender
+from http_network_relay.proxy_command import pumps, stdio, wakeup
+from http_network_relay.proxy_command.pumps import Pumps
+from http_network_relay.proxy_command.stdio import QuickStdout
+from http_network_relay.proxy_command.wakeup import Wakeup
+from http_network_relay.wire.constants import MIN_WINDOW_BYTES, OP_BINARY
+from http_network_relay.wire.controls import Ack
+from http_network_relay.wire.errors import RelayError
 from tests.support.processes import ROOT, child_environment
 from tests.support.taking import take
 from tests.support.waiting import eventually
 
-LOST = script.RelayError("leg_lost", "lost")
-WINDOW = script.MIN_WINDOW_BYTES
+LOST = RelayError("leg_lost", "lost")
+WINDOW = MIN_WINDOW_BYTES
 # Linux's numbers, for which Python 3.9 has no names.
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
 
@@ -32,13 +42,17 @@ F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
 class Desk:
     """Pumps on two pipes of the test's, the leg's frames collected by a thread."""
 
-    def __init__(self, *, limit: int = WINDOW, grace_s: float = 0) -> None:
+    def __init__(
+        self, *, limit: int = WINDOW, grace_s: float = 0, stdout: int | None = None
+    ) -> None:
         self.stdin_r, self.stdin_w = os.pipe()
         self.stdout_r, self.stdout_w = os.pipe()
-        self.outbox = script.FrameSender()
-        self.pumps = script.Pumps()
-        self.channel = script.Channel(self.outbox)
-        self.end = script.UserEnd(self.channel, WINDOW, self.pumps.wake)
+        self.outbox = FrameSender()
+        self.wakeup = Wakeup()
+        self.channel = Channel(self.outbox)
+        self.end = UserEnd(self.channel, WINDOW, self.wakeup.wake)
+        fd = self.stdout_w if stdout is None else stdout
+        self.pumps = Pumps(self.end, self.wakeup, self.stdin_r, fd)
         self.end.on_open(limit, grace_s)
         # Guards what was sent; woken at each frame.
         self._changed = threading.Condition()
@@ -48,12 +62,12 @@ class Desk:
 
     def start(self) -> None:
         self._taker.start()
-        self.pumps.start(self.end)
+        self.pumps.start()
 
     def _take(self) -> None:
         while (frame := take(self.outbox)) is not None:
             with self._changed:
-                if frame.opcode == script.OP_BINARY:
+                if frame.opcode == OP_BINARY:
                     # Behind an end nothing may come.
                     assert not any(each["type"] == "reset" for each in self.controls)
                     self.up += frame.payload
@@ -88,20 +102,18 @@ class Desk:
         self.outbox.stop()
         self._taker.join()
         self.close(self.stdin_r, self.stdout_r, self.stdout_w)
-        self.close(self.pumps._wake_r, self.pumps._wake_w)
+        self.close(self.wakeup.reader, self.wakeup._writer)
 
 
 @pytest.fixture
 def make_desk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Desk]]:
-    """Desks whose pipes are the script's stdin and stdout."""
+    """Desks whose pipes are stdin and stdout."""
     desks: list[Desk] = []
 
     def make(*, starts: bool = True, **options: Any) -> Desk:
         desk = Desk(**options)
-        monkeypatch.setattr(script, "STDIN", desk.stdin_r)
-        monkeypatch.setattr(script, "STDOUT", desk.stdout_w)
         # These tests fill stdout: with so little as it has.
-        monkeypatch.setattr(script, "PIPE_BYTES", 0)
+        monkeypatch.setattr(stdio, "PIPE_BYTES", 0)
         if starts:
             desk.start()
             desks.append(desk)
@@ -153,7 +165,7 @@ def test_what_came_goes_to_stdout_and_its_end_closes_it(desk: Desk) -> None:
     assert (desk.controls[-1]["delivered"], desk.controls[-1]["eof"]) == (6, True)
     os.write(desk.stdin_w, b"still up")
     desk.wait(lambda: desk.up == b"still up")
-    assert desk.pumps.exit_code is None
+    assert desk.wakeup.exit_code is None
 
 
 def test_clean_end_ends_both_pumps(desk: Desk) -> None:
@@ -161,12 +173,12 @@ def test_clean_end_ends_both_pumps(desk: Desk) -> None:
     desk.close(desk.stdin_w)
     desk.wait(lambda: desk.controls)
     desk.end.inbound.on_eof(desk.channel, 0)
-    desk.end.outbound.on_ack(desk.channel, script.Ack(0, WINDOW, True))
+    desk.end.outbound.on_ack(desk.channel, Ack(0, WINDOW, True))
     desk.pumps.join(5.0)
     assert desk.end.is_finished
     assert not desk.pumps._up.is_alive()
     assert not desk.pumps._down.is_alive()
-    assert desk.pumps.exit_code is None
+    assert desk.wakeup.exit_code is None
 
 
 def test_stdin_is_left_alone_without_credit(make_desk: Callable[..., Desk]) -> None:
@@ -177,9 +189,9 @@ def test_stdin_is_left_alone_without_credit(make_desk: Callable[..., Desk]) -> N
     poll = select.poll()
     poll.register(desk.stdin_r, select.POLLIN)
     assert poll.poll(0)
-    desk.end.outbound.on_ack(desk.channel, script.Ack(10, 13, False))
+    desk.end.outbound.on_ack(desk.channel, Ack(10, 13, False))
     desk.wait(lambda: len(desk.up) == 13)
-    desk.end.outbound.on_ack(desk.channel, script.Ack(13, 100, False))
+    desk.end.outbound.on_ack(desk.channel, Ack(13, 100, False))
     desk.wait(lambda: desk.up == b"0123456789abcdef")
 
 
@@ -220,7 +232,7 @@ QUICK_PIPE = pytest.mark.skipif(
 
 
 class Stdout:
-    """A pipe or a socket as the script's stdout."""
+    """A pipe or a socket as stdout."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -242,10 +254,9 @@ class Stdout:
 
 
 @pytest.fixture(params=[pytest.param("pipe", marks=QUICK_PIPE), "socket"])
-def stdout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stdout]:
+def stdout(request: pytest.FixtureRequest) -> Iterator[Stdout]:
     """Each of the two kinds that can be written without waiting."""
     made = Stdout(request.param)
-    monkeypatch.setattr(script, "STDOUT", made.fd)
     yield made
     made.close()
 
@@ -262,7 +273,7 @@ def test_quick_stdout_writes_at_once_and_leaves_the_shared_description_alone(
     stdout: Stdout,
 ) -> None:
     """Whoever shares it, ssh or a shell, must not meet O_NONBLOCK."""
-    quick = script.QuickStdout()
+    quick = QuickStdout(stdout.fd)
     assert quick.write(b"abc") == 3
     assert quick.write(memoryview(b"def")) == 3
     assert read_exactly(stdout.reader, 6) == b"abcdef"
@@ -276,7 +287,7 @@ def test_quick_stdout_writes_at_once_and_leaves_the_shared_description_alone(
 
 def test_quick_stdout_takes_a_part_and_then_nothing_when_it_is_full(stdout: Stdout) -> None:
     """It never waits for the reader, and goes on when that has read."""
-    quick = script.QuickStdout()
+    quick = QuickStdout(stdout.fd)
     block, total = bytes(range(256)) * 4000, 0
     begun = time.monotonic()
     while count := write_quickly(quick, block[total % 256 :]):
@@ -300,14 +311,13 @@ def test_pipe_is_enlarged_as_soon_as_it_was_full(
 ) -> None:
     """Not for what fits: most sessions are a shell. And not a byte is moved by it."""
     made = Stdout("pipe")
-    monkeypatch.setattr(script, "STDOUT", made.fd)
     fcntl.fcntl(made.fd, F_SETPIPE_SZ, before)
-    quick = script.QuickStdout()
-    data = random.Random(5).randbytes(script.PIPE_BYTES)
+    quick = QuickStdout(made.fd)
+    data = random.Random(5).randbytes(stdio.PIPE_BYTES)
     assert quick.write(data[:before]) == before
     assert pipe_bytes(made.fd) == before
     assert write_quickly(quick, data[before:]) == 0
-    assert pipe_bytes(made.fd) == script.PIPE_BYTES
+    assert pipe_bytes(made.fd) == stdio.PIPE_BYTES
     assert quick.write(data[before:]) == len(data) - before
     assert read_exactly(made.reader, len(data)) == data
     quick.close()
@@ -320,7 +330,7 @@ def test_stdin_is_enlarged_as_soon_as_it_was_full(
 ) -> None:
     """Its writer then need not take turns with us; a shell's stays as it is."""
     desk = make_desk(starts=False)
-    monkeypatch.setattr(script, "PIPE_BYTES", 1024 * 1024)
+    monkeypatch.setattr(stdio, "PIPE_BYTES", 1024 * 1024)
     before = pipe_bytes(desk.stdin_r)
     data = random.Random(6).randbytes(1000 + before)
     os.write(desk.stdin_w, data[:1000])
@@ -347,10 +357,9 @@ def test_pipe_that_may_not_be_enlarged_or_is_larger_stays_as_it_is(
     # No pipe may have more than 1 << 31 bytes, not even root's.
     for most in ((1 << 31) + 1, 64 * 1024):
         made = Stdout("pipe")
-        monkeypatch.setattr(script, "STDOUT", made.fd)
-        monkeypatch.setattr(script, "PIPE_BYTES", most)
+        monkeypatch.setattr(stdio, "PIPE_BYTES", most)
         fcntl.fcntl(made.fd, F_SETPIPE_SZ, 128 * 1024)
-        quick = script.QuickStdout()
+        quick = QuickStdout(made.fd)
         assert quick.write(bytes(1 << 20)) == 128 * 1024
         assert pipe_bytes(made.fd) == 128 * 1024
         assert write_quickly(quick, b"x") == 0
@@ -360,7 +369,7 @@ def test_pipe_that_may_not_be_enlarged_or_is_larger_stays_as_it_is(
 
 def test_quick_stdout_tells_a_reader_that_has_gone(stdout: Stdout) -> None:
     """EPIPE, and no signal."""
-    quick = script.QuickStdout()
+    quick = QuickStdout(stdout.fd)
     stdout.close_reader()
     with pytest.raises(BrokenPipeError):
         quick.write(b"x")
@@ -375,11 +384,10 @@ def test_no_quick_stdout_when_a_fifo_has_no_reader(
     os.mkfifo(tmp_path / "fifo")
     reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     writer = os.open(tmp_path / "fifo", os.O_WRONLY)
-    monkeypatch.setattr(script, "STDOUT", writer)
-    script.QuickStdout().close()
+    QuickStdout(writer).close()
     os.close(reader)
     with pytest.raises(OSError, match="No such device"):
-        script.QuickStdout()
+        QuickStdout(writer)
     os.close(writer)
 
 
@@ -394,9 +402,8 @@ def test_no_quick_stdout_for_anything_else(
     else:
         path = os.devnull if kind == "null" else tmp_path / "f"
         fds.append(os.open(path, os.O_RDWR | os.O_CREAT))
-    monkeypatch.setattr(script, "STDOUT", fds[-1])
     with pytest.raises(OSError, match="neither"):
-        script.QuickStdout()
+        QuickStdout(fds[-1])
     for fd in fds:
         os.close(fd)
 
@@ -424,13 +431,12 @@ def test_order_is_kept_when_stdout_fills_up(desk: Desk) -> None:
 
 
 def test_stdout_as_a_file_carries_all_the_same(
-    make_desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    make_desk: Callable[..., Desk], tmp_path: Any
 ) -> None:
     """By pump-down alone, at the offset that is shared."""
-    desk = make_desk(starts=False)
     fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    desk = make_desk(starts=False, stdout=fd)
     os.write(fd, b"before ")
-    monkeypatch.setattr(script, "STDOUT", fd)
     desk.start()
     try:
         assert desk.pumps._quick_stdout is None
@@ -444,8 +450,8 @@ def test_stdout_as_a_file_carries_all_the_same(
 
 SHARES = """
 import sys
-import ssh_proxy_command as script
-quick = script.QuickStdout()
+from http_network_relay.proxy_command.stdio import QuickStdout
+quick = QuickStdout(1)
 assert quick.write(b"quick") == 5
 sys.stdin.read()
 """
@@ -483,7 +489,7 @@ def test_reader_of_an_idle_stdout_that_goes_away_is_noticed(desk: Desk) -> None:
     desk.wait(lambda: desk.up == b"last")
     os.close(desk.stdout_r)
     gone(desk)
-    assert desk.pumps.exit_code == 141
+    assert desk.wakeup.exit_code == 141
     assert desk.up == b"last"
 
 
@@ -493,7 +499,7 @@ def test_reader_that_goes_away_after_the_end_of_stdin_is_noticed(desk: Desk) -> 
     desk.wait(lambda: desk.controls)
     os.close(desk.stdout_r)
     gone(desk)
-    assert desk.pumps.exit_code == 141
+    assert desk.wakeup.exit_code == 141
 
 
 def test_reader_that_goes_away_while_there_is_no_credit_is_noticed(
@@ -504,17 +510,17 @@ def test_reader_that_goes_away_while_there_is_no_credit_is_noticed(
     os.write(desk.stdin_w, b"x")
     os.close(desk.stdout_r)
     gone(desk)
-    assert desk.pumps.exit_code == 141
+    assert desk.wakeup.exit_code == 141
 
 
 def test_write_to_a_reader_that_has_gone_counts_as_sigpipe(desk: Desk) -> None:
     """EPIPE, where nothing could be polled."""
     desk.pumps._watches_stdout = False
-    desk.pumps.wake()
+    desk.wakeup.wake()
     os.close(desk.stdout_r)
     desk.end.inbound.on_data(desk.channel, b"x")
     gone(desk)
-    assert desk.pumps.exit_code == 141
+    assert desk.wakeup.exit_code == 141
 
 
 def test_what_stdin_still_holds_is_sent_after_a_signal(make_desk: Callable[..., Desk]) -> None:
@@ -523,12 +529,12 @@ def test_what_stdin_still_holds_is_sent_after_a_signal(make_desk: Callable[..., 
         desk = make_desk(starts=False)
         data = os.urandom(60_000)
         os.write(desk.stdin_w, data)
-        desk.pumps.leave(129)
+        desk.wakeup.leave(129)
         desk.start()
         try:
             gone(desk)
             assert desk.up == data, rounds
-            assert desk.pumps.exit_code == 129
+            assert desk.wakeup.exit_code == 129
         finally:
             desk.end_all()
 
@@ -538,7 +544,7 @@ def test_eof_of_stdin_after_a_signal_comes_before_the_reset(make_desk: Callable[
     desk = make_desk(starts=False)
     os.write(desk.stdin_w, b"bye")
     desk.close(desk.stdin_w)
-    desk.pumps.leave(129)
+    desk.wakeup.leave(129)
     desk.start()
     try:
         gone(desk)
@@ -560,13 +566,13 @@ def test_what_was_taken_is_sent_after_a_signal_when_a_resume_left_it_without_cre
     sending.join()
     desk.end.detach(desk.channel, LOST)
     desk.up.clear()
-    desk.channel = script.Channel(desk.outbox)
+    desk.channel = Channel(desk.outbox)
     desk.end.begin_resume()
-    desk.end.on_resumed(desk.channel, script.Position(0, 0, WINDOW // 2))
-    desk.pumps.leave(143)
+    desk.end.on_resumed(desk.channel, Position(0, 0, WINDOW // 2))
+    desk.wakeup.leave(143)
     desk.wait(lambda: len(desk.up) == WINDOW // 2)
     assert "reset" not in desk.kinds()
-    desk.end.outbound.on_ack(desk.channel, script.Ack(WINDOW // 2, WINDOW, False))
+    desk.end.outbound.on_ack(desk.channel, Ack(WINDOW // 2, WINDOW, False))
     gone(desk)
     assert desk.up == data
 
@@ -579,11 +585,11 @@ def test_user_who_goes_away_does_not_wait_for_credit_that_never_comes(
     os.write(desk.stdin_w, bytes(1000))
     desk.wait(lambda: len(desk.up) == 1000)
     desk.end.detach(desk.channel, LOST)
-    desk.channel = script.Channel(desk.outbox)
+    desk.channel = Channel(desk.outbox)
     desk.end.begin_resume()
-    desk.end.on_resumed(desk.channel, script.Position(0, 0, 0))
+    desk.end.on_resumed(desk.channel, Position(0, 0, 0))
     begun = time.monotonic()
-    desk.pumps.leave(143)
+    desk.wakeup.leave(143)
     gone(desk)
     assert time.monotonic() - begun < 0.9
 
@@ -591,10 +597,10 @@ def test_user_who_goes_away_does_not_wait_for_credit_that_never_comes(
 def test_signal_does_not_wait_for_stdin(desk: Desk) -> None:
     """Open and silent: nothing to take."""
     begun = time.monotonic()
-    desk.pumps.leave(143)
+    desk.wakeup.leave(143)
     gone(desk)
     assert time.monotonic() - begun < 0.5
-    assert desk.pumps.exit_code == 143
+    assert desk.wakeup.exit_code == 143
 
 
 def test_signal_when_both_eofs_are_there_lets_the_tunnel_finish(desk: Desk) -> None:
@@ -602,9 +608,9 @@ def test_signal_when_both_eofs_are_there_lets_the_tunnel_finish(desk: Desk) -> N
     desk.close(desk.stdin_w)
     desk.end.inbound.on_eof(desk.channel, 0)
     desk.wait(lambda: len(desk.controls) == 2)
-    desk.pumps.leave(129)
-    eventually(lambda: desk.pumps.exit_code == 129)
-    desk.end.outbound.on_ack(desk.channel, script.Ack(0, WINDOW, True))
+    desk.wakeup.leave(129)
+    eventually(lambda: desk.wakeup.exit_code == 129)
+    desk.end.outbound.on_ack(desk.channel, Ack(0, WINDOW, True))
     desk.pumps.join(5.0)
     assert desk.end.is_finished
     assert "reset" not in desk.kinds()
@@ -612,18 +618,18 @@ def test_signal_when_both_eofs_are_there_lets_the_tunnel_finish(desk: Desk) -> N
 
 def test_first_reason_is_the_exit_code(desk: Desk) -> None:
     """A second signal changes nothing."""
-    desk.pumps.leave(129)
-    desk.pumps.leave(143)
+    desk.wakeup.leave(129)
+    desk.wakeup.leave(143)
     gone(desk)
-    assert desk.pumps.exit_code == 129
+    assert desk.wakeup.exit_code == 129
 
 
 def test_leave_never_waits(desk: Desk) -> None:
     """However often, and from a timer that must not stop."""
     begun = time.monotonic()
     for _ in range(100_000):
-        desk.pumps.wake()
-    desk.pumps.leave(130)
+        desk.wakeup.wake()
+    desk.wakeup.leave(130)
     assert time.monotonic() - begun < 2.0
     gone(desk)
 
@@ -649,7 +655,7 @@ def test_broken_descriptor_is_an_internal_error(
     def write_now(self: Any, data: Any) -> int:
         return write(desk.stdout_w, data)
 
-    monkeypatch.setattr(script.QuickStdout, "write", write_now)
+    monkeypatch.setattr(QuickStdout, "write", write_now)
     monkeypatch.setattr(
         os, "read" if which == "stdin" else "write", read if which == "stdin" else write
     )
@@ -662,7 +668,7 @@ def test_broken_descriptor_is_an_internal_error(
         desk.wait(lambda: desk.controls)
         assert desk.controls[-1]["code"] == "internal_error"
         assert which in desk.controls[-1]["message"]
-        assert desk.pumps.exit_code is None
+        assert desk.wakeup.exit_code is None
     finally:
         monkeypatch.undo()
         desk.end_all()
@@ -671,16 +677,16 @@ def test_broken_descriptor_is_an_internal_error(
 # Without a leg.
 
 
-NOTHING = script.Position(0, 0, WINDOW)
+NOTHING = Position(0, 0, WINDOW)
 
 
 def lose(desk: Desk) -> None:
     """The leg is lost; what the pumps are told, they have been told."""
     assert desk.end.detach(desk.channel, LOST)
-    desk.channel = script.Channel(desk.outbox)
+    desk.channel = Channel(desk.outbox)
 
 
-def come_back(desk: Desk, peer: script.Position = NOTHING) -> script.Position:
+def come_back(desk: Desk, peer: Position = NOTHING) -> Position:
     """Resume on a new link, into the same outbox; what the end says of itself."""
     position = desk.end.begin_resume()
     desk.end.on_resumed(desk.channel, peer)
@@ -701,13 +707,13 @@ def test_stdin_is_left_alone_while_there_is_no_leg(make_desk: Callable[..., Desk
     desk.wait(lambda: desk.up == b"before")
     lose(desk)
     # The pump has looked at what it was woken for, and waits again.
-    eventually(lambda: not holds(desk.pumps._wake_r))
+    eventually(lambda: not holds(desk.wakeup.reader))
     os.write(desk.stdin_w, b" meanwhile")
-    desk.pumps.wake()
-    eventually(lambda: not holds(desk.pumps._wake_r))
+    desk.wakeup.wake()
+    eventually(lambda: not holds(desk.wakeup.reader))
     assert desk.end.counts[0] == 6
     assert holds(desk.stdin_r)
-    come_back(desk, script.Position(6, 6, WINDOW))
+    come_back(desk, Position(6, 6, WINDOW))
     desk.wait(lambda: desk.up == b"before meanwhile")
 
 
@@ -719,7 +725,7 @@ def test_end_of_stdin_without_a_leg_is_told_by_the_next(make_desk: Callable[...,
     lose(desk)
     desk.close(desk.stdin_w)
     assert desk.kinds() == []
-    come_back(desk, script.Position(1, 1, WINDOW))
+    come_back(desk, Position(1, 1, WINDOW))
     desk.wait(lambda: desk.kinds() == ["eof"])
     assert desk.controls[-1]["count"] == 3
     assert desk.up == b"abcbc"
@@ -735,7 +741,7 @@ def test_what_came_goes_to_stdout_without_a_leg(make_desk: Callable[..., Desk]) 
     lose(desk)
     assert read_exactly(desk.stdout_r, len(data)) == data
     assert os.read(desk.stdout_r, 1) == b""
-    eventually(lambda: desk.end.counts[1] == len(data) and desk.end._core.stream.into.eof_delivered)
+    eventually(lambda: desk.end.counts[1] == len(data) and desk.end.stream.into.eof_delivered)
     position = come_back(desk)
     assert (position.received, position.delivered) == (len(data), len(data))
     desk.end.inbound.on_eof(desk.channel, len(data))
@@ -753,19 +759,19 @@ def test_user_who_goes_away_without_a_leg_ends_the_tunnel_at_once(
     lose(desk)
     begun = time.monotonic()
     if how == "signal":
-        desk.pumps.leave(129)
+        desk.wakeup.leave(129)
     else:
         os.close(desk.stdout_r)
     if how == "epipe":
         desk.end.inbound._queue.append(b"x")  # Came before the loss, and is written now.
-        with desk.end._core.changed:
-            desk.end._core.changed.notify_all()
+        with desk.end.changed:
+            desk.end.changed.notify_all()
     desk.pumps.join(5.0)
     assert time.monotonic() - begun < 0.9
     assert desk.end.is_over
     assert desk.end.ended is not None
     assert desk.end.ended.code == "user_gone"
-    assert desk.pumps.exit_code == (129 if how == "signal" else 141)
+    assert desk.wakeup.exit_code == (129 if how == "signal" else 141)
     assert desk.controls == []
 
 
@@ -776,7 +782,7 @@ def test_tunnel_that_expires_ends_pump_down(make_desk: Callable[..., Desk]) -> N
     desk.pumps._down.join(5.0)
     assert not desk.pumps._down.is_alive()
     assert desk.end.ended is LOST
-    desk.pumps.wake()
+    desk.wakeup.wake()
     desk.pumps.join(5.0)
     assert not desk.pumps._up.is_alive()
 
@@ -789,19 +795,20 @@ def test_pumps_carry_without_poll(
 ) -> None:
     """Windows: a thread in read(), an Event for the rest."""
     desk = make_desk(starts=False, limit=10)
-    monkeypatch.setattr(script, "CAN_POLL", False)
+    for module in (pumps, wakeup):
+        monkeypatch.setattr(module, "CAN_POLL", False)
     desk.pumps._watches_stdout = False
     desk.start()
     try:
         os.write(desk.stdin_w, b"0123456789more")
         desk.wait(lambda: desk.up == b"0123456789")
-        desk.end.outbound.on_ack(desk.channel, script.Ack(10, 100, False))
+        desk.end.outbound.on_ack(desk.channel, Ack(10, 100, False))
         desk.wait(lambda: desk.up == b"0123456789more")
         desk.end.inbound.on_data(desk.channel, b"down")
         assert read_exactly(desk.stdout_r, 4) == b"down"
         desk.close(desk.stdin_w)
         desk.wait(lambda: desk.kinds() == ["eof"])
-        desk.pumps.leave(130)
+        desk.wakeup.leave(130)
         gone(desk)
     finally:
         desk.end_all()
@@ -811,8 +818,8 @@ def test_pumps_carry_without_poll(
 
 CLOSES = """
 import os, sys
-import ssh_proxy_command as script
-script.close_stdout()
+from http_network_relay.proxy_command.stdio import close_stdout
+close_stdout(1)
 # Then go on with stdin: the other direction.
 sys.exit(0 if os.read(0, 10) == b"go on" else 1)
 """

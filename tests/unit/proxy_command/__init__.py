@@ -1,0 +1,1 @@
+"""The proxy command's own part, as the package has it."""

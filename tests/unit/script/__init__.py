@@ -1,1 +1,0 @@
-"""The proxy command's own part without a network."""
