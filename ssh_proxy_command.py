@@ -47,7 +47,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Any, Literal, NamedTuple, NoReturn, Union
 from urllib.parse import unquote, urlsplit
 
@@ -55,15 +55,20 @@ from urllib.parse import unquote, urlsplit
 # Every code that a peer, a person or an operator may read, and what follows from the code.
 # One table for all three programs. docs/protocol.md, "Codes", says when each code is sent.
 
-CLOSE_NORMAL = 1000
-CLOSE_PROTOCOL_ERROR = 1002
-CLOSE_NOT_UTF8 = 1007
-CLOSE_REVOKED = 1008
-CLOSE_TOO_BIG = 1009
-CLOSE_INTERNAL_ERROR = 1011
-CLOSE_RESTART = 1012
-CLOSE_REPLACED_BY_SELF = 4408
-CLOSE_REPLACED_BY_OTHER = 4409
+
+class CloseCode(IntEnum):
+    """Close codes (docs/protocol.md, "Close codes")."""
+
+    NORMAL = 1000
+    PROTOCOL_ERROR = 1002
+    NOT_UTF8 = 1007
+    REVOKED = 1008
+    TOO_BIG = 1009
+    INTERNAL_ERROR = 1011
+    RESTART = 1012
+    REPLACED_BY_SELF = 4408
+    REPLACED_BY_OTHER = 4409
+
 
 # Exit codes of the proxy command.
 EXIT_CLEAN = 0
@@ -262,7 +267,7 @@ class DialError(RelayError):
 class LegError(RelayError):
     """The peer broke the leg's rules; the leg ends with `close_code`."""
 
-    def __init__(self, message: str, close_code: int = CLOSE_PROTOCOL_ERROR) -> None:
+    def __init__(self, message: str, close_code: int = CloseCode.PROTOCOL_ERROR) -> None:
         super().__init__(Code.PROTOCOL_ERROR, message)
         self.close_code = close_code
 
@@ -580,7 +585,7 @@ def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> Con
         TunnelError: The tunnel of `channel` ends.
     """
     if len(text) > MAX_CONTROL_BYTES or len(text.encode("utf-8", "replace")) > MAX_CONTROL_BYTES:
-        raise LegError(f"a control is longer than {MAX_CONTROL_BYTES} bytes", CLOSE_TOO_BIG)
+        raise LegError(f"a control is longer than {MAX_CONTROL_BYTES} bytes", CloseCode.TOO_BIG)
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as exc:
@@ -614,7 +619,7 @@ def decode_text(payload: bytes | bytearray) -> str:
     try:
         return payload.decode("utf-8")
     except UnicodeDecodeError as exc:
-        raise LegError("a text message is not UTF-8", CLOSE_NOT_UTF8) from exc
+        raise LegError("a text message is not UTF-8", CloseCode.NOT_UTF8) from exc
 
 
 def encode_control(control: Control) -> bytes:
@@ -1163,7 +1168,7 @@ class FrameSender:
     """The only object that others put a leg's frames into. Any thread; a put never waits.
 
     put_first, put_eof, put_end, try_put_leg and close call the writer, since their callers may
-    hold locks. After put_data_now, put_ack and put_leg the caller MUST call push(), holding no
+    hold locks. After put_data, put_ack and put_leg the caller MUST call push(), holding no
     lock. Before start() frames are only queued.
 
     Args:
@@ -1233,7 +1238,7 @@ class FrameSender:
             self.call_writer()
         return is_put
 
-    def put_data_now(self, channel: int, head: bytes, data: Any) -> None:
+    def put_data(self, channel: int, head: bytes, data: Any) -> None:
         """Send stream bytes at once if nothing waits, else queue them. The window allows them."""
         queue = self._queue
         if not queue.is_clear or not self._send_lock.acquire(blocking=False):
@@ -1455,7 +1460,7 @@ class MessageReader:
             self._parts_opcode = opcode
         self._parts += payload
         if len(self._parts) > MAX_MESSAGE_BYTES:
-            raise LegError("a message is too long", CLOSE_TOO_BIG)
+            raise LegError("a message is too long", CloseCode.TOO_BIG)
         if not is_last:
             return None
         message = (self._parts_opcode, bytes(self._parts))
@@ -1700,39 +1705,39 @@ class Channel:
     A user leg has one channel, with `channel_id` 0. Any thread; every put_... only queues.
     """
 
-    def __init__(self, outbox: FrameSender, channel_id: int = 0) -> None:
-        self.outbox = outbox
+    def __init__(self, frame_sender: FrameSender, channel_id: int = 0) -> None:
+        self.frame_sender = frame_sender
         self.channel_id = channel_id
         self._head = encode_channel(channel_id) if channel_id else b""
 
     def put_first(self, control: Control) -> None:
         """Send the channel's first message."""
-        self.outbox.put_first(self.channel_id, self._text(control))
+        self.frame_sender.put_first(self.channel_id, self._text(control))
 
     def put_data(self, data: Any) -> None:
         """Send stream bytes, with the next push()."""
-        self.outbox.put_data_now(self.channel_id, self._head, data)
+        self.frame_sender.put_data(self.channel_id, self._head, data)
 
     def put_ack(self, ack: Ack) -> None:
         """Send an ack, with the next push()."""
-        self.outbox.put_ack(self.channel_id, self._text(ack))
+        self.frame_sender.put_ack(self.channel_id, self._text(ack))
 
     def put_eof(self, count: int) -> None:
         """Send an eof, behind the data."""
-        self.outbox.put_eof(self.channel_id, self._text(Eof(count)))
+        self.frame_sender.put_eof(self.channel_id, self._text(Eof(count)))
 
     def put_reset(self, error: RelayError) -> None:
         """Send a reset, behind the data where what came before it counts."""
         frame = self._text(Reset(error.code, str(error)))
-        self.outbox.put_end(self.channel_id, frame, in_turn=takes_turn(error.code))
+        self.frame_sender.put_end(self.channel_id, frame, in_turn=takes_turn(error.code))
 
     def push(self) -> None:
         """Send data and acks that were put. Hold no lock."""
-        self.outbox.push()
+        self.frame_sender.push()
 
     def drop(self) -> None:
         """Delete what waits to be sent."""
-        self.outbox.drop(self.channel_id)
+        self.frame_sender.drop(self.channel_id)
 
     def _text(self, control: Control) -> Frame:
         return Frame(OP_TEXT, b"", encode_control(control._replace(channel=self.channel_id)))
@@ -3319,10 +3324,10 @@ class Keepalive:
     """The pings and the patience of one leg. The timer's thread alone uses it."""
 
     def __init__(
-        self, outbox: FrameSender, duplex: DuplexSocket, peer: Any, ping_interval_s: float
+        self, frame_sender: FrameSender, duplex: DuplexSocket, peer: Any, ping_interval_s: float
     ) -> None:
         """`peer` is a far_peer(): on this machine the way to the server never changes."""
-        self._outbox = outbox
+        self._frame_sender = frame_sender
         self._duplex = duplex
         self._peer = peer
         self._ping_interval_s = ping_interval_s
@@ -3348,7 +3353,7 @@ class Keepalive:
             silence = f"nothing was heard from the server for {now - heard_at:.0f} s"
             raise RelayError(Code.LEG_LOST, silence)
         if now >= self._ping_at:
-            is_put = self._outbox.try_put_leg("ping", Frame(OP_PING, b"", b""))
+            is_put = self._frame_sender.try_put_leg("ping", Frame(OP_PING, b"", b""))
             self._ping_at = now + (self._ping_interval_s if is_put else _RETRY_S)
         return min(self._ping_at, silent_at, self._look_at)
 
@@ -3415,8 +3420,8 @@ def refusal(endpoint: Endpoint, status: int, headers: Mapping[str, str], body: b
 # One leg of a client or a proxy command: a WebSocket over websocket-client.
 # The library makes the handshake and reads odd frames. Its recv() and send() are not used: they
 # answer pings under the send lock, and bound neither time nor size. Threads: one reader calls
-# receive(), a writer runs the outbox, the timer calls tick(). Any thread may put into the outbox,
-# close() or abort().
+# receive(), a writer runs the frame sender, the timer calls tick(). Any thread may put frames,
+# or call close() and abort().
 
 # The whole way from the name lookup to the 101.
 DIAL_SERVER_S = 20.0
@@ -3442,8 +3447,8 @@ def websocket_client() -> Any:
         )
     # For Debian 12's version, a close with 1012 (the server restarts) is a bad frame.
     known = getattr(websocket._abnf, "VALID_CLOSE_STATUS", ())
-    if CLOSE_RESTART not in known:
-        websocket._abnf.VALID_CLOSE_STATUS = (*known, CLOSE_RESTART)
+    if CloseCode.RESTART not in known:
+        websocket._abnf.VALID_CLOSE_STATUS = (*known, CloseCode.RESTART)
     return websocket
 
 
@@ -3595,7 +3600,7 @@ def _body(headers: Mapping[str, str], shim: _HandshakeSocket) -> bytes:
 
 
 class Connection:
-    """A leg that is up. `outbox` is what it sends."""
+    """A leg that is up. `frame_sender` is what it sends."""
 
     def __init__(
         self,
@@ -3605,16 +3610,18 @@ class Connection:
         ping_interval_s: float,
         make_key: Callable[[], bytes] = _random_key,
     ) -> None:
-        self.outbox = FrameSender(make_key)
+        self.frame_sender = FrameSender(make_key)
         self._library = library
         self._duplex = DuplexSocket(sock)
         self._reader = FrameReader(self._duplex, begun, is_masked=False)
         self._frames = library.frame_buffer(None, True)
         # The library reads by this method alone; ours bounds a frame.
         self._frames.recv_strict = self._read_exactly
-        self._messages = MessageReader(self._reader, self.outbox, self._read_odd)
+        self._messages = MessageReader(self._reader, self.frame_sender, self._read_odd)
         self._writer: threading.Thread | None = None
-        self._keepalive = Keepalive(self.outbox, self._duplex, far_peer(sock), ping_interval_s)
+        self._keepalive = Keepalive(
+            self.frame_sender, self._duplex, far_peer(sock), ping_interval_s
+        )
         # When the timer aborts the leg. Any thread sets it; a float is read whole.
         self._abort_at = float("inf")
         # Why the leg was given up from here, if it was.
@@ -3622,7 +3629,7 @@ class Connection:
 
     def start(self, name: str) -> None:
         """Start the writer thread; stop() joins it."""
-        self.outbox.start(self._duplex)
+        self.frame_sender.start(self._duplex)
         writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
         writer.start()  # May fail on a machine out of threads; stop() joins what runs.
         self._writer = writer
@@ -3642,7 +3649,7 @@ class Connection:
 
     def _read_exactly(self, size: int) -> bytes:
         if size > MAX_MESSAGE_BYTES:
-            raise LegError("a frame is too long", CLOSE_TOO_BIG)
+            raise LegError("a frame is too long", CloseCode.TOO_BIG)
         data = b""
         while len(data) < size:
             piece = self._reader.read(size - len(data))
@@ -3655,7 +3662,7 @@ class Connection:
 
     def _write(self) -> None:
         try:
-            self.outbox.run()
+            self.frame_sender.run()
         except OSError:
             # The reader sees the same loss, and reports it.
             self.abort()
@@ -3689,7 +3696,7 @@ class Connection:
         """
         payload = struct.pack("!H", code) + reason.encode("ascii", "replace")[:120]
         self._abort_at = min(self._abort_at, time.monotonic() + FLUSH_S)
-        self.outbox.close(Frame(OP_CLOSE, b"", payload), flush=flush)
+        self.frame_sender.close(Frame(OP_CLOSE, b"", payload), flush=flush)
 
     def abort(self) -> None:
         """End the leg now: its reader and its writer wake."""
@@ -3697,11 +3704,11 @@ class Connection:
 
     def stop(self) -> None:
         """End and join the writer, free the socket. The reader calls it, or has ended."""
-        if self._writer is not None and self.outbox.is_closing:
+        if self._writer is not None and self.frame_sender.is_closing:
             # The peer is to read the close, behind which the writer ends.
             self._writer.join(FLUSH_S)
         self.abort()
-        self.outbox.stop()
+        self.frame_sender.stop()
         if self._writer is not None:
             self._writer.join()
         self._duplex.close()
@@ -3875,7 +3882,7 @@ class Leg:
 
     def __init__(self, connection: Connection, settings: Settings) -> None:
         self.connection = connection
-        self.channel = Channel(connection.outbox)
+        self.channel = Channel(connection.frame_sender)
         self._settings = settings
         self._server_restarts = False
         # When the timer gives the leg up because no answer has come, and with which reason.
@@ -3967,7 +3974,7 @@ class Leg:
         if ended is not None and ended.code == "user_gone":
             # A leg that is just resuming has no reset yet: behind the `resume` it counts.
             self.channel.put_reset(ended)
-        self.connection.close(CLOSE_NORMAL)
+        self.connection.close(CloseCode.NORMAL)
 
     def tick(self, now: float, *, slept: bool) -> float:
         """Do what is due and return when to call again. The timer's thread; never waits."""
@@ -3980,7 +3987,7 @@ class Leg:
         if self.connection.gave_up is not None:
             return self.connection.gave_up
         where = f"the relay {self._settings.endpoint.host}"
-        if close_code == CLOSE_RESTART or self._server_restarts:
+        if close_code == CloseCode.RESTART or self._server_restarts:
             return RelayError("server_restart", f"{where} is being restarted")
         if close_code == 1006:
             return RelayError("leg_lost", f"the connection to {where} was lost")

@@ -15,11 +15,7 @@ from client.tunnel_table import TunnelTable
 from http_network_relay.dial.backoff import Backoff, uniform
 from http_network_relay.dial.connection import Connection, connect
 from http_network_relay.timer import Timer
-from http_network_relay.wire.codes import (
-    CLOSE_INTERNAL_ERROR,
-    CLOSE_REPLACED_BY_OTHER,
-    CLOSE_REPLACED_BY_SELF,
-)
+from http_network_relay.wire.codes import CloseCode
 from http_network_relay.wire.constants import INSTANCE_HEADER
 from http_network_relay.wire.errors import RelayError
 
@@ -41,7 +37,7 @@ class _Run:
         self.connection = connection
         self.leg = leg
         self.begun = time.monotonic()
-        self.code = CLOSE_INTERNAL_ERROR
+        self.code: int = CloseCode.INTERNAL_ERROR
         self.thread = threading.Thread(target=serve, args=(self,), name="leg-reader")
 
 
@@ -133,7 +129,7 @@ class Agent:
             return self._draw(0.0, leg.spread_s)
         run.thread.join()
         self._note_leg(run)
-        return CAP_S if run.code == CLOSE_REPLACED_BY_OTHER else self._backoff.next_s()
+        return CAP_S if run.code == CloseCode.REPLACED_BY_OTHER else self._backoff.next_s()
 
     def _start(self, connection: Connection) -> _Run:
         run = _Run(connection, Leg(connection, self._tunnels), self._serve)
@@ -199,7 +195,7 @@ class Agent:
     def _log_end(self, run: _Run, secs: float) -> None:
         if self._stopping.is_set():
             log.info("leg closed reason=client_stopped secs=%.1f", secs)
-        elif run.code == CLOSE_REPLACED_BY_OTHER:
+        elif run.code == CloseCode.REPLACED_BY_OTHER:
             log.error(
                 "leg closed: another machine registered as %s; give each its own name,"
                 " next try in %d s",
@@ -208,6 +204,6 @@ class Agent:
             )
         else:
             why = run.connection.gave_up or f"close code {run.code}"
-            is_expected = run.code == CLOSE_REPLACED_BY_SELF or run.leg.spread_s is not None
+            is_expected = run.code == CloseCode.REPLACED_BY_SELF or run.leg.spread_s is not None
             level = logging.INFO if is_expected else logging.WARNING
             log.log(level, "leg lost secs=%.1f: %s", secs, why)

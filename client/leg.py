@@ -9,7 +9,7 @@ from client.forwarder import Forwarder, refuse
 from client.tunnel_table import TunnelTable
 from http_network_relay.dial.connection import Connection
 from http_network_relay.end.channel import Channel
-from http_network_relay.wire.codes import CLOSE_INTERNAL_ERROR
+from http_network_relay.wire.codes import CloseCode
 from http_network_relay.wire.constants import CHANNEL_BYTES, OP_BINARY, OP_CLOSE
 from http_network_relay.wire.controls import (
     TO_CLIENT,
@@ -51,7 +51,7 @@ class Leg:
 
     def serve(self) -> int:
         """Read until the leg ends; return the close code. Detaches all its tunnels."""
-        code = CLOSE_INTERNAL_ERROR
+        code: int = CloseCode.INTERNAL_ERROR
         try:
             code = self._read()
         except LegError as exc:
@@ -134,7 +134,7 @@ class Leg:
             for number, (tunnel, channel) in self._channels.items()
             if tunnel.end.is_at(channel)
         }
-        channel = Channel(self._connection.outbox, channel_id)
+        channel = Channel(self._connection.frame_sender, channel_id)
         try:
             if isinstance(control, Open):
                 tunnel = self._tunnels.open(control, channel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
-from http_network_relay.wire.codes import CLOSE_RESTART, Code
+from http_network_relay.wire.codes import CloseCode, Code
 from http_network_relay.wire.errors import Refused
 from server.access.access import Access
 from server.legs.client_leg import ClientLeg
@@ -62,7 +62,7 @@ class LiveLegs:
             if isinstance(leg, ClientLeg):
                 leg.end_tunnels(Code.SERVER_RESTART)
         for leg in legs:
-            leg.end(CLOSE_RESTART, Code.SERVER_RESTART)
+            leg.end(CloseCode.RESTART, Code.SERVER_RESTART)
 
     def abort(self) -> None:
         """Shut every leg down at once."""

@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from http_network_relay.wire.codes import CLOSE_REPLACED_BY_OTHER, CLOSE_REPLACED_BY_SELF, Code
+from http_network_relay.wire.codes import CloseCode, Code
 from http_network_relay.wire.errors import Refused
 from server.access.credentials import Login
 
@@ -85,7 +85,7 @@ class Registry(Generic[LegT]):
                     raise Refused(Code.BUSY, "the relay has no room for another client")
             else:
                 same = old.instance == instance
-                old.close_code = CLOSE_REPLACED_BY_SELF if same else CLOSE_REPLACED_BY_OTHER
+                old.close_code = CloseCode.REPLACED_BY_SELF if same else CloseCode.REPLACED_BY_OTHER
                 self._slots.discard(old)
             self._slots.add(new)
             self._clients[name] = new

@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any
 
-from http_network_relay.wire.codes import CLOSE_REPLACED_BY_OTHER, CLOSE_RESTART, Code
+from http_network_relay.wire.codes import CloseCode, Code
 from http_network_relay.wire.errors import Refused
 from server.access.access import Access
 from server.access.credentials import Credentials, Login
@@ -108,7 +108,7 @@ class Relay:
         """Return a slot; an older leg of that client ends here. Raises Refused."""
         slot, old = self._registry.admit_client(login, instance, address)
         if old is not None:
-            if old.close_code == CLOSE_REPLACED_BY_OTHER:
+            if old.close_code == CloseCode.REPLACED_BY_OTHER:
                 _log.warning(
                     "client replaced by another instance client=%s old_address=%s "
                     "old_instance=%s new_address=%s new_instance=%s",
@@ -130,7 +130,7 @@ class Relay:
         """Make the slot's leg, before the peer reads the answer to its upgrade.
 
         So a client that has its answer can be reached: a proxy user who comes in the next
-        instant finds it. The user's `open` waits in the outbox until serve().
+        instant finds it. The user's `open` waits in the frame sender until serve().
         """
         config = self._config
         leg: Leg
@@ -161,7 +161,7 @@ class Relay:
         # Before the look at is_draining: a drain that comes later finds the leg in the list.
         self._legs.add(leg)
         if self._registry.is_draining:
-            leg.end(CLOSE_RESTART, Code.SERVER_RESTART)
+            leg.end(CloseCode.RESTART, Code.SERVER_RESTART)
         # The credentials that have let the leg in may not be in force any more.
         enforce(self._access, leg)
         started_at = time.monotonic()

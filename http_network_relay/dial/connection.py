@@ -2,8 +2,8 @@
 
 The library makes the handshake and reads odd frames. Its recv() and send() are not used: they
 answer pings under the send lock, and bound neither time nor size. Threads: one reader calls
-receive(), a writer runs the outbox, the timer calls tick(). Any thread may put into the outbox,
-close() or abort().
+receive(), a writer runs the frame sender, the timer calls tick(). Any thread may put frames,
+or call close() and abort().
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from http_network_relay.leg.frame_reader import FrameReader
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.message_reader import MessageReader
 from http_network_relay.leg.send_queue import Frame
-from http_network_relay.wire.codes import CLOSE_RESTART, CLOSE_TOO_BIG
+from http_network_relay.wire.codes import CloseCode
 from http_network_relay.wire.constants import (
     FLUSH_S,
     MASK_HEADER,
@@ -65,8 +65,8 @@ def websocket_client() -> Any:
         )
     # For Debian 12's version, a close with 1012 (the server restarts) is a bad frame.
     known = getattr(websocket._abnf, "VALID_CLOSE_STATUS", ())
-    if CLOSE_RESTART not in known:
-        websocket._abnf.VALID_CLOSE_STATUS = (*known, CLOSE_RESTART)
+    if CloseCode.RESTART not in known:
+        websocket._abnf.VALID_CLOSE_STATUS = (*known, CloseCode.RESTART)
     return websocket
 
 
@@ -218,7 +218,7 @@ def _body(headers: Mapping[str, str], shim: _HandshakeSocket) -> bytes:
 
 
 class Connection:
-    """A leg that is up. `outbox` is what it sends."""
+    """A leg that is up. `frame_sender` is what it sends."""
 
     def __init__(
         self,
@@ -228,16 +228,18 @@ class Connection:
         ping_interval_s: float,
         make_key: Callable[[], bytes] = _random_key,
     ) -> None:
-        self.outbox = FrameSender(make_key)
+        self.frame_sender = FrameSender(make_key)
         self._library = library
         self._duplex = DuplexSocket(sock)
         self._reader = FrameReader(self._duplex, begun, is_masked=False)
         self._frames = library.frame_buffer(None, True)
         # The library reads by this method alone; ours bounds a frame.
         self._frames.recv_strict = self._read_exactly
-        self._messages = MessageReader(self._reader, self.outbox, self._read_odd)
+        self._messages = MessageReader(self._reader, self.frame_sender, self._read_odd)
         self._writer: threading.Thread | None = None
-        self._keepalive = Keepalive(self.outbox, self._duplex, far_peer(sock), ping_interval_s)
+        self._keepalive = Keepalive(
+            self.frame_sender, self._duplex, far_peer(sock), ping_interval_s
+        )
         # When the timer aborts the leg. Any thread sets it; a float is read whole.
         self._abort_at = float("inf")
         # Why the leg was given up from here, if it was.
@@ -245,7 +247,7 @@ class Connection:
 
     def start(self, name: str) -> None:
         """Start the writer thread; stop() joins it."""
-        self.outbox.start(self._duplex)
+        self.frame_sender.start(self._duplex)
         writer = threading.Thread(target=self._write, name=f"leg-writer:{name}")
         writer.start()  # May fail on a machine out of threads; stop() joins what runs.
         self._writer = writer
@@ -265,7 +267,7 @@ class Connection:
 
     def _read_exactly(self, size: int) -> bytes:
         if size > MAX_MESSAGE_BYTES:
-            raise LegError("a frame is too long", CLOSE_TOO_BIG)
+            raise LegError("a frame is too long", CloseCode.TOO_BIG)
         data = b""
         while len(data) < size:
             piece = self._reader.read(size - len(data))
@@ -278,7 +280,7 @@ class Connection:
 
     def _write(self) -> None:
         try:
-            self.outbox.run()
+            self.frame_sender.run()
         except OSError:
             # The reader sees the same loss, and reports it.
             self.abort()
@@ -312,7 +314,7 @@ class Connection:
         """
         payload = struct.pack("!H", code) + reason.encode("ascii", "replace")[:120]
         self._abort_at = min(self._abort_at, time.monotonic() + FLUSH_S)
-        self.outbox.close(Frame(OP_CLOSE, b"", payload), flush=flush)
+        self.frame_sender.close(Frame(OP_CLOSE, b"", payload), flush=flush)
 
     def abort(self) -> None:
         """End the leg now: its reader and its writer wake."""
@@ -320,11 +322,11 @@ class Connection:
 
     def stop(self) -> None:
         """End and join the writer, free the socket. The reader calls it, or has ended."""
-        if self._writer is not None and self.outbox.is_closing:
+        if self._writer is not None and self.frame_sender.is_closing:
             # The peer is to read the close, behind which the writer ends.
             self._writer.join(FLUSH_S)
         self.abort()
-        self.outbox.stop()
+        self.frame_sender.stop()
         if self._writer is not None:
             self._writer.join()
         self._duplex.close()

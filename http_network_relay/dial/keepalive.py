@@ -50,10 +50,10 @@ class Keepalive:
     """The pings and the patience of one leg. The timer's thread alone uses it."""
 
     def __init__(
-        self, outbox: FrameSender, duplex: DuplexSocket, peer: Any, ping_interval_s: float
+        self, frame_sender: FrameSender, duplex: DuplexSocket, peer: Any, ping_interval_s: float
     ) -> None:
         """`peer` is a far_peer(): on this machine the way to the server never changes."""
-        self._outbox = outbox
+        self._frame_sender = frame_sender
         self._duplex = duplex
         self._peer = peer
         self._ping_interval_s = ping_interval_s
@@ -79,7 +79,7 @@ class Keepalive:
             silence = f"nothing was heard from the server for {now - heard_at:.0f} s"
             raise RelayError(Code.LEG_LOST, silence)
         if now >= self._ping_at:
-            is_put = self._outbox.try_put_leg("ping", Frame(OP_PING, b"", b""))
+            is_put = self._frame_sender.try_put_leg("ping", Frame(OP_PING, b"", b""))
             self._ping_at = now + (self._ping_interval_s if is_put else _RETRY_S)
         return min(self._ping_at, silent_at, self._look_at)
 

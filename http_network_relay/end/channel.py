@@ -25,39 +25,39 @@ class Channel:
     A user leg has one channel, with `channel_id` 0. Any thread; every put_... only queues.
     """
 
-    def __init__(self, outbox: FrameSender, channel_id: int = 0) -> None:
-        self.outbox = outbox
+    def __init__(self, frame_sender: FrameSender, channel_id: int = 0) -> None:
+        self.frame_sender = frame_sender
         self.channel_id = channel_id
         self._head = encode_channel(channel_id) if channel_id else b""
 
     def put_first(self, control: Control) -> None:
         """Send the channel's first message."""
-        self.outbox.put_first(self.channel_id, self._text(control))
+        self.frame_sender.put_first(self.channel_id, self._text(control))
 
     def put_data(self, data: Any) -> None:
         """Send stream bytes, with the next push()."""
-        self.outbox.put_data_now(self.channel_id, self._head, data)
+        self.frame_sender.put_data(self.channel_id, self._head, data)
 
     def put_ack(self, ack: Ack) -> None:
         """Send an ack, with the next push()."""
-        self.outbox.put_ack(self.channel_id, self._text(ack))
+        self.frame_sender.put_ack(self.channel_id, self._text(ack))
 
     def put_eof(self, count: int) -> None:
         """Send an eof, behind the data."""
-        self.outbox.put_eof(self.channel_id, self._text(Eof(count)))
+        self.frame_sender.put_eof(self.channel_id, self._text(Eof(count)))
 
     def put_reset(self, error: RelayError) -> None:
         """Send a reset, behind the data where what came before it counts."""
         frame = self._text(Reset(error.code, str(error)))
-        self.outbox.put_end(self.channel_id, frame, in_turn=takes_turn(error.code))
+        self.frame_sender.put_end(self.channel_id, frame, in_turn=takes_turn(error.code))
 
     def push(self) -> None:
         """Send data and acks that were put. Hold no lock."""
-        self.outbox.push()
+        self.frame_sender.push()
 
     def drop(self) -> None:
         """Delete what waits to be sent."""
-        self.outbox.drop(self.channel_id)
+        self.frame_sender.drop(self.channel_id)
 
     def _text(self, control: Control) -> Frame:
         return Frame(OP_TEXT, b"", encode_control(control._replace(channel=self.channel_id)))

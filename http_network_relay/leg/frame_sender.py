@@ -23,7 +23,7 @@ class FrameSender:
     """The only object that others put a leg's frames into. Any thread; a put never waits.
 
     put_first, put_eof, put_end, try_put_leg and close call the writer, since their callers may
-    hold locks. After put_data_now, put_ack and put_leg the caller MUST call push(), holding no
+    hold locks. After put_data, put_ack and put_leg the caller MUST call push(), holding no
     lock. Before start() frames are only queued.
 
     Args:
@@ -93,7 +93,7 @@ class FrameSender:
             self.call_writer()
         return is_put
 
-    def put_data_now(self, channel: int, head: bytes, data: Any) -> None:
+    def put_data(self, channel: int, head: bytes, data: Any) -> None:
         """Send stream bytes at once if nothing waits, else queue them. The window allows them."""
         queue = self._queue
         if not queue.is_clear or not self._send_lock.acquire(blocking=False):

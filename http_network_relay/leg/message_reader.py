@@ -8,7 +8,7 @@ from typing import Any
 from http_network_relay.leg.frame_reader import FrameReader
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.send_queue import Frame
-from http_network_relay.wire.codes import CLOSE_TOO_BIG
+from http_network_relay.wire.codes import CloseCode
 from http_network_relay.wire.constants import (
     MAX_MESSAGE_BYTES,
     MAX_PING_BYTES,
@@ -82,7 +82,7 @@ class MessageReader:
             self._parts_opcode = opcode
         self._parts += payload
         if len(self._parts) > MAX_MESSAGE_BYTES:
-            raise LegError("a message is too long", CLOSE_TOO_BIG)
+            raise LegError("a message is too long", CloseCode.TOO_BIG)
         if not is_last:
             return None
         message = (self._parts_opcode, bytes(self._parts))

@@ -11,7 +11,7 @@ from http_network_relay.dial.connection import Connection, connect
 from http_network_relay.end.channel import Channel
 from http_network_relay.end.user_end import UserEnd
 from http_network_relay.proxy_command.settings import Settings
-from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
+from http_network_relay.wire.codes import CloseCode
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, TUNNEL_HEADER
 from http_network_relay.wire.controls import (
     TO_USER,
@@ -62,7 +62,7 @@ class Leg:
 
     def __init__(self, connection: Connection, settings: Settings) -> None:
         self.connection = connection
-        self.channel = Channel(connection.outbox)
+        self.channel = Channel(connection.frame_sender)
         self._settings = settings
         self._server_restarts = False
         # When the timer gives the leg up because no answer has come, and with which reason.
@@ -154,7 +154,7 @@ class Leg:
         if ended is not None and ended.code == "user_gone":
             # A leg that is just resuming has no reset yet: behind the `resume` it counts.
             self.channel.put_reset(ended)
-        self.connection.close(CLOSE_NORMAL)
+        self.connection.close(CloseCode.NORMAL)
 
     def tick(self, now: float, *, slept: bool) -> float:
         """Do what is due and return when to call again. The timer's thread; never waits."""
@@ -167,7 +167,7 @@ class Leg:
         if self.connection.gave_up is not None:
             return self.connection.gave_up
         where = f"the relay {self._settings.endpoint.host}"
-        if close_code == CLOSE_RESTART or self._server_restarts:
+        if close_code == CloseCode.RESTART or self._server_restarts:
             return RelayError("server_restart", f"{where} is being restarted")
         if close_code == 1006:
             return RelayError("leg_lost", f"the connection to {where} was lost")

@@ -5,18 +5,23 @@ One table for all three programs. docs/protocol.md, "Codes", says when each code
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Any, NamedTuple
 
-CLOSE_NORMAL = 1000
-CLOSE_PROTOCOL_ERROR = 1002
-CLOSE_NOT_UTF8 = 1007
-CLOSE_REVOKED = 1008
-CLOSE_TOO_BIG = 1009
-CLOSE_INTERNAL_ERROR = 1011
-CLOSE_RESTART = 1012
-CLOSE_REPLACED_BY_SELF = 4408
-CLOSE_REPLACED_BY_OTHER = 4409
+
+class CloseCode(IntEnum):
+    """Close codes (docs/protocol.md, "Close codes")."""
+
+    NORMAL = 1000
+    PROTOCOL_ERROR = 1002
+    NOT_UTF8 = 1007
+    REVOKED = 1008
+    TOO_BIG = 1009
+    INTERNAL_ERROR = 1011
+    RESTART = 1012
+    REPLACED_BY_SELF = 4408
+    REPLACED_BY_OTHER = 4409
+
 
 # Exit codes of the proxy command.
 EXIT_CLEAN = 0

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, Union
 
-from http_network_relay.wire.codes import CLOSE_NOT_UTF8, CLOSE_TOO_BIG
+from http_network_relay.wire.codes import CloseCode
 from http_network_relay.wire.constants import (
     CHANNEL_BYTES,
     HOST_PATTERN,
@@ -224,7 +224,7 @@ def parse_control(text: str, legal: frozenset[str], *, has_channel: bool) -> Con
         TunnelError: The tunnel of `channel` ends.
     """
     if len(text) > MAX_CONTROL_BYTES or len(text.encode("utf-8", "replace")) > MAX_CONTROL_BYTES:
-        raise LegError(f"a control is longer than {MAX_CONTROL_BYTES} bytes", CLOSE_TOO_BIG)
+        raise LegError(f"a control is longer than {MAX_CONTROL_BYTES} bytes", CloseCode.TOO_BIG)
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as exc:
@@ -258,7 +258,7 @@ def decode_text(payload: bytes | bytearray) -> str:
     try:
         return payload.decode("utf-8")
     except UnicodeDecodeError as exc:
-        raise LegError("a text message is not UTF-8", CLOSE_NOT_UTF8) from exc
+        raise LegError("a text message is not UTF-8", CloseCode.NOT_UTF8) from exc
 
 
 def encode_control(control: Control) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from http_network_relay.wire.codes import CLOSE_PROTOCOL_ERROR, EXIT_TUNNEL_LOST, Code, find_code
+from http_network_relay.wire.codes import EXIT_TUNNEL_LOST, CloseCode, Code, find_code
 
 DialFailure = Literal["refused", "unreachable", "timeout", "unknown", "denied", "cancelled"]
 
@@ -46,7 +46,7 @@ class DialError(RelayError):
 class LegError(RelayError):
     """The peer broke the leg's rules; the leg ends with `close_code`."""
 
-    def __init__(self, message: str, close_code: int = CLOSE_PROTOCOL_ERROR) -> None:
+    def __init__(self, message: str, close_code: int = CloseCode.PROTOCOL_ERROR) -> None:
         super().__init__(Code.PROTOCOL_ERROR, message)
         self.close_code = close_code
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from http_network_relay.wire.codes import CLOSE_REVOKED
+from http_network_relay.wire.codes import CloseCode
 from http_network_relay.wire.constants import CHANNEL_BYTES
 from http_network_relay.wire.controls import FROM_CLIENT, parse_control, split_channel
 from http_network_relay.wire.errors import LegError, TunnelError
@@ -42,14 +42,14 @@ class ClientLeg(Leg):
         # Queued under the lock that numbers the channels: they go out in number order.
         with self.channels.lock:
             frame = tunnel.assign_locked(max_window_bytes)
-            self.outbox.put_first(tunnel.channel, frame, cancellable=True)
-        self.outbox.push()
+            self.frame_sender.put_first(tunnel.channel, frame, cancellable=True)
+        self.frame_sender.push()
 
     def replace(self, close_code: int) -> None:
         """End this leg at once: a newer leg of the same client is here."""
         self._note("replaced")
         self.end_tunnels("client_replaced")
-        self.outbox.close(close_frame(close_code), flush=False)
+        self.frame_sender.close(close_frame(close_code), flush=False)
         self._abort_by(time.monotonic() + _REPLACED_FLUSH_S)
 
     def _on_message(self, message: Message) -> None:
@@ -101,7 +101,7 @@ class ClientLeg(Leg):
         """As in Leg; the tunnels are reset, so that no user waits for this client."""
         for tunnel in self._close_channels():
             tunnel.fail(TunnelError(message, code=code))
-        self.end(CLOSE_REVOKED, code)
+        self.end(CloseCode.REVOKED, code)
 
     def _close_channels(self) -> list[Tunnel]:
         with self.channels.lock:

@@ -1,7 +1,7 @@
 """A WebSocket into the server: what client legs and user legs share.
 
 The handler's thread runs run() and is the leg's reader. It never waits for anything but its
-socket, until the leg has ended. Any thread may put into the outbox, or call end() and abort().
+socket, until the leg has ended. Any thread may put frames, or call end() and abort().
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.leg.send_queue import Frame
-from http_network_relay.wire.codes import CLOSE_INTERNAL_ERROR
+from http_network_relay.wire.codes import CloseCode
 from http_network_relay.wire.constants import (
     FLUSH_S,
     OP_CLOSE,
@@ -64,7 +64,7 @@ class Leg:
         self.login = login
         # Of the client or the user, for logs.
         self.label = login.name
-        self.outbox = FrameSender(call=self._call_sender)
+        self.frame_sender = FrameSender(call=self._call_sender)
         self._transport = transport
         self._ping_interval_s = ping_interval_s
         self._timer = timer
@@ -79,35 +79,35 @@ class Leg:
 
     def run(self, websocket: Any) -> None:
         """Serve the upgraded WebSocket until the leg has ended and its close was sent."""
-        self._transport.start(websocket, self.outbox)
+        self._transport.start(websocket, self.frame_sender)
         try:
             ended = self._read()
             # First: the tunnels' other ends need not wait for this leg's close.
             self.lost()
             if ended is ReadEnd.LOST:
                 self._transport.abort()
-                self.outbox.stop()
+                self.frame_sender.stop()
             else:
                 self._abort_by(time.monotonic() + FLUSH_S)
                 if ended is ReadEnd.BROKEN:
                     self._transport.discard_input()
         except BaseException:
             self._transport.abort()
-            self.outbox.stop()
+            self.frame_sender.stop()
             raise
         finally:
             # The timer ends a leg whose peer does not read, at the deadline set above.
             self._sender.finish(self)
             self._transport.stop()
-            self.outbox.stop()
+            self.frame_sender.stop()
 
     def send_waiting(self) -> Next:
         """For the sender thread: send what the socket takes at once."""
-        if self.outbox.push_all():
-            if self.outbox.is_over:
+        if self.frame_sender.push_all():
+            if self.frame_sender.is_over:
                 self._transport.finish_sending()
             return Next.CALLED
-        if not self.outbox.is_full:
+        if not self.frame_sender.is_full:
             return Next.AT_ONCE
         return Next.SOON if self._transport.wants_read else Next.WRITABLE
 
@@ -121,7 +121,7 @@ class Leg:
     def end(self, close_code: int, reason: str, *, flush_s: float = FLUSH_S) -> None:
         """Send a close behind all that is queued; abort the leg after `flush_s`."""
         self._note(reason)
-        self.outbox.close(close_frame(close_code))
+        self.frame_sender.close(close_frame(close_code))
         self._abort_by(time.monotonic() + flush_s)
 
     def abort(self, reason: str) -> None:
@@ -137,7 +137,7 @@ class Leg:
             self.abort("silent" if now >= silent_at else "stuck")
             return now + self._ping_interval_s
         if now >= self._ping_at:
-            if self.outbox.try_put_leg("ping", _PING):
+            if self.frame_sender.try_put_leg("ping", _PING):
                 self._ping_at = now + self._ping_interval_s
             else:
                 self._ping_at = now + RETRY_S
@@ -146,8 +146,8 @@ class Leg:
     def going_away(self, spread_ms: int) -> None:
         """Tell the peer that the server stops soon."""
         text = encode_control(GoingAway(spread_ms))
-        self.outbox.put_leg("going_away", Frame(OP_TEXT, b"", text))
-        self.outbox.push()
+        self.frame_sender.put_leg("going_away", Frame(OP_TEXT, b"", text))
+        self.frame_sender.push()
 
     def _abort_by(self, when: float) -> None:
         self._abort_at = min(self._abort_at, when)
@@ -165,12 +165,12 @@ class Leg:
         except LegError as exc:
             _log.info("leg broke the rules leg=%s error=%s", self.label, exc)
             self._note("protocol_error")
-            self.outbox.close(close_frame(exc.close_code), flush=False)
+            self.frame_sender.close(close_frame(exc.close_code), flush=False)
             return ReadEnd.BROKEN
         except Exception:
             _log.exception("leg failed leg=%s", self.label)
             self._note("internal_error")
-            self.outbox.close(close_frame(CLOSE_INTERNAL_ERROR), flush=False)
+            self.frame_sender.close(close_frame(CloseCode.INTERNAL_ERROR), flush=False)
             return ReadEnd.BROKEN
         ended = ReadEnd.LOST if message[1] == ABNORMAL_CLOSURE else ReadEnd.CLOSED
         self._note(ended.value)

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Protocol
 
 from http_network_relay.leg.send_queue import Frame
-from http_network_relay.wire.codes import CLOSE_NORMAL, Code
+from http_network_relay.wire.codes import CloseCode, Code
 from http_network_relay.wire.constants import FLUSH_S, OP_TEXT
 from http_network_relay.wire.controls import (
     FROM_USER,
@@ -180,7 +180,7 @@ class UserLeg(Leg):
             if is_first:
                 self._on_first(control)
             elif isinstance(control, Reset):
-                self.end(CLOSE_NORMAL, control.code)
+                self.end(CloseCode.NORMAL, control.code)
             else:
                 raise TunnelError(f"{type_of(control)} before resumed")
         except TunnelError as exc:
@@ -252,8 +252,8 @@ class UserLeg(Leg):
 
     def _refuse(self, code: str, message: str) -> None:
         """Answer the first message with `refused`, and close."""
-        self.outbox.put_first(USER_CHANNEL, _refused(code, message))
-        self.end(CLOSE_NORMAL, code)
+        self.frame_sender.put_first(USER_CHANNEL, _refused(code, message))
+        self.end(CloseCode.NORMAL, code)
 
     # The timer's.
 
@@ -291,11 +291,11 @@ class UserLeg(Leg):
             # By slots of the fast lane, in this order: they are queued without waiting. Nothing
             # may follow the close, so no ping does.
             refused = _refused(code, message)
-            self._last_frames = [("refused", refused), ("close", close_frame(CLOSE_NORMAL))]
+            self._last_frames = [("refused", refused), ("close", close_frame(CloseCode.NORMAL))]
             self._ping_at = _NEVER
             self._abort_at = min(self._abort_at, now + FLUSH_S)
         while self._last_frames:
-            if not self.outbox.try_put_leg(*self._last_frames[0]):
+            if not self.frame_sender.try_put_leg(*self._last_frames[0]):
                 return False
             del self._last_frames[0]
         self._deadline = _NEVER

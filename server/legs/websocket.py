@@ -142,11 +142,11 @@ class Connection:
         """When any byte last came, monotonic."""
         return self._duplex.heard_at
 
-    def start(self, websocket: Any, outbox: FrameSender) -> None:
-        """Send what `outbox` holds. `websocket` is the library's object; the caller MUST stop()."""
+    def start(self, websocket: Any, frame_sender: FrameSender) -> None:
+        """Send the frames of `frame_sender`. The caller MUST stop(). `websocket`: the library's."""
         self._websocket = websocket
-        self._messages = MessageReader(self._frames, outbox, self._read_odd)
-        outbox.start(self._duplex)
+        self._messages = MessageReader(self._frames, frame_sender, self._read_odd)
+        frame_sender.start(self._duplex)
 
     # The reader.
 

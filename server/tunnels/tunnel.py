@@ -42,7 +42,7 @@ _log = logging.getLogger(f"{ROOT_NAME}.tunnel")
 class ChannelLeg(Protocol):
     """What a tunnel needs of its client leg."""
 
-    outbox: FrameSender
+    frame_sender: FrameSender
     channels: Channels[Tunnel]
     label: str
 
@@ -86,8 +86,8 @@ class Tunnel(TunnelPair):
         down = FlowCounters(channels.down_budget, max_window_bytes, *stands, is_paced=is_paced)
         up = FlowCounters(channels.up_budget, max_window_bytes, is_paced=is_paced)
         channel = channels.add_locked(self)
-        self._client = TunnelSide(self._client_leg.outbox, channel, down)
-        self._user = TunnelSide(self._user_leg.outbox, USER_CHANNEL, up, self._user_leg)
+        self._client = TunnelSide(self._client_leg.frame_sender, channel, down)
+        self._user = TunnelSide(self._user_leg.frame_sender, USER_CHANNEL, up, self._user_leg)
         self._go_locked(TunnelState.UNPROVEN if self.is_resume else TunnelState.ASKED)
         limit = self._first_limit_locked(self._client, asked.limit)
         self._observer.started(self)

@@ -150,7 +150,7 @@ def test_tunnel_lives_on_when_a_thief_resumes_and_resets_at_once(server: Server)
             with RawUser(server.url, OTHER_TOKEN) as thief:
                 thief.send_resume(**{**world.opening, **counts, "resume_token": "c" * 64})
                 thief.send_control({"type": "reset", "code": "protocol_error", "message": ""})
-                # A `reset` would be in the client's outbox by now, before the echo's bytes.
+                # A `reset` would be in the client's frame_sender by now, before the echo's bytes.
                 line = world.server.wait_for_line(closed, after=seen)
             world.echo(b"still there")
             if "protocol_error" in line:

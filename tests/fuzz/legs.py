@@ -105,8 +105,8 @@ class GoodUser:
         self._thread.start()
 
     def _say(self, kind: str, **fields: Any) -> None:
-        self._transport.outbox.put_ack(0, Frame(OP_TEXT, b"", encode(kind, **fields)))
-        self._transport.outbox.push()
+        self._transport.frame_sender.put_ack(0, Frame(OP_TEXT, b"", encode(kind, **fields)))
+        self._transport.frame_sender.push()
 
     def _run(self) -> None:
         try:
@@ -122,8 +122,8 @@ class GoodUser:
             # On a slow machine the window may be smaller than the largest message.
             piece = data[sent : self._limit - self._moved]
             if piece:
-                self._transport.outbox.put_data_now(0, b"", piece)
-                self._transport.outbox.push()
+                self._transport.frame_sender.put_data(0, b"", piece)
+                self._transport.frame_sender.push()
                 sent += len(piece)
             else:
                 came = self._take(came)
@@ -329,7 +329,7 @@ class World:
         for tunnel in self._agent._tunnels.alive():
             if tunnel not in self._good_tunnels:
                 channel = tunnel.end.channel
-                if channel and channel.outbox is not self._good_run.connection.outbox:
+                if channel and channel.frame_sender is not self._good_run.connection.frame_sender:
                     raise Violation(f"{tunnel.about} did not learn that its leg has ended")
                 tunnel.end.reset(RelayError("user_lost", "the end of the rounds"))
         self._wait(self._left_threads, "threads are left")

@@ -199,8 +199,8 @@ class ServedLegs:
         self.channel = self.good.channels.highest
         text = encode("opened", self.channel, limit=2**40, grace_s=120)
         self.good._on_message(text.decode())
-        list(drained(self.good.outbox))
-        list(drained(self.user.outbox))
+        list(drained(self.good.frame_sender))
+        list(drained(self.user.frame_sender))
         self.moved = 0
 
     def _client(self, name: str, secret: str) -> ClientLeg:
@@ -222,14 +222,16 @@ class ServedLegs:
         self.moved += 5
         self.user._on_message(b"there")
         self.good._on_message(encode_channel(self.channel) + b"back!")
-        up = [(f.head, bytes(f.payload)) for f in drained(self.good.outbox) if self._is_good(f)]
-        down = [(f.opcode, bytes(f.payload)) for f in drained(self.user.outbox)]
+        up = [
+            (f.head, bytes(f.payload)) for f in drained(self.good.frame_sender) if self._is_good(f)
+        ]
+        down = [(f.opcode, bytes(f.payload)) for f in drained(self.user.frame_sender)]
         assert up == [(encode_channel(self.channel), b"there")], up
         assert down == [(OP_BINARY, b"back!")], down
         for leg, channel in ((self.good, self.channel), (self.user, 0)):
             text = encode("ack", channel, delivered=self.moved, limit=2**40, eof=False)
             leg._on_message(text.decode())
-        list(drained(self.user.outbox))
+        list(drained(self.user.frame_sender))
         assert self.user.tunnel is not None
         assert not self.user.tunnel.is_over
 
@@ -269,7 +271,7 @@ def fuzz_server_legs(data: bytes) -> None:
             gone.add(number)
             leg.lost()
         legal = TO_CLIENT if leg is served.pest else TO_USER
-        _check_said(leg.outbox, legal, has_channel=leg is served.pest)
+        _check_said(leg.frame_sender, legal, has_channel=leg is served.pest)
         if source.is_rare(40):
             gone.add(number)
             leg.lost()
@@ -286,9 +288,9 @@ def fuzz_server_legs(data: bytes) -> None:
         assert budget.free == 64 * 2**20, "a budget was not given back"
 
 
-def _check_said(outbox: Any, legal: frozenset[str], *, has_channel: bool) -> None:
+def _check_said(frame_sender: Any, legal: frozenset[str], *, has_channel: bool) -> None:
     """Fail unless each message of the product is valid."""
-    for frame in drained(outbox):
+    for frame in drained(frame_sender):
         if frame.opcode == OP_TEXT:
             parse_control(bytes(frame.payload).decode(), legal, has_channel=has_channel)
         elif frame.opcode == OP_BINARY:
@@ -350,13 +352,13 @@ class _Tunnel(Forwarder):
 
 
 class _Transport:
-    """Replaces a client's transport: an outbox, and no message comes."""
+    """Replaces a client's transport: an frame_sender, and no message comes."""
 
     def __init__(self) -> None:
-        self.outbox = FrameSender()
+        self.frame_sender = FrameSender()
 
     def close(self, code: int, reason: str = "", *, flush: bool = True) -> None:
-        self.outbox.close(Frame(OP_CLOSE, b"", code.to_bytes(2, "big")), flush=flush)
+        self.frame_sender.close(Frame(OP_CLOSE, b"", code.to_bytes(2, "big")), flush=flush)
 
 
 def fuzz_client_legs(data: bytes) -> None:
@@ -373,7 +375,7 @@ def _fuzz_client_legs(source: Source) -> None:
     fields = opening(IDS[0], resume_token="1" * 64)
     good_leg._on_control(encode("open", 1, **fields, user="anna"))
     good, channel = good_leg._channels[1]
-    list(drained(channel.outbox))
+    list(drained(channel.frame_sender))
     known = {**opening("0" * 32), "user": "anna"}
     leg = Leg(_Transport(), tunnels)  # type: ignore[arg-type]
     pest = Pest(leg, known)
@@ -389,7 +391,7 @@ def _fuzz_client_legs(source: Source) -> None:
         for tunnel in tunnels.alive():
             if tunnel is not good:
                 tunnel.advance(source)  # type: ignore[attr-defined]
-        _check_said(leg._connection.outbox, FROM_CLIENT, has_channel=True)
+        _check_said(leg._connection.frame_sender, FROM_CLIENT, has_channel=True)
         if is_gone:
             # As Leg.serve() does, then; the pest is back on another leg.
             tunnels.detach(leg._channels.values(), RelayError("leg_lost", "lost"))
@@ -400,7 +402,7 @@ def _fuzz_client_legs(source: Source) -> None:
     good_leg._on_data(encode_channel(1) + b"there")
     good.end.outbound.send(b"back!")
     assert good.end.inbound.next_chunk() == b"there"
-    assert [bytes(f.payload) for f in drained(channel.outbox)] == [b"back!"]
+    assert [bytes(f.payload) for f in drained(channel.frame_sender)] == [b"back!"]
     for tunnel in tunnels.alive():
         kept = tunnel.end.stream
         assert 0 <= kept.into.delivered <= kept.into.received <= kept.into.limit

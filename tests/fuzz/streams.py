@@ -152,7 +152,7 @@ def fuzz_client_frames(data: bytes) -> None:
         assert stream.is_right <= (message[1] == 1006)
     stream.check(came)
     assert all(opcode in (OP_TEXT, OP_BINARY) for opcode, _ in came)
-    assert len(list(drained(transport.outbox))) <= 1, "more than one pong waits"
+    assert len(list(drained(transport.frame_sender))) <= 1, "more than one pong waits"
 
 
 _UPGRADE_ENVIRON = {
@@ -176,9 +176,9 @@ def fuzz_server_frames(data: bytes) -> None:
     sock.sent = b""
     came: list[tuple[int, bytes]] = []
 
-    outbox = UnsentFrames()
+    frame_sender = UnsentFrames()
     connection = Connection(handshake_socket)
-    connection.start(library, outbox)
+    connection.start(library, frame_sender)
     try:
         while (message := connection.receive())[0] != OP_CLOSE:
             came.append((message[0], bytes(message[1])))
@@ -191,7 +191,7 @@ def fuzz_server_frames(data: bytes) -> None:
     assert not sock.sent, "the reader wrote by itself"
     stream.check(came)
     assert not (stream.is_right and end != ABNORMAL_CLOSURE), end
-    assert all(taken.opcode in (OP_PONG, OP_CLOSE) for taken in drained(outbox))
+    assert all(taken.opcode in (OP_PONG, OP_CLOSE) for taken in drained(frame_sender))
 
 
 # HTTP.

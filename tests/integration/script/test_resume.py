@@ -661,7 +661,7 @@ class Answering:
     """What Carrier needs of a connection; calls `hook` and then answers `resumed`."""
 
     def __init__(self, hook: Callable[[], Any] | None) -> None:
-        self.outbox = script.FrameSender()
+        self.frame_sender = script.FrameSender()
         self.gave_up = None
         self.closes: list[int] = []
         self._hook = hook

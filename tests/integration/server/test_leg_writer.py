@@ -14,7 +14,7 @@ from http_network_relay.leg.duplex_socket import DuplexSocket
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
 from http_network_relay.leg.send_queue import Frame
-from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
+from http_network_relay.wire.codes import CloseCode
 from http_network_relay.wire.constants import OP_BINARY, OP_CLOSE, OP_TEXT
 from server.access.credentials import Login
 from server.legs.leg import Leg
@@ -27,7 +27,7 @@ from tests.support.taking import put_data
 from tests.support.waiting import eventually
 
 LOGIN = Login("user", "tested", b"")
-CLOSE = (OP_CLOSE, close_frame(CLOSE_RESTART).payload)
+CLOSE = (OP_CLOSE, close_frame(CloseCode.RESTART).payload)
 
 
 class OneWay:
@@ -38,11 +38,11 @@ class OneWay:
         self.duplex = DuplexSocket(sock)
         self.heard_at = float("inf")
 
-    def start(self, _websocket: object, outbox: FrameSender) -> None:
-        outbox.start(self.duplex)
+    def start(self, _websocket: object, frame_sender: FrameSender) -> None:
+        frame_sender.start(self.duplex)
 
     def receive(self) -> tuple[int, int]:
-        return OP_CLOSE, CLOSE_NORMAL if self.duplex.recv(1) else ABNORMAL_CLOSURE
+        return OP_CLOSE, CloseCode.NORMAL if self.duplex.recv(1) else ABNORMAL_CLOSURE
 
     def finish_sending(self) -> None:
         socket.socket.shutdown(self._sock, socket.SHUT_WR)
@@ -80,7 +80,7 @@ class Served:
             self.near, self.far = tls_pair(certs, self.near, self.far)
         self.far.settimeout(10)
         self.leg = new_leg(self.near, sender)
-        self.outbox = self.leg.outbox
+        self.frame_sender = self.leg.frame_sender
         self._reader = threading.Thread(target=self.leg.run, args=(None,))
         self._reader.start()
 
@@ -122,11 +122,11 @@ def served(sender: LegSender) -> Iterator[Served]:
 
 def test_what_nobody_pushes_is_sent(served: Served) -> None:
     """Controls that nobody pushes, a ping of the timer's kind, and the close."""
-    served.outbox.put_first(1, text("first"))
+    served.frame_sender.put_first(1, text("first"))
     assert read_frame(served.far) == (OP_TEXT, b"first")
-    assert served.outbox.try_put_leg("ping", text("ping"))
+    assert served.frame_sender.try_put_leg("ping", text("ping"))
     assert read_frame(served.far) == (OP_TEXT, b"ping")
-    served.leg.end(CLOSE_RESTART, "server_restart")
+    served.leg.end(CloseCode.RESTART, "server_restart")
     assert read_frame(served.far) == CLOSE
     assert served.far.recv(1) == b""
     served.end()
@@ -136,12 +136,12 @@ def test_what_was_put_before_the_leg_is_served_is_sent(sender: LegSender) -> Non
     """Between the upgrade and run() a client can be reached already."""
     near, far = tcp_pair()
     leg = new_leg(near, sender)
-    leg.outbox.put_first(1, text("early"))
-    leg.outbox.push()
+    leg.frame_sender.put_first(1, text("early"))
+    leg.frame_sender.push()
     reader = threading.Thread(target=leg.run, args=(None,))
     reader.start()
     assert read_frame(far) == (OP_TEXT, b"early")
-    leg.outbox.close(close_frame(CLOSE_RESTART))
+    leg.frame_sender.close(close_frame(CloseCode.RESTART))
     assert read_frame(far) == CLOSE
     far.close()
     reader.join(5)
@@ -151,18 +151,18 @@ def test_what_was_put_before_the_leg_is_served_is_sent(sender: LegSender) -> Non
 def test_rest_is_sent_when_the_peer_reads(served: Served) -> None:
     """And what is put meanwhile, in order; a push sends again at once after it."""
     for number in range(64):
-        put_data(served.outbox, 1, b"head", bytes([number]) * 60_000)
-    served.outbox.push()
-    eventually(lambda: served.outbox.is_full)
-    served.outbox.put_first(2, text("overtakes"))
+        put_data(served.frame_sender, 1, b"head", bytes([number]) * 60_000)
+    served.frame_sender.push()
+    eventually(lambda: served.frame_sender.is_full)
+    served.frame_sender.put_first(2, text("overtakes"))
     came = [read_frame(served.far) for _ in range(65)]
     came.remove((OP_TEXT, b"overtakes"))
     assert came == [(OP_BINARY, b"head" + bytes([number]) * 60_000) for number in range(64)]
-    served.outbox.put_leg("pong", text("pushed"))
-    eventually(lambda: not served.outbox.is_full)
-    served.outbox.push()
+    served.frame_sender.put_leg("pong", text("pushed"))
+    eventually(lambda: not served.frame_sender.is_full)
+    served.frame_sender.push()
     assert read_frame(served.far) == (OP_TEXT, b"pushed")
-    served.leg.end(CLOSE_RESTART, "server_restart")
+    served.leg.end(CloseCode.RESTART, "server_restart")
     assert read_frame(served.far) == CLOSE
     served.end()
 
@@ -172,12 +172,12 @@ def test_rest_is_sent_over_tls(sender: LegSender, certs: Certs) -> None:
     """The same bytes are offered again after WANT_WRITE, else OpenSSL ends the connection."""
     served = Served(sender, certs)
     for number in range(64):
-        put_data(served.outbox, 1, b"head", bytes([number]) * 60_000)
-    served.outbox.push()
+        put_data(served.frame_sender, 1, b"head", bytes([number]) * 60_000)
+    served.frame_sender.push()
     eventually(lambda: sender._full)
     for number in range(64):
         assert read_frame(served.far) == (OP_BINARY, b"head" + bytes([number]) * 60_000)
-    served.leg.end(CLOSE_RESTART, "server_restart")
+    served.leg.end(CloseCode.RESTART, "server_restart")
     assert read_frame(served.far) == CLOSE
     served.end()
 
@@ -189,14 +189,14 @@ def test_full_sockets_cost_no_thread_and_delay_nobody(sender: LegSender) -> None
     other = Served(sender)
     for each in stuck:
         for _ in range(64):
-            put_data(each.outbox, 1, b"head", bytes(60_000))
-        each.outbox.push()
+            put_data(each.frame_sender, 1, b"head", bytes(60_000))
+        each.frame_sender.push()
     eventually(lambda: len(sender._full) == len(stuck))
     # The readers of the legs alone.
     assert threading.active_count() == before + len(stuck) + 1
-    other.outbox.put_first(1, text("first"))
+    other.frame_sender.put_first(1, text("first"))
     assert read_frame(other.far) == (OP_TEXT, b"first")
-    other.leg.end(CLOSE_RESTART, "server_restart")
+    other.leg.end(CloseCode.RESTART, "server_restart")
     assert read_frame(other.far) == CLOSE
     other.end()
     for each in stuck:
@@ -218,15 +218,15 @@ def test_long_queue_of_one_leg_lets_others_have_their_turn(sender: LegSender) ->
     reader = threading.Thread(target=read)
     reader.start()
     for _ in range(blocks):
-        put_data(bulk.outbox, 1, b"head", bytes(65_536))
-    bulk.outbox.call_writer()
-    other.outbox.put_first(1, text("first"))
+        put_data(bulk.frame_sender, 1, b"head", bytes(65_536))
+    bulk.frame_sender.call_writer()
+    other.frame_sender.put_first(1, text("first"))
     assert read_frame(other.far) == (OP_TEXT, b"first")
-    bulk.leg.end(CLOSE_RESTART, "server_restart")
+    bulk.leg.end(CloseCode.RESTART, "server_restart")
     reader.join(10)
     assert received == [65_540] * blocks
     for each in (bulk, other):
-        each.leg.end(CLOSE_RESTART, "server_restart")
+        each.leg.end(CloseCode.RESTART, "server_restart")
         each.end()
 
 
@@ -234,8 +234,8 @@ def test_leg_that_ends_before_the_sender_comes_sends_what_waits() -> None:
     """Up to the close; its reader waits for that."""
     sender = LegSender()
     served = Served(sender)
-    served.outbox.put_first(1, text("last words"))
-    served.leg.end(CLOSE_RESTART, "server_restart")
+    served.frame_sender.put_first(1, text("last words"))
+    served.leg.end(CloseCode.RESTART, "server_restart")
     served.far.sendall(b"x")
     sender.start()
     assert read_frame(served.far) == (OP_TEXT, b"last words")
@@ -252,10 +252,10 @@ def test_leg_that_ends_with_a_full_socket_waits_for_the_peer_or_its_deadline(
     """The descriptor is not given back while the sender thread may write to it."""
     served = Served(sender)
     for _ in range(64):
-        put_data(served.outbox, 1, b"head", bytes(60_000))
-    served.outbox.push()
+        put_data(served.frame_sender, 1, b"head", bytes(60_000))
+    served.frame_sender.push()
     eventually(lambda: sender._full)
-    served.leg.end(CLOSE_RESTART, "server_restart")
+    served.leg.end(CloseCode.RESTART, "server_restart")
     served.far.sendall(b"x")
     served._reader.join(0.1)
     assert served._reader.is_alive()
@@ -272,7 +272,7 @@ def test_leg_whose_sending_fails_by_a_bug_still_ends(
     def fail() -> bool:
         raise ValueError("broken")
 
-    monkeypatch.setattr(served.outbox, "push_all", fail)
+    monkeypatch.setattr(served.frame_sender, "push_all", fail)
     served.end()
     assert "sender failed" in caplog.text
 
@@ -294,12 +294,14 @@ def _crowd(served: Served, chance: random.Random) -> None:
 
     def put(channel: int) -> None:
         for number, (kind, size, _) in enumerate(draws):
-            put_data(served.outbox, channel, b"ch%d" % channel, b"%04d" % number + bytes(size))
+            put_data(
+                served.frame_sender, channel, b"ch%d" % channel, b"%04d" % number + bytes(size)
+            )
             if kind < 10:
-                served.outbox.push()
+                served.frame_sender.push()
             elif kind == 10:
-                served.outbox.call_writer()
-        served.outbox.call_writer()
+                served.frame_sender.call_writer()
+        served.frame_sender.call_writer()
 
     putters = [threading.Thread(target=put, args=(channel,)) for channel in range(3)]
     for thread in putters:
@@ -307,7 +309,7 @@ def _crowd(served: Served, chance: random.Random) -> None:
     if draws[0][2] < 0.5:
         for thread in putters:
             thread.join()
-    served.leg.end(CLOSE_RESTART, "server_restart")
+    served.leg.end(CloseCode.RESTART, "server_restart")
     came: dict[bytes, bytearray] = {}
     while (frame := read_frame(served.far)) != CLOSE:
         came.setdefault(frame[1][:3], bytearray()).extend(frame[1][3:])

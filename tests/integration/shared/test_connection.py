@@ -506,9 +506,9 @@ def keys_of(
         try:
             for number in range(8):
                 opcode = OP_BINARY if number % 2 else OP_TEXT
-                transport.outbox.put_first(number + 1, Frame(opcode, b"\0\0\0\1", b"hello"))
+                transport.frame_sender.put_first(number + 1, Frame(opcode, b"\0\0\0\1", b"hello"))
                 if number % 3:
-                    transport.outbox.push()
+                    transport.frame_sender.push()
             assert done.wait(5.0)
         finally:
             transport.abort()
@@ -665,8 +665,8 @@ def test_pings_are_answered_while_a_large_send_is_stuck_and_no_frame_breaks() ->
     block = bytes(range(256)) * 256
     with hand_server(serve) as server, leg(server) as transport:
         for _ in range(blocks):
-            put_data(transport.outbox, 7, b"\0\0\0\7", block)
-        transport.outbox.push()
+            put_data(transport.frame_sender, 7, b"\0\0\0\7", block)
+        transport.frame_sender.push()
         eventually(lambda: not _can_write(transport))
         go_on.set()
         assert transport.receive() == (OP_TEXT, b"all")
@@ -688,7 +688,7 @@ def test_reader_puts_its_pong_and_writes_nothing() -> None:
 
     with hand_server(serve) as server, leg(server, is_started=False) as transport:
         assert transport.receive() == (OP_TEXT, b"t")
-        assert take(transport.outbox) == Frame(OP_PONG, b"", b"new")
+        assert take(transport.frame_sender) == Frame(OP_PONG, b"", b"new")
         transport.close(1000)
         transport.start("test")
         eventually(lambda: seen)
@@ -712,8 +712,8 @@ def deaf() -> Iterator[HandServer]:
 def fill(transport: Connection) -> None:
     """Send until the writer is stuck in the kernel."""
     for channel in range(1, 200):
-        put_data(transport.outbox, channel, b"\0\0\0\1", bytes(65536))
-    transport.outbox.push()
+        put_data(transport.frame_sender, channel, b"\0\0\0\1", bytes(65536))
+    transport.frame_sender.push()
     eventually(lambda: not _can_write(transport))
 
 
@@ -745,10 +745,10 @@ def test_ping_is_due_each_interval_and_no_sooner() -> None:
     ):
         begun = transport._keepalive._ping_at - 20.0
         assert transport.tick(begun + 19.9, slept=False) == pytest.approx(begun + 20.0)
-        assert not transport.outbox.has_frames
+        assert not transport.frame_sender.has_frames
         assert transport.tick(begun + 20.0, slept=False) == pytest.approx(begun + 40.0)
-        assert take(transport.outbox) == Frame(OP_PING, b"", b"")
-        assert not transport.outbox.has_frames
+        assert take(transport.frame_sender) == Frame(OP_PING, b"", b"")
+        assert not transport.frame_sender.has_frames
 
 
 def test_machine_that_slept_pings_at_once_and_waits_three_seconds() -> None:
@@ -759,7 +759,7 @@ def test_machine_that_slept_pings_at_once_and_waits_three_seconds() -> None:
     ):
         woke = transport._duplex.heard_at + 1000.0
         again = transport.tick(woke, slept=True)
-        assert take(transport.outbox) == Frame(OP_PING, b"", b"")
+        assert take(transport.frame_sender) == Frame(OP_PING, b"", b"")
         assert transport.gave_up is None
         assert again == pytest.approx(woke + 3.0)
         transport.tick(woke + 2.9, slept=False)
@@ -790,7 +790,7 @@ def test_tick_never_waits_for_the_outbox() -> None:
         leg(server, is_started=False, ping_interval_s=1.0) as transport,
     ):
         now = transport._keepalive._ping_at
-        with queue_lock(transport.outbox):
+        with queue_lock(transport.frame_sender):
             ticked: list[float] = []
             timer = threading.Thread(target=lambda: ticked.append(transport.tick(now, slept=False)))
             timer.start()
@@ -798,7 +798,7 @@ def test_tick_never_waits_for_the_outbox() -> None:
             assert not timer.is_alive()
         assert now < ticked[0] <= now + 0.05
         transport.tick(ticked[0], slept=False)
-        assert take(transport.outbox) == Frame(OP_PING, b"", b"")
+        assert take(transport.frame_sender) == Frame(OP_PING, b"", b"")
 
 
 def test_tick_never_waits_for_a_stuck_writer(deaf: HandServer) -> None:

@@ -65,7 +65,7 @@ class Leg:
     """A sender and its writer thread over one socket."""
 
     def __init__(self, sock: Any, make_key: Callable[[], bytes | None] = no_key) -> None:
-        self.outbox = FrameSender(make_key)
+        self.frame_sender = FrameSender(make_key)
         self.duplex = NotingDuplex(sock)
         self.failures: list[OSError] = []
         self._writer = threading.Thread(target=self._run, name="leg-writer:test")
@@ -75,12 +75,12 @@ class Leg:
         return self.duplex.lost
 
     def start(self) -> None:
-        self.outbox.start(self.duplex)
+        self.frame_sender.start(self.duplex)
         self._writer.start()
 
     def _run(self) -> None:
         try:
-            self.outbox.run()
+            self.frame_sender.run()
         except OSError as exc:
             self.failures.append(exc)
 
@@ -90,7 +90,7 @@ class Leg:
 
     def stop(self) -> None:
         self.duplex.abort()
-        self.outbox.stop()
+        self.frame_sender.stop()
         self.join()
 
 
@@ -124,12 +124,12 @@ class Pipe:
 def lone(pipe: Pipe) -> tuple[FrameSender, list[None]]:
     """A sender without a writer thread, and the calls for one."""
     calls: list[None] = []
-    outbox = FrameSender(call=lambda: calls.append(None))
-    outbox.start(pipe)  # type: ignore[arg-type]
+    frame_sender = FrameSender(call=lambda: calls.append(None))
+    frame_sender.start(pipe)  # type: ignore[arg-type]
     # So that the next call is noted.
-    assert outbox.push_all()
+    assert frame_sender.push_all()
     calls.clear()
-    return outbox, calls
+    return frame_sender, calls
 
 
 def text(name: str) -> Frame:
@@ -151,8 +151,8 @@ def frames(data: bytes | bytearray) -> list[tuple[int, bytes]]:
     return found
 
 
-def put(outbox: FrameSender, channel: int, data: bytes) -> None:
-    put_data(outbox, channel, channel.to_bytes(4, "big"), data)
+def put(frame_sender: FrameSender, channel: int, data: bytes) -> None:
+    put_data(frame_sender, channel, channel.to_bytes(4, "big"), data)
 
 
 # Many who send.
@@ -181,12 +181,12 @@ def test_frames_stay_whole_and_in_order_while_many_push_and_the_peer_reads_slowl
     def push(channel: int) -> None:
         for number in range(blocks):
             size = sizes[(channel + number) % len(sizes)]
-            put(leg.outbox, channel, bytes([channel * 16 + number]) * size)
-            leg.outbox.push()
+            put(leg.frame_sender, channel, bytes([channel * 16 + number]) * size)
+            leg.frame_sender.push()
 
     def call() -> None:
         for channel in firsts:
-            leg.outbox.put_first(channel, text(str(channel)))
+            leg.frame_sender.put_first(channel, text(str(channel)))
 
     echoed = threading.Event()
     echo_bytes = 20 * 100
@@ -218,7 +218,7 @@ def test_frames_stay_whole_and_in_order_while_many_push_and_the_peer_reads_slowl
     assert echoed.wait(5.0)
     for thread in threads:
         thread.join()
-    leg.outbox.close(CLOSE)
+    leg.frame_sender.close(CLOSE)
     assert read_frame(far) == (OP_CLOSE, CLOSE.payload)
     assert not leg.lost.is_set()
     leg.stop()
@@ -227,10 +227,10 @@ def test_frames_stay_whole_and_in_order_while_many_push_and_the_peer_reads_slowl
     assert not leg.failures
 
 
-def note_taken(outbox: FrameSender) -> list[Frame]:
+def note_taken(frame_sender: FrameSender) -> list[Frame]:
     """In which order frames are taken from now on."""
     taken: list[Frame] = []
-    real = outbox._queue.take
+    real = frame_sender._queue.take
 
     def take(*, with_close: bool = False) -> Frame | None:
         frame = real(with_close=with_close)
@@ -238,7 +238,7 @@ def note_taken(outbox: FrameSender) -> list[Frame]:
             taken.append(frame)
         return frame
 
-    outbox._queue.take = take  # type: ignore[method-assign]
+    frame_sender._queue.take = take  # type: ignore[method-assign]
     return taken
 
 
@@ -247,7 +247,7 @@ def test_order_is_the_outboxs_when_eight_threads_push(pair: Pair) -> None:
     """What is taken first is on the wire first, by whichever thread."""
     near, far = pair
     leg = Leg(near)
-    ordered = leg.outbox
+    ordered = leg.frame_sender
     taken = note_taken(ordered)
     leg.start()
     count = 12
@@ -284,50 +284,51 @@ def test_order_is_the_outboxs_when_eight_threads_push(pair: Pair) -> None:
 def test_nothing_is_lost_when_a_push_finds_the_lock_taken() -> None:
     """It leaves at once; the one inside looks again after it has let go."""
     pipe = Pipe()
-    outbox, _calls = lone(pipe)
-    put(outbox, 1, b"one")
-    real = outbox._queue.take
+    frame_sender, _calls = lone(pipe)
+    put(frame_sender, 1, b"one")
+    real = frame_sender._queue.take
 
     def take(*, with_close: bool = False) -> Frame | None:
         frame = real(with_close=with_close)
         if frame is None and not late:
             # Found nothing more, and has not let go: now another comes.
             late.append(1)
-            put(outbox, 2, b"two")
-            thread = threading.Thread(target=outbox.push)
+            put(frame_sender, 2, b"two")
+            thread = threading.Thread(target=frame_sender.push)
             thread.start()
             thread.join(5.0)
             assert not thread.is_alive()
         return frame
 
     late: list[int] = []
-    outbox._queue.take = take  # type: ignore[method-assign]
-    outbox.push()
+    frame_sender._queue.take = take  # type: ignore[method-assign]
+    frame_sender.push()
     assert late
     assert frames(pipe.data) == [(OP_BINARY, b"\0\0\0\1one"), (OP_BINARY, b"\0\0\0\2two")]
-    assert not outbox.has_frames
-    assert not outbox._send_lock.locked()
+    assert not frame_sender.has_frames
+    assert not frame_sender._send_lock.locked()
 
 
 @pytest.mark.usefixtures("fast_switching")
 def test_nothing_is_left_when_all_pushes_have_returned() -> None:
     """Without a writer's help: many threads, again and again."""
 
-    def put_and_push(outbox: FrameSender, channel: int) -> None:
-        put(outbox, channel, b"x")
-        outbox.push()
+    def put_and_push(frame_sender: FrameSender, channel: int) -> None:
+        put(frame_sender, channel, b"x")
+        frame_sender.push()
 
     for _ in range(20):
         pipe = Pipe()
-        outbox, calls = lone(pipe)
+        frame_sender, calls = lone(pipe)
         threads = [
-            threading.Thread(target=put_and_push, args=(outbox, channel)) for channel in range(1, 5)
+            threading.Thread(target=put_and_push, args=(frame_sender, channel))
+            for channel in range(1, 5)
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert not outbox.has_frames
+        assert not frame_sender.has_frames
         assert len(frames(pipe.data)) == 4
         assert not calls
 
@@ -339,18 +340,18 @@ def test_nothing_is_left_when_all_pushes_have_returned() -> None:
 def test_rest_of_a_frame_is_the_writers_and_goes_first(taken: int) -> None:
     """Later frames and pushes wait behind it, the fast lane too."""
     pipe = Pipe(allowance=taken)
-    outbox, calls = lone(pipe)
-    put(outbox, 1, b"first")
-    outbox.push()
+    frame_sender, calls = lone(pipe)
+    put(frame_sender, 1, b"first")
+    frame_sender.push()
     assert len(pipe.data) == taken
     assert calls
-    put(outbox, 2, b"second")
-    outbox.put_ack(1, text("ack"))
+    put(frame_sender, 2, b"second")
+    frame_sender.put_ack(1, text("ack"))
     pipe.allowance = sys.maxsize
-    outbox.push()
+    frame_sender.push()
     assert len(pipe.data) == taken, "a push sent before the rest"
-    outbox.close(CLOSE)
-    outbox.run()
+    frame_sender.close(CLOSE)
+    frame_sender.run()
     assert frames(pipe.data) == [
         (OP_BINARY, b"\0\0\0\1first"),
         (OP_TEXT, b"ack"),
@@ -363,20 +364,20 @@ def test_rest_of_a_frame_is_the_writers_and_goes_first(taken: int) -> None:
 def test_push_sends_again_after_the_rest_has_gone() -> None:
     """The writer waits then, and whoever puts sends by himself."""
     pipe = Pipe(allowance=4)
-    outbox, _calls = lone(pipe)
-    writer = threading.Thread(target=outbox.run)
-    put(outbox, 1, b"first")
-    outbox.push()
+    frame_sender, _calls = lone(pipe)
+    writer = threading.Thread(target=frame_sender.run)
+    put(frame_sender, 1, b"first")
+    frame_sender.push()
     pipe.allowance = sys.maxsize
     writer.start()
     eventually(lambda: len(frames(pipe.data)) == 1 if len(pipe.data) == 11 else False)
-    eventually(lambda: not outbox._send_lock.locked() and outbox._rest is None)
+    eventually(lambda: not frame_sender._send_lock.locked() and frame_sender._rest is None)
     pushed_by: list[str] = []
     pipe.inside = lambda: pushed_by.append(threading.current_thread().name)
-    put(outbox, 1, b"second")
-    outbox.push()
+    put(frame_sender, 1, b"second")
+    frame_sender.push()
     assert pushed_by == [threading.current_thread().name]
-    outbox.close(CLOSE)
+    frame_sender.close(CLOSE)
     writer.join(5.0)
     assert [opcode for opcode, _ in frames(pipe.data)] == [OP_BINARY, OP_BINARY, OP_CLOSE]
 
@@ -389,10 +390,10 @@ def test_slow_peer_gets_every_byte_by_the_writer(pair: Pair) -> None:
     block = bytes(range(256)) * 256
     begun = time.monotonic()
     for _ in range(40):
-        put(leg.outbox, 1, block)
-        leg.outbox.push()
+        put(leg.frame_sender, 1, block)
+        leg.frame_sender.push()
     assert time.monotonic() - begun < 2.0
-    leg.outbox.close(CLOSE)
+    leg.frame_sender.close(CLOSE)
     received = bytearray()
     while (frame := read_frame(far))[0] != OP_CLOSE:
         received += frame[1][4:]
@@ -403,15 +404,15 @@ def test_slow_peer_gets_every_byte_by_the_writer(pair: Pair) -> None:
 def test_push_hands_over_to_the_writer_after_256_kib() -> None:
     """A thread that pushes has its own work to do."""
     pipe = Pipe()
-    outbox, calls = lone(pipe)
+    frame_sender, calls = lone(pipe)
     for channel in range(1, 11):
-        put(outbox, channel, bytes(65_536))
-    outbox.push()
+        put(frame_sender, channel, bytes(65_536))
+    frame_sender.push()
     assert len(frames(pipe.data)) == PUSH_BYTES // 65_536
     assert calls
-    assert not outbox._send_lock.locked()
-    outbox.close(CLOSE)
-    outbox.run()
+    assert not frame_sender._send_lock.locked()
+    frame_sender.close(CLOSE)
+    frame_sender.run()
     assert [opcode for opcode, _ in frames(pipe.data)] == [OP_BINARY] * 10 + [OP_CLOSE]
 
 
@@ -426,23 +427,23 @@ def test_error_under_a_push_is_told_and_does_not_reach_the_pusher() -> None:
 
     pipe = Pipe()
     pipe.inside = fail
-    outbox, _ = lone(pipe)
-    put(outbox, 1, b"x")
-    outbox.push()
+    frame_sender, _ = lone(pipe)
+    put(frame_sender, 1, b"x")
+    frame_sender.push()
     assert pipe.aborts == 1
-    assert not outbox._send_lock.locked()
+    assert not frame_sender._send_lock.locked()
 
 
 def test_peer_that_has_gone_is_told_by_a_push(pair: Pair) -> None:
     """Over a real socket: within a few sends."""
     near, far = pair
     leg = Leg(near)
-    leg.outbox.start(leg.duplex)  # Without a writer.
+    leg.frame_sender.start(leg.duplex)  # Without a writer.
     far.close()
 
     def is_lost() -> bool:
-        put(leg.outbox, 1, b"x")
-        leg.outbox.push()
+        put(leg.frame_sender, 1, b"x")
+        leg.frame_sender.push()
         return leg.lost.is_set()
 
     eventually(is_lost)
@@ -451,10 +452,10 @@ def test_peer_that_has_gone_is_told_by_a_push(pair: Pair) -> None:
 def test_nobody_sends_after_stop() -> None:
     """The socket is freed then, and its number may be another's."""
     pipe = Pipe()
-    outbox, _calls = lone(pipe)
-    outbox.stop()
-    put(outbox, 1, b"x")
-    outbox.push()
+    frame_sender, _calls = lone(pipe)
+    frame_sender.stop()
+    put(frame_sender, 1, b"x")
+    frame_sender.push()
     assert pipe.data == b""
 
 
@@ -468,13 +469,13 @@ def test_stop_waits_for_the_one_who_sends() -> None:
         assert go_on.wait(5.0)
 
     pipe.inside = wait
-    outbox, _calls = lone(pipe)
-    put(outbox, 1, b"x")
-    put(outbox, 2, b"y")
-    pusher = threading.Thread(target=outbox.push)
+    frame_sender, _calls = lone(pipe)
+    put(frame_sender, 1, b"x")
+    put(frame_sender, 2, b"y")
+    pusher = threading.Thread(target=frame_sender.push)
     pusher.start()
     assert inside.wait(5.0)
-    stopper = threading.Thread(target=outbox.stop)
+    stopper = threading.Thread(target=frame_sender.stop)
     stopper.start()
     stopper.join(0.05)
     assert stopper.is_alive()
@@ -482,24 +483,24 @@ def test_stop_waits_for_the_one_who_sends() -> None:
     stopper.join(5.0)
     pusher.join(5.0)
     size = len(pipe.data)
-    outbox.push()
+    frame_sender.push()
     assert len(pipe.data) == size
 
 
 def test_close_goes_out_by_the_writer_alone_and_behind_everything() -> None:
     """A push leaves it where it is."""
     pipe = Pipe()
-    outbox, _calls = lone(pipe)
-    put(outbox, 1, b"last")
-    outbox.close(CLOSE)
-    outbox.push()
+    frame_sender, _calls = lone(pipe)
+    put(frame_sender, 1, b"last")
+    frame_sender.close(CLOSE)
+    frame_sender.push()
     assert frames(pipe.data) == [(OP_BINARY, b"\0\0\0\1last")]
-    outbox.push()
+    frame_sender.push()
     assert len(frames(pipe.data)) == 1
-    outbox.run()
+    frame_sender.run()
     assert frames(pipe.data) == [(OP_BINARY, b"\0\0\0\1last"), (OP_CLOSE, CLOSE.payload)]
-    put(outbox, 1, b"late")
-    outbox.push()
+    put(frame_sender, 1, b"late")
+    frame_sender.push()
     assert len(frames(pipe.data)) == 2
 
 
@@ -510,17 +511,17 @@ def test_close_is_the_last_frame_while_others_push(pair: Pair) -> None:
     leg = Leg(near)
     leg.start()
     before = b"x" * 30_000
-    put(leg.outbox, 9, before)
+    put(leg.frame_sender, 9, before)
     closing = threading.Event()
 
     def push(channel: int) -> None:
         for _ in range(40):
-            put(leg.outbox, channel, b"d" * 500)
-            leg.outbox.push()
+            put(leg.frame_sender, channel, b"d" * 500)
+            leg.frame_sender.push()
         closing.set()
         for _ in range(40):
-            put(leg.outbox, channel, b"d" * 500)
-            leg.outbox.push()
+            put(leg.frame_sender, channel, b"d" * 500)
+            leg.frame_sender.push()
 
     threads = [threading.Thread(target=push, args=(channel,)) for channel in (1, 2)]
     received: list[tuple[int, bytes]] = []
@@ -533,11 +534,11 @@ def test_close_is_the_last_frame_while_others_push(pair: Pair) -> None:
     for thread in [*threads, reader]:
         thread.start()
     assert closing.wait(5.0)
-    leg.outbox.close(CLOSE)
+    leg.frame_sender.close(CLOSE)
     for thread in [*threads, reader]:
         thread.join()
     leg.join()
-    leg.outbox.stop()
+    leg.frame_sender.stop()
     near.shutdown(socket.SHUT_WR)
     assert far.recv(1) == b""
     of_nine = [payload[4:] for _, payload in received if payload[:4] == b"\0\0\0\x09"]
@@ -557,12 +558,12 @@ def test_each_frame_has_a_key_of_its_own() -> None:
     keys = [b"\1\2\3\4", bytes(4), b"\xff\0\0\0"]
     left = iter(keys)
     pipe = Pipe()
-    outbox = FrameSender(lambda: next(left))
-    outbox.start(pipe)  # type: ignore[arg-type]
+    frame_sender = FrameSender(lambda: next(left))
+    frame_sender.start(pipe)  # type: ignore[arg-type]
     mine = bytearray(b"abcdefg")
     for channel in (1, 2, 3):
-        outbox.put_first(channel, Frame(OP_BINARY, b"head", mine))
-    outbox.push()
+        frame_sender.put_first(channel, Frame(OP_BINARY, b"head", mine))
+    frame_sender.push()
     assert mine == b"abcdefg"
     at = 0
     for key in keys:
@@ -616,16 +617,16 @@ class WatchedLock:
 
 def test_writer_waits_for_the_end_of_a_frame_that_another_thread_sends() -> None:
     """Rule 4: the lock is held from a frame's first byte to its last."""
-    outbox, duplex = FrameSender(), SlowDuplex()
-    outbox.start(duplex)  # type: ignore[arg-type]
-    lock = outbox._send_lock = WatchedLock()  # type: ignore[assignment]
-    writer = threading.Thread(target=outbox.run)
-    put_data(outbox, 1, b"", b"data")
-    pusher = threading.Thread(target=outbox.push)
+    frame_sender, duplex = FrameSender(), SlowDuplex()
+    frame_sender.start(duplex)  # type: ignore[arg-type]
+    lock = frame_sender._send_lock = WatchedLock()  # type: ignore[assignment]
+    writer = threading.Thread(target=frame_sender.run)
+    put_data(frame_sender, 1, b"", b"data")
+    pusher = threading.Thread(target=frame_sender.push)
     pusher.start()
     assert duplex.is_inside.wait(5)
-    outbox.put_first(2, text("first"))  # It calls the writer.
-    outbox.close(CLOSE)
+    frame_sender.put_first(2, text("first"))  # It calls the writer.
+    frame_sender.close(CLOSE)
     writer.start()
     assert lock.is_wanted.wait(5)
     assert duplex.said == [("begin", b"data")]

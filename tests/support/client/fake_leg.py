@@ -27,10 +27,10 @@ from tests.support.waiting import eventually
 
 
 class FakeTransport:
-    """The part of a Transport that Leg needs: a real outbox, and messages from a queue."""
+    """The part of a Transport that Leg needs: a real frame_sender, and messages from a queue."""
 
     def __init__(self) -> None:
-        self.outbox = FrameSender()
+        self.frame_sender = FrameSender()
         self.messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.closes: list[tuple[int, str, bool]] = []
         self.gave_up = None
@@ -84,7 +84,7 @@ class ServerSide:
             self.tunnels.reset_all(RelayError("client_stopped", "the end of the test"))
             for tunnel in alive:
                 tunnel.thread.join(5.0)
-        self.transport.outbox.stop()
+        self.transport.frame_sender.stop()
         self._writer.join(5.0)
 
     def lose(self) -> None:
@@ -103,7 +103,7 @@ class ServerSide:
         self.code = self.leg.serve()
 
     def _take(self) -> None:
-        while (frame := take(self.transport.outbox)) is not None:
+        while (frame := take(self.transport.frame_sender)) is not None:
             with self._changed:
                 if frame.opcode == OP_BINARY:
                     channel = int.from_bytes(frame.head, "big")

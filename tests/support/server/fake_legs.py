@@ -32,7 +32,7 @@ class FakeUserLeg:
     """A user's leg without a socket."""
 
     def __init__(self) -> None:
-        self.outbox = FrameSender()
+        self.frame_sender = FrameSender()
         self.ends: list[tuple[int, str]] = []
         self.expects_close = 0
 
@@ -48,16 +48,16 @@ class FakeClientLeg:
     """A client's leg without a socket."""
 
     def __init__(self, budget: int = 64 * MIB, tunnels_at_most: int = 0) -> None:
-        self.outbox = FrameSender()
+        self.frame_sender = FrameSender()
         self.channels: Channels[Any] = Channels(budget, tunnels_at_most)
         self.label = "gw"
 
 
-def taken(outbox: FrameSender) -> list[Any]:
-    """Return the messages in the outbox, in order: controls as objects, data as bytes."""
+def taken(frame_sender: FrameSender) -> list[Any]:
+    """Return the messages in the frame sender, in order: controls as objects, data as bytes."""
     frames: list[Any] = []
-    while outbox.has_frames:
-        frame = take(outbox)
+    while frame_sender.has_frames:
+        frame = take(frame_sender)
         assert frame is not None
         payload = bytes(frame.payload)
         frames.append(json.loads(payload) if frame.opcode == OP_TEXT else frame.head + payload)

@@ -56,7 +56,7 @@ def info(address: str, port: int) -> tuple[Any, ...]:
     return (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
 
 
-def make_tunnel(outbox: FrameSender, host: str, port: int, *allow: str) -> Forwarder:
+def make_tunnel(frame_sender: FrameSender, host: str, port: int, *allow: str) -> Forwarder:
     opening = {
         "type": "open",
         "client": "gw",
@@ -70,13 +70,13 @@ def make_tunnel(outbox: FrameSender, host: str, port: int, *allow: str) -> Forwa
         "grace_s": 0,
     }
     rules = tuple(TargetRule.parse(text) for text in allow)
-    return Forwarder(from_dict(opening), Channel(outbox, 1), WINDOW, 0, rules, lambda _: None)
+    return Forwarder(from_dict(opening), Channel(frame_sender, 1), WINDOW, 0, rules, lambda _: None)
 
 
-def first_control(outbox: FrameSender) -> dict[str, Any]:
+def first_control(frame_sender: FrameSender) -> dict[str, Any]:
     """What goes to the server before all else."""
-    eventually(lambda: outbox.has_frames)
-    frame = take(outbox)
+    eventually(lambda: frame_sender.has_frames)
+    frame = take(frame_sender)
     assert frame is not None
     control: dict[str, Any] = json.loads(bytes(frame.payload))
     return control
@@ -124,11 +124,11 @@ def test_only_allowed_addresses_are_dialled_when_rules_are_given(
 ) -> None:
     """One lookup, whose answers are judged; what is not allowed sees no packet."""
     rules, host, dialled = DIALS[name]
-    outbox = FrameSender()
-    tunnel = make_tunnel(outbox, host, 22, *rules)
+    frame_sender = FrameSender()
+    tunnel = make_tunnel(frame_sender, host, 22, *rules)
     tunnel.thread.start()
     tunnel.thread.join(5)
-    answer = first_control(outbox)
+    answer = first_control(frame_sender)
     code = "target_refused" if dialled else "denied_by_client"
     assert (answer["type"], answer["code"]) == ("refused", code)
     assert set(machine.dialled) == dialled
@@ -144,11 +144,11 @@ def test_lookalike_is_refused_when_it_comes_to_the_client(
     machine: Machine, host: str, rules: list[str]
 ) -> None:
     """Whatever the server let pass: not even looked up, with rules or without."""
-    outbox = FrameSender()
-    tunnel = make_tunnel(outbox, host, 22, *rules)
+    frame_sender = FrameSender()
+    tunnel = make_tunnel(frame_sender, host, 22, *rules)
     tunnel.thread.start()
     tunnel.thread.join(5)
-    answer = first_control(outbox)
+    answer = first_control(frame_sender)
     assert (answer["type"], answer["code"]) == ("refused", "target_invalid")
     assert (machine.lookups, machine.dialled) == ([], [])
 
@@ -168,10 +168,10 @@ def test_tunnel_opens_when_one_of_the_addresses_is_allowed(
 
         monkeypatch.setattr(socket, "getaddrinfo", look_up)
         rule = f"127.0.0.1:{target.port}" if kind == "address" else f"db.lan:{target.port}"
-        outbox = FrameSender()
-        tunnel = make_tunnel(outbox, "db.lan", target.port, rule)
+        frame_sender = FrameSender()
+        tunnel = make_tunnel(frame_sender, "db.lan", target.port, rule)
         tunnel.thread.start()
-        assert first_control(outbox)["type"] == "opened"
+        assert first_control(frame_sender)["type"] == "opened"
         assert lookups == ["db.lan"]
         target.conversation()
         tunnel.end.on_end(RelayError("user_gone", "gone"))
@@ -190,11 +190,11 @@ def test_answer_is_judged_once_when_the_resolver_changes_its_mind(
         return [info(address, port) for address in next(turns)]
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    outbox = FrameSender()
-    tunnel = make_tunnel(outbox, "db.lan", 22, "10.0.0.2:22")
+    frame_sender = FrameSender()
+    tunnel = make_tunnel(frame_sender, "db.lan", 22, "10.0.0.2:22")
     tunnel.thread.start()
     tunnel.thread.join(5)
-    assert first_control(outbox)["code"] == "target_refused"
+    assert first_control(frame_sender)["code"] == "target_refused"
     assert machine.dialled == ["10.0.0.2"]
     assert next(turns) == ["127.0.0.1"]
 
@@ -202,11 +202,11 @@ def test_answer_is_judged_once_when_the_resolver_changes_its_mind(
 def test_dial_takes_no_lookup_slot_when_a_name_is_denied(machine: Machine) -> None:
     """Denied names give back what they took: more of them than there are slots."""
     for _ in range(40):
-        outbox = FrameSender()
-        tunnel = make_tunnel(outbox, "db.lan", 22, "10.0.0.9:22")
+        frame_sender = FrameSender()
+        tunnel = make_tunnel(frame_sender, "db.lan", 22, "10.0.0.9:22")
         tunnel.thread.start()
         tunnel.thread.join(5)
-        assert first_control(outbox)["code"] == "denied_by_client"
+        assert first_control(frame_sender)["code"] == "denied_by_client"
     eventually(lambda: not [t for t in threading.enumerate() if t.name == "lookup:db.lan"])
 
 

@@ -47,9 +47,9 @@ class Desk:
     ) -> None:
         self.stdin_r, self.stdin_w = os.pipe()
         self.stdout_r, self.stdout_w = os.pipe()
-        self.outbox = FrameSender()
+        self.frame_sender = FrameSender()
         self.wakeup = Wakeup()
-        self.channel = Channel(self.outbox)
+        self.channel = Channel(self.frame_sender)
         self.end = UserEnd(self.channel, WINDOW, self.wakeup.wake)
         fd = self.stdout_w if stdout is None else stdout
         self.pumps = Pumps(self.end, self.wakeup, self.stdin_r, fd)
@@ -65,7 +65,7 @@ class Desk:
         self.pumps.start()
 
     def _take(self) -> None:
-        while (frame := take(self.outbox)) is not None:
+        while (frame := take(self.frame_sender)) is not None:
             with self._changed:
                 if frame.opcode == OP_BINARY:
                     # Behind an end nothing may come.
@@ -99,7 +99,7 @@ class Desk:
                 if dict(poll.poll(5)).get(self.stdout_r, 0) & select.POLLIN:
                     os.read(self.stdout_r, 65536)
         self.pumps.join(5.0)
-        self.outbox.stop()
+        self.frame_sender.stop()
         self._taker.join()
         self.close(self.stdin_r, self.stdout_r, self.stdout_w)
         self.close(self.wakeup.reader, self.wakeup._writer)
@@ -566,7 +566,7 @@ def test_what_was_taken_is_sent_after_a_signal_when_a_resume_left_it_without_cre
     sending.join()
     desk.end.detach(desk.channel, LOST)
     desk.up.clear()
-    desk.channel = Channel(desk.outbox)
+    desk.channel = Channel(desk.frame_sender)
     desk.end.begin_resume()
     desk.end.on_resumed(desk.channel, Position(0, 0, WINDOW // 2))
     desk.wakeup.leave(143)
@@ -585,7 +585,7 @@ def test_user_who_goes_away_does_not_wait_for_credit_that_never_comes(
     os.write(desk.stdin_w, bytes(1000))
     desk.wait(lambda: len(desk.up) == 1000)
     desk.end.detach(desk.channel, LOST)
-    desk.channel = Channel(desk.outbox)
+    desk.channel = Channel(desk.frame_sender)
     desk.end.begin_resume()
     desk.end.on_resumed(desk.channel, Position(0, 0, 0))
     begun = time.monotonic()
@@ -683,11 +683,11 @@ NOTHING = Position(0, 0, WINDOW)
 def lose(desk: Desk) -> None:
     """The leg is lost; what the pumps are told, they have been told."""
     assert desk.end.detach(desk.channel, LOST)
-    desk.channel = Channel(desk.outbox)
+    desk.channel = Channel(desk.frame_sender)
 
 
 def come_back(desk: Desk, peer: Position = NOTHING) -> Position:
-    """Resume on a new link, into the same outbox; what the end says of itself."""
+    """Resume on a new link, into the same frame_sender; what the end says of itself."""
     position = desk.end.begin_resume()
     desk.end.on_resumed(desk.channel, peer)
     return position

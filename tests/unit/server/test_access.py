@@ -373,8 +373,8 @@ class Wire:
         self._is_over.wait(5)
         return OP_CLOSE, ABNORMAL_CLOSURE
 
-    def start(self, _websocket: object, outbox: FrameSender) -> None:
-        outbox.start(FrameTaker(self._write))  # type: ignore[arg-type]
+    def start(self, _websocket: object, frame_sender: FrameSender) -> None:
+        frame_sender.start(FrameTaker(self._write))  # type: ignore[arg-type]
 
     def _write(self, frame: Any) -> None:
         payload = bytes(frame.payload)
@@ -455,5 +455,5 @@ def test_client_leg_is_closed_when_it_was_let_in_by_old_credentials(relay: Relay
     assert isinstance(slot.leg, ClientLeg)
     assert wire.written == [1008]
     assert user.leg.tunnel is None
-    assert not user.leg.outbox.has_frames
+    assert not user.leg.frame_sender.has_frames
     assert len(relay._pending) == 1

@@ -1,4 +1,4 @@
-"""The order in which a leg's outbox gives its frames out."""
+"""The order in which a leg's frame_sender gives its frames out."""
 
 import threading
 
@@ -13,11 +13,11 @@ def text(word: str) -> Frame:
     return Frame(OP_TEXT, b"", word.encode())
 
 
-def rest(outbox: SendQueue) -> list[str]:
+def rest(frame_sender: SendQueue) -> list[str]:
     """Take until it is empty; data as `head:size`."""
     out = []
-    while outbox.has_frames:
-        frame = take(outbox)
+    while frame_sender.has_frames:
+        frame = take(frame_sender)
         assert frame is not None
         is_data = frame.opcode == OP_BINARY
         out.append(

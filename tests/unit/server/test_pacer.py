@@ -104,11 +104,11 @@ class Ends:
 
     def read(self) -> None:
         """The ends take in what the server has for them; a limit that fell would raise."""
-        for outbox, end in (
-            (self.user_leg.outbox, self.user),
-            (self.client_leg.outbox, self.client),
+        for frame_sender, end in (
+            (self.user_leg.frame_sender, self.user),
+            (self.client_leg.frame_sender, self.client),
         ):
-            for frame in taken(outbox):
+            for frame in taken(frame_sender):
                 if not isinstance(frame, dict) or frame.get("channel", self.tunnel.channel) != (
                     self.tunnel.channel
                 ):
@@ -133,7 +133,7 @@ class Bench:
         self.tunnels: list[Ends] = []
 
     def open(self, user: str = "u", client_leg: FakeClientLeg | None = None) -> Ends:
-        # A client's leg of its own for each: its outbox is then read by one.
+        # A client's leg of its own for each: its frame_sender is then read by one.
         self.client_leg = client_leg or FakeClientLeg()
         self.tunnels.append(Ends(self, user, len(self.tunnels)))
         return self.tunnels[-1]
@@ -273,7 +273,7 @@ def test_credit_is_given_back_when_the_client_refuses() -> None:
         tunnel.on_client_control(
             from_dict({"type": "refused", "code": "target_refused", "message": ""})
         )
-        assert [m["type"] for m in taken(user_leg.outbox)] == ["refused"]
+        assert [m["type"] for m in taken(user_leg.frame_sender)] == ["refused"]
         bench.run(0.05)
     assert not bench.policy.pacer.shaper._meters
 
@@ -287,12 +287,15 @@ def test_resume_begins_where_the_end_stands_when_its_user_owes_too_much() -> Non
     tunnel, client_leg, user_leg = unanswered(bench, control)
     assert tunnel.down.limit == RESUME["received"]
     tunnel.on_client_control(from_dict(dict(RESUMED)))
-    (resumed,) = taken(user_leg.outbox)
+    (resumed,) = taken(user_leg.frame_sender)
     assert resumed["limit"] == RESUMED["received"]
     bench.clock.advance(20)
     bench.policy.pacer.look()
-    for outbox, stands in ((client_leg.outbox, RESUME), (user_leg.outbox, RESUMED)):
-        (ack,) = taken(outbox)
+    for frame_sender, stands in (
+        (client_leg.frame_sender, RESUME),
+        (user_leg.frame_sender, RESUMED),
+    ):
+        (ack,) = taken(frame_sender)
         assert (ack["type"], ack["delivered"]) == ("ack", stands["delivered"])
         assert ack["limit"] > stands["received"]
 
@@ -365,7 +368,7 @@ def test_limits_leave_in_order_when_two_threads_raise_them() -> None:
         raised.set()
 
     client_leg = FakeClientLeg()
-    client_leg.outbox = SlowOutbox()
+    client_leg.frame_sender = SlowOutbox()
     ends = bench.open(client_leg=client_leg)
     ends.read()
     thread = threading.Thread(target=raise_limit)
@@ -456,9 +459,9 @@ def test_tunnel_ends_when_its_client_never_answers(code: str, first: dict[str, A
     assert not tunnel.is_over
     bench.run(2, 0.5)
     assert tunnel.is_over
-    (refused,) = taken(user_leg.outbox)
+    (refused,) = taken(user_leg.frame_sender)
     assert (refused["type"], refused["code"]) == ("refused", code)
-    assert [end["type"] for end in taken(client_leg.outbox)] == (
+    assert [end["type"] for end in taken(client_leg.frame_sender)] == (
         ["reset"] if first is OPEN else ["detached"]
     )
     assert not bench.policy.pacer.lifetimes._ages
@@ -489,7 +492,7 @@ def test_resume_of_an_old_tunnel_is_judged_when_the_client_has_accepted_it() -> 
     assert not tunnel.is_over
     tunnel.on_client_control(from_dict(dict(RESUMED)))
     bench.run(1, 0.5)
-    assert [end["code"] for end in taken(client_leg.outbox)] == ["max_age"]
+    assert [end["code"] for end in taken(client_leg.frame_sender)] == ["max_age"]
 
 
 def test_thread_runs_only_when_a_limit_needs_it() -> None:

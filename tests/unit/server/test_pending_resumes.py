@@ -12,7 +12,7 @@ import pytest
 
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.message_reader import ABNORMAL_CLOSURE
-from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
+from http_network_relay.wire.codes import CloseCode
 from http_network_relay.wire.constants import FLUSH_S, OP_CLOSE, OP_TEXT
 from http_network_relay.wire.controls import parse_control
 from server.access.credentials import Credentials, Login, digest_of, user_name_of
@@ -53,7 +53,7 @@ class FakeTransport:
         self.aborted.wait()
         return OP_CLOSE, ABNORMAL_CLOSURE
 
-    def start(self, _websocket: object, _outbox: FrameSender) -> None:
+    def start(self, _websocket: object, _frame_sender: FrameSender) -> None:
         """Nobody sends: the tests take what waits."""
 
     def finish_sending(self) -> None:
@@ -113,11 +113,11 @@ def _switching(request: pytest.FixtureRequest) -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-def taken(outbox: FrameSender) -> list[Any]:
+def taken(frame_sender: FrameSender) -> list[Any]:
     """What waits there: controls as objects, a close as its code."""
     frames: list[Any] = []
-    while outbox.has_frames:
-        frame = take(outbox)
+    while frame_sender.has_frames:
+        frame = take(frame_sender)
         assert frame is not None
         payload = bytes(frame.payload)
         is_close = frame.opcode == OP_CLOSE
@@ -127,8 +127,8 @@ def taken(outbox: FrameSender) -> list[Any]:
     return frames
 
 
-def kinds(outbox: FrameSender) -> list[Any]:
-    return [m["type"] if isinstance(m, dict) else m for m in taken(outbox)]
+def kinds(frame_sender: FrameSender) -> list[Any]:
+    return [m["type"] if isinstance(m, dict) else m for m in taken(frame_sender)]
 
 
 def say(leg: UserLeg, control: dict[str, Any]) -> None:
@@ -173,12 +173,12 @@ def test_resume_is_opened_when_its_client_comes(bench: Bench) -> None:
     user, other = bench.user(), bench.user()
     say(user, RESUME)
     say(other, {**RESUME, "client": "other"})
-    assert kinds(user.outbox) == []
+    assert kinds(user.frame_sender) == []
     assert bench.pending == 2
 
     client = bench.client()
 
-    (resume,) = taken(client.outbox)
+    (resume,) = taken(client.frame_sender)
     assert resume == {**RESUME, "channel": 1, "user": USER.name}
     assert user.tunnel is not None
     assert other.tunnel is None
@@ -191,15 +191,15 @@ def test_resume_waits_when_its_clients_leg_was_just_closed(bench: Bench) -> None
     old.lost()
     say(user, RESUME)
     assert bench.pending == 1
-    assert kinds(bench.client().outbox) == ["resume"]
-    assert taken(user.outbox) == []
+    assert kinds(bench.client().frame_sender) == ["resume"]
+    assert taken(user.frame_sender) == []
 
 
 def test_open_does_not_wait_when_its_client_is_absent(bench: Bench) -> None:
     """There is nothing to keep yet: whoever opens learns it at once."""
     user = bench.user()
     say(user, {**RESUME, "type": "open"})
-    assert [m["code"] for m in taken(user.outbox)] == ["client_offline"]
+    assert [m["code"] for m in taken(user.frame_sender)] == ["client_offline"]
     assert bench.pending == 0
 
 
@@ -207,7 +207,7 @@ def test_resume_does_not_wait_when_nobody_has_its_clients_name(bench: Bench) -> 
     """Such a client never comes."""
     user = bench.user()
     say(user, {**RESUME, "client": "nobody"})
-    assert [m["code"] for m in taken(user.outbox)] == ["client_unknown"]
+    assert [m["code"] for m in taken(user.frame_sender)] == ["client_unknown"]
     assert bench.pending == 0
 
 
@@ -217,13 +217,17 @@ def test_resume_is_refused_when_the_client_does_not_come(bench: Bench) -> None:
     begun = time.monotonic()
     say(user, RESUME)
     assert user.tick(begun + PENDING_RESUME_S - 0.1) <= time.monotonic() + PENDING_RESUME_S
-    assert kinds(user.outbox) == []
+    assert kinds(user.frame_sender) == []
 
     now = time.monotonic() + PENDING_RESUME_S
     assert user.tick(now) == now + FLUSH_S
-    refused, close = taken(user.outbox)
-    assert (refused["type"], refused["code"], close) == ("refused", "client_offline", CLOSE_NORMAL)
-    assert taken(bench.client().outbox) == []
+    refused, close = taken(user.frame_sender)
+    assert (refused["type"], refused["code"], close) == (
+        "refused",
+        "client_offline",
+        CloseCode.NORMAL,
+    )
+    assert taken(bench.client().frame_sender) == []
 
     user.tick(now + FLUSH_S)
     assert user._transport.aborted.is_set()  # type: ignore[attr-defined]
@@ -239,7 +243,7 @@ def test_nothing_follows_the_close_when_a_ping_is_due_then(bench: Bench) -> None
     now = time.monotonic() + INTERVAL_S
     user._transport.heard_at = now
     user.tick(now)
-    assert kinds(user.outbox) == ["refused", CLOSE_NORMAL]
+    assert kinds(user.frame_sender) == ["refused", CloseCode.NORMAL]
 
 
 @pytest.mark.parametrize("name", ["_opening", "outbox"])
@@ -248,11 +252,11 @@ def test_timer_does_not_wait_when_a_lock_is_taken(bench: Bench, name: str) -> No
     user = bench.user()
     say(user, RESUME)
     now = time.monotonic() + PENDING_RESUME_S
-    with taken_lock(user._opening if name == "_opening" else queue_lock(user.outbox)):
+    with taken_lock(user._opening if name == "_opening" else queue_lock(user.frame_sender)):
         assert now < user.tick(now) < now + 0.1
     for _ in range(2):
         user.tick(now + 0.1)
-    assert kinds(user.outbox) == ["refused", CLOSE_NORMAL]
+    assert kinds(user.frame_sender) == ["refused", CloseCode.NORMAL]
 
 
 def test_resume_is_forgotten_when_its_leg_is_lost(bench: Bench) -> None:
@@ -261,7 +265,7 @@ def test_resume_is_forgotten_when_its_leg_is_lost(bench: Bench) -> None:
     say(user, RESUME)
     user.lost()
     assert bench.pending == 0
-    assert taken(bench.client().outbox) == []
+    assert taken(bench.client().frame_sender) == []
 
 
 def test_resume_is_refused_when_the_server_stops(bench: Bench) -> None:
@@ -269,7 +273,7 @@ def test_resume_is_refused_when_the_server_stops(bench: Bench) -> None:
     user = bench.user()
     say(user, RESUME)
     bench.relay.drain()
-    assert [m["code"] for m in taken(user.outbox)] == ["server_restart"]
+    assert [m["code"] for m in taken(user.frame_sender)] == ["server_restart"]
     assert bench.pending == 0
 
 
@@ -290,10 +294,10 @@ def test_resume_waits_no_more_when_the_user_speaks(bench: Bench, case: str) -> N
     user = bench.user()
     say(user, RESUME)
     user._on_message(message if isinstance(message, bytes) else json.dumps(message))
-    assert kinds(user.outbox) == answers
+    assert kinds(user.frame_sender) == answers
     user._on_message(b"and again")
     assert bench.pending == 0
-    assert taken(bench.client().outbox) == []
+    assert taken(bench.client().frame_sender) == []
 
 
 def test_replaced_leg_ends_at_once_when_its_resume_waits(bench: Bench) -> None:
@@ -309,7 +313,7 @@ def test_replaced_leg_ends_at_once_when_its_resume_waits(bench: Bench) -> None:
     relay.attach(new, FakeTransport())  # type: ignore[arg-type]
     assert isinstance(new.leg, UserLeg)
     say(new.leg, {**RESUME, "attempt": 2})
-    assert [m["attempt"] for m in taken(bench.client().outbox)] == [2]
+    assert [m["attempt"] for m in taken(bench.client().frame_sender)] == [2]
 
 
 def test_pending_resume_is_opened_when_the_client_is_served(bench: Bench) -> None:
@@ -326,7 +330,7 @@ def test_pending_resume_is_opened_when_the_client_is_served(bench: Bench) -> Non
     thread.join()
     bench.relay._sender.stop()
     bench.relay._sender.join(5)
-    assert [m["code"] for m in taken(user.outbox)] == ["client_offline"]
+    assert [m["code"] for m in taken(user.frame_sender)] == ["client_offline"]
     assert user.tunnel is not None
     assert bench.pending == 0
 
@@ -339,16 +343,16 @@ def test_leg_is_refused_when_it_says_nothing(bench: Bench, name: str) -> None:
     first_s = Config().handshake_timeout_s
     assert begun + first_s - 1 < user.tick(begun) < begun + first_s + 1
     now = time.monotonic() + first_s
-    with taken_lock(user._opening if name == "_opening" else queue_lock(user.outbox)):
+    with taken_lock(user._opening if name == "_opening" else queue_lock(user.frame_sender)):
         assert now < user.tick(now) < now + 0.1
     user.tick(now + 0.1)
     say(user, {**RESUME, "type": "open"})
     for _ in range(2):
         user.tick(now + 0.2)
-    refused, close = taken(user.outbox)
-    assert (refused["type"], refused["code"], close) == ("refused", "no_open", CLOSE_NORMAL)
+    refused, close = taken(user.frame_sender)
+    assert (refused["type"], refused["code"], close) == ("refused", "no_open", CloseCode.NORMAL)
     assert f"{first_s:g} s" in refused["message"]
-    assert taken(client.outbox) == []
+    assert taken(client.frame_sender) == []
     assert user.reason == "no_open"
     user.tick(now + 0.1 + FLUSH_S)
     assert user._transport.aborted.is_set()  # type: ignore[attr-defined]
@@ -364,8 +368,8 @@ def test_tunnel_is_opened_or_refused_when_the_open_comes_at_the_last_moment() ->
         user._transport.heard_at = now
         together(lambda: say(user, {**RESUME, "type": "open"}), lambda: user.tick(now))  # noqa: B023
         user.tick(now + 0.1)
-        seen = kinds(client.outbox), kinds(user.outbox)
-        assert seen in ((["open"], []), ([], ["refused", CLOSE_NORMAL]))
+        seen = kinds(client.frame_sender), kinds(user.frame_sender)
+        assert seen in ((["open"], []), ([], ["refused", CloseCode.NORMAL]))
 
 
 @pytest.mark.usefixtures("_switching")
@@ -380,7 +384,7 @@ def test_pending_resume_keeps_its_deadline_when_it_comes_at_the_last_moment() ->
         later = now + PENDING_RESUME_S + 1
         for _ in range(2):
             user.tick(later)
-        assert kinds(user.outbox) == ["refused", CLOSE_NORMAL]
+        assert kinds(user.frame_sender) == ["refused", CloseCode.NORMAL]
 
 
 REVOKED = ("revoked", "the access was revoked")
@@ -407,8 +411,8 @@ def test_nothing_is_opened_when_the_leg_ends_as_its_first_message_is_read(
     monkeypatch.setattr("server.legs.user_leg.parse_control", parse_late)
     say(user, {**RESUME, "type": kind})
     assert user.tunnel is None
-    assert taken(client.outbox) == []
-    assert kinds(user.outbox) == answers
+    assert taken(client.frame_sender) == []
+    assert kinds(user.frame_sender) == answers
     assert bench.pending == 0
     assert user.reason == case
 
@@ -424,7 +428,7 @@ def test_resume_is_opened_once_when_the_client_comes_in_that_moment() -> None:
         user = bench.user()
         came: list[ClientLeg] = []
         together(lambda: say(user, RESUME), lambda: came.append(bench.client()))  # noqa: B023
-        assert kinds(came[0].outbox) == ["resume"]
+        assert kinds(came[0].frame_sender) == ["resume"]
         assert user.tunnel is not None
         assert bench.pending == 0
 
@@ -437,7 +441,7 @@ def test_resume_is_opened_once_when_the_client_replaces_its_leg_in_that_moment()
         user, old = bench.user(), bench.client()
         came: list[ClientLeg] = []
         together(lambda: say(user, RESUME), lambda: came.append(bench.client()))  # noqa: B023
-        on_new, to_user = kinds(came[0].outbox), kinds(user.outbox)
+        on_new, to_user = kinds(came[0].frame_sender), kinds(user.frame_sender)
         assert (on_new, to_user) in ((["resume"], []), ([], ["refused"]))
         assert not old.channels.tunnels
         assert bench.pending == 0
@@ -453,7 +457,7 @@ def test_nothing_is_left_when_the_user_is_lost_as_the_client_comes() -> None:
         came: list[ClientLeg] = []
         together(user.lost, lambda: came.append(bench.client()))  # noqa: B023
         # Where the `resume` was queued it was taken back: nobody wrote.
-        assert taken(came[0].outbox) == []
+        assert taken(came[0].frame_sender) == []
         assert not came[0].channels.tunnels
         assert bench.pending == 0
 
@@ -469,8 +473,8 @@ def test_resume_is_opened_or_refused_when_its_time_is_over_as_the_client_comes()
         came: list[ClientLeg] = []
         together(lambda: user.tick(now), lambda: came.append(bench.client()))  # noqa: B023
         user.tick(now + 0.1)
-        seen = kinds(came[0].outbox), kinds(user.outbox)
-        assert seen in ((["resume"], []), ([], ["refused", CLOSE_NORMAL]))
+        seen = kinds(came[0].frame_sender), kinds(user.frame_sender)
+        assert seen in ((["resume"], []), ([], ["refused", CloseCode.NORMAL]))
 
 
 @pytest.mark.usefixtures("_switching")
@@ -480,7 +484,7 @@ def test_resume_is_refused_when_it_comes_as_the_server_stops() -> None:
         bench = Bench()
         user = bench.user()
         together(lambda: say(user, RESUME), bench.relay.drain)  # noqa: B023
-        assert [m["code"] for m in taken(user.outbox)] == ["server_restart"]
+        assert [m["code"] for m in taken(user.frame_sender)] == ["server_restart"]
         assert bench.pending == 0
 
 
@@ -495,9 +499,9 @@ def test_nothing_is_left_when_the_user_is_revoked_as_the_open_comes() -> None:
             lambda: user.revoke(*REVOKED),  # noqa: B023
         )
         # Where the `open` was queued it was taken back: nobody wrote.
-        assert taken(client.outbox) == []
+        assert taken(client.frame_sender) == []
         assert not client.channels.tunnels
-        assert [m["code"] for m in taken(user.outbox)] == ["revoked"]
+        assert [m["code"] for m in taken(user.frame_sender)] == ["revoked"]
 
 
 @pytest.mark.usefixtures("_switching")
@@ -507,23 +511,23 @@ def test_tunnels_end_without_a_reset_when_the_server_stops() -> None:
         bench = Bench()
         user, client = bench.user(), bench.client()
         say(user, RESUME)
-        assert kinds(client.outbox) == ["resume"]
+        assert kinds(client.frame_sender) == ["resume"]
         counts = {"received": 0, "delivered": 0, "limit": 262_144}
         client._on_message(json.dumps({"type": "resumed", "channel": 1, **counts}))
-        assert kinds(user.outbox) == ["resumed"]
+        assert kinds(user.frame_sender) == ["resumed"]
         bench.relay._legs.add(user)
         bench.relay._legs.add(client)
         bench.relay.drain()
-        assert kinds(client.outbox) == kinds(user.outbox) == ["going_away"]
+        assert kinds(client.frame_sender) == kinds(user.frame_sender) == ["going_away"]
         client._on_message(b"\0\0\0\1still works")
         user._on_message(b"still works")
-        assert taken(client.outbox) == [b"still works"]
-        assert taken(user.outbox) == [b"still works"]
+        assert taken(client.frame_sender) == [b"still works"]
+        assert taken(user.frame_sender) == [b"still works"]
         together(bench.relay.end, user.lost)
-        assert [m for m in kinds(client.outbox) if m != "detached"] == []
-        frame = take(client.outbox)
+        assert [m for m in kinds(client.frame_sender) if m != "detached"] == []
+        frame = take(client.frame_sender)
         assert frame is not None
-        assert int.from_bytes(frame.payload, "big") == CLOSE_RESTART
+        assert int.from_bytes(frame.payload, "big") == CloseCode.RESTART
 
 
 def test_drain_waits_for_nobody_when_there_are_no_legs(bench: Bench) -> None:

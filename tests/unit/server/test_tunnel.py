@@ -9,7 +9,7 @@ import pytest
 
 from http_network_relay.leg.frame_sender import FrameSender
 from http_network_relay.leg.send_queue import Frame
-from http_network_relay.wire.codes import CLOSE_NORMAL, CLOSE_RESTART
+from http_network_relay.wire.codes import CloseCode
 from http_network_relay.wire.errors import Refused, TunnelError
 from server.tunnels.observer import TunnelObserver
 from server.tunnels.tunnel import Tunnel
@@ -44,15 +44,15 @@ class Pair:
         if is_opened:
             opened = {"type": "opened", "limit": 300_000, "grace_s": 0}
             self.tunnel.on_client_control(from_dict(dict(RESUMED) if first is RESUME else opened))
-            taken(self.user.outbox)
+            taken(self.user.frame_sender)
 
     @property
     def to_user(self) -> list[Any]:
-        return taken(self.user.outbox)
+        return taken(self.user.frame_sender)
 
     @property
     def to_client(self) -> list[Any]:
-        return taken(self.client.outbox)
+        return taken(self.client.frame_sender)
 
     def is_gone(self) -> bool:
         channels = self.client.channels
@@ -110,7 +110,7 @@ NOTHING: list[Any] = []
 DETACHED_CLIENT = {"type": "detached", "channel": 1, "code": "user_lost"}
 # What ends it, before or after `opened`: what the client reads, what the user reads, how the
 # user's leg is closed, and the reason in the log (docs/protocol.md, "Ends").
-ENDS: dict[str, tuple[bool, End, list[Any], list[Any], list[tuple[int, str]], str]] = {
+ENDS: dict[str, tuple[bool, End, list[Any], list[Any], list[Any], str]] = {
     "user lost": (
         *(True, lambda pair: pair.tunnel.user_lost()),
         *([DETACHED_CLIENT], NOTHING, [], "user_lost"),
@@ -125,17 +125,17 @@ ENDS: dict[str, tuple[bool, End, list[Any], list[Any], list[tuple[int, str]], st
     "client lost": (
         *(True, lambda pair: pair.tunnel.client_lost("client_lost"), NOTHING),
         [{"type": "detached", "code": "client_lost"}],
-        *([(CLOSE_RESTART, "client_lost")], "client_lost"),
+        *([(CloseCode.RESTART, "client_lost")], "client_lost"),
     ),
     "client lost before opened": (
         *(False, lambda pair: pair.tunnel.client_lost("client_lost"), NOTHING),
         [{"type": "refused", "code": "client_offline", "message": "the client's link was lost"}],
-        *([(CLOSE_NORMAL, "client_offline")], "client_lost"),
+        *([(CloseCode.NORMAL, "client_offline")], "client_lost"),
     ),
     "client replaced": (
         *(True, lambda pair: pair.tunnel.client_lost("client_replaced"), NOTHING),
         [{"type": "detached", "code": "client_replaced"}],
-        *([(CLOSE_RESTART, "client_replaced")], "client_replaced"),
+        *([(CloseCode.RESTART, "client_replaced")], "client_replaced"),
     ),
     "server restart before opened": (
         *(False, lambda pair: pair.tunnel.client_lost("server_restart"), NOTHING),
@@ -146,7 +146,7 @@ ENDS: dict[str, tuple[bool, End, list[Any], list[Any], list[tuple[int, str]], st
                 "message": "the relay restarts; try again",
             }
         ],
-        *([(CLOSE_NORMAL, "server_restart")], "server_restart"),
+        *([(CloseCode.NORMAL, "server_restart")], "server_restart"),
     ),
     "user gone": (
         *(True, lambda pair: pair.tunnel.on_user_control(from_dict(reset("user_gone")))),
@@ -163,7 +163,7 @@ ENDS: dict[str, tuple[bool, End, list[Any], list[Any], list[tuple[int, str]], st
             NOTHING,
         ),
         [reset("target_reset")],
-        *([(CLOSE_NORMAL, "target_reset")], "target_reset"),
+        *([(CloseCode.NORMAL, "target_reset")], "target_reset"),
     ),
     "client stopped before opened": (
         *(
@@ -172,7 +172,7 @@ ENDS: dict[str, tuple[bool, End, list[Any], list[Any], list[tuple[int, str]], st
             NOTHING,
         ),
         [{**reset("client_stopped"), "type": "refused"}],
-        *([(CLOSE_NORMAL, "client_stopped")], "client_stopped"),
+        *([(CloseCode.NORMAL, "client_stopped")], "client_stopped"),
     ),
     "refused": (
         *(
@@ -182,19 +182,19 @@ ENDS: dict[str, tuple[bool, End, list[Any], list[Any], list[tuple[int, str]], st
             ),
         ),
         *(NOTHING, [{**reset("busy"), "type": "refused"}]),
-        *([(CLOSE_NORMAL, "busy")], "busy"),
+        *([(CloseCode.NORMAL, "busy")], "busy"),
     ),
     "a broken rule": (
         *(True, lambda pair: pair.tunnel.fail(TunnelError("why"))),
         [{"type": "reset", "channel": 1, "code": "protocol_error", "message": "why"}],
         [{"type": "reset", "code": "protocol_error", "message": "why"}],
-        *([(CLOSE_NORMAL, "protocol_error")], "protocol_error"),
+        *([(CloseCode.NORMAL, "protocol_error")], "protocol_error"),
     ),
     "a broken rule before opened": (
         *(False, lambda pair: pair.tunnel.fail(TunnelError("why"))),
         [{"type": "reset", "channel": 1, "code": "protocol_error", "message": "why"}],
         [{"type": "refused", "code": "protocol_error", "message": "why"}],
-        *([(CLOSE_NORMAL, "protocol_error")], "protocol_error"),
+        *([(CloseCode.NORMAL, "protocol_error")], "protocol_error"),
     ),
 }
 
@@ -254,9 +254,9 @@ def test_unsent_open_is_taken_back_when_the_user_goes_first() -> None:
     tunnel = Tunnel(client, user, from_dict(dict(OPEN)), "token-x", "*")
     with client.channels.lock:
         frame = tunnel.assign_locked(CAP)
-    client.outbox.put_first(tunnel.channel, frame, cancellable=True)
+    client.frame_sender.put_first(tunnel.channel, frame, cancellable=True)
     tunnel.user_lost()
-    assert taken(client.outbox) == NOTHING
+    assert taken(client.frame_sender) == NOTHING
 
 
 def test_reset_deletes_what_waits_except_for_the_ends_that_take_their_turn() -> None:
@@ -415,7 +415,7 @@ def test_users_reset_is_passed_on_when_its_resume_has_no_answer_yet() -> None:
 def test_nothing_is_sent_when_a_resume_ends_unsent(case: str) -> None:
     """It is taken back, and so the client never hears of it."""
     pair = Pair(is_opened=False, first=RESUME)
-    pair.client.outbox.put_first(1, pair.first, cancellable=True)
+    pair.client.frame_sender.put_first(1, pair.first, cancellable=True)
     EARLY[case][0](pair)
     assert pair.to_client == NOTHING
 
@@ -446,7 +446,7 @@ def test_old_leg_is_shut_when_its_tunnel_is_resumed_elsewhere(
         pair.tunnel.on_client_control(from_dict(reset("superseded")))
     assert pair.to_user == [reset("superseded")]
     assert pair.to_client == NOTHING
-    assert pair.user.ends == [(CLOSE_NORMAL, "superseded")]
+    assert pair.user.ends == [(CloseCode.NORMAL, "superseded")]
     assert caplog.records[-1].getMessage().startswith("tunnel closed reason=superseded ")
 
 
@@ -560,7 +560,7 @@ def test_record_is_told_before_an_end_can_know(
             told.append(reason)
 
     client, user = FakeClientLeg(), FakeUserLeg()
-    client.outbox, user.outbox = NotingOutbox("client"), NotingOutbox("user")
+    client.frame_sender, user.frame_sender = NotingOutbox("client"), NotingOutbox("user")
     tunnel = Tunnel(client, user, from_dict(dict(OPEN)), "token-x", "*", observer=Noting())
     with client.channels.lock:
         tunnel.assign_locked(CAP)

@@ -46,8 +46,8 @@ class Upgraded:
         self.sock = prepare_upgrade(environ)
         self.library = LibraryServer(environ, **SERVER_OPTIONS)
         self.transport = Connection(self.sock)
-        self.outbox = UnsentFrames()
-        self.transport.start(self.library, self.outbox)
+        self.frame_sender = UnsentFrames()
+        self.transport.start(self.library, self.frame_sender)
         self.answer = self.peer.recv(65536)
 
     def read(self, *sent: bytes, end: bool = True) -> int:
@@ -112,7 +112,7 @@ def test_message_is_taken_with_any_key(up: Upgraded) -> None:
         (OP_BINARY, b"ab"),
         (OP_BINARY, b"behind"),
     ]
-    assert take(up.outbox) == (OP_PONG, b"", b"p")
+    assert take(up.frame_sender) == (OP_PONG, b"", b"p")
 
 
 def test_messages_come_out_in_order_and_the_librarys_thread_never_runs(up: Upgraded) -> None:
@@ -128,11 +128,11 @@ def test_pongs_and_close_replies_go_through_the_outbox(up: Upgraded) -> None:
     """The library writes nothing by itself; of many pongs the newest is enough."""
     pings = b"".join(encode_frame(9, b"%d" % number) for number in range(1000))
     assert up.read(pings + encode_frame(8, b"\x03\xe8bye")) == 1000
-    frame = take(up.outbox)
+    frame = take(up.frame_sender)
     assert frame is not None
     # A close that is not flushed: the pong before it gives way.
     assert (frame.opcode, frame.payload[:2]) == (OP_CLOSE, b"\x03\xe8")
-    assert take(up.outbox) is None
+    assert take(up.frame_sender) is None
     up.peer.setblocking(False)
     with pytest.raises(BlockingIOError):
         up.peer.recv(1)
@@ -141,7 +141,7 @@ def test_pongs_and_close_replies_go_through_the_outbox(up: Upgraded) -> None:
 def test_pong_waits_in_its_slot_when_the_leg_goes_on(up: Upgraded) -> None:
     """With the payload of the ping."""
     up.read(encode_frame(9, b"one") + encode_frame(9, b"two"))
-    frame = take(up.outbox)
+    frame = take(up.frame_sender)
     assert frame == (OP_PONG, b"", b"two")
 
 
@@ -152,13 +152,13 @@ def test_close_of_the_peer_is_answered_with_its_code(
 ) -> None:
     """And without prose."""
     assert up.read(encode_frame(8, code.to_bytes(2, "big") + reason)) == code
-    assert take(up.outbox) == close_frame(code)
+    assert take(up.frame_sender) == close_frame(code)
 
 
 def test_close_without_a_code_is_answered_without_one(up: Upgraded) -> None:
     """RFC 6455, 7.1.5: it counts as 1005, which stands in no frame."""
     assert up.read(encode_frame(8, b"")) == 1005
-    assert take(up.outbox) == Frame(OP_CLOSE, b"", b"")
+    assert take(up.frame_sender) == Frame(OP_CLOSE, b"", b"")
 
 
 def in_pieces(opcode: int, payload: bytes, size: int) -> bytes:
@@ -206,18 +206,18 @@ def test_frame_that_is_wrong_is_a_leg_error(up: Upgraded, sent: bytes, close_cod
         up.read(sent, end=False)
     assert caught.value.close_code == close_code
     assert int(caught.value.close_code).to_bytes(2, "big") == close_code.to_bytes(2, "big")
-    assert take_now(up.outbox) is None
+    assert take_now(up.frame_sender) is None
 
 
 @pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536, 65540])
 def test_frame_written_by_hand_is_what_wsproto_reads(up: Upgraded, size: int) -> None:
     """Header sizes at their bounds; head and payload in two parts."""
     payload = os.urandom(size)
-    outbox = FrameSender()
-    outbox.put_first(1, Frame(2, payload[:4], memoryview(payload)[4:]))
-    outbox.close(close_frame(1012))
-    up.transport.start(up.library, outbox)
-    outbox.run()
+    frame_sender = FrameSender()
+    frame_sender.put_first(1, Frame(2, payload[:4], memoryview(payload)[4:]))
+    frame_sender.close(close_frame(1012))
+    up.transport.start(up.library, frame_sender)
+    frame_sender.run()
     up.transport.finish_sending()
     decoder = FrameDecoder(client=True)
     while data := up.peer.recv(1 << 20):

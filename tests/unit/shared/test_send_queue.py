@@ -1,4 +1,4 @@
-"""The outbox: order, turns, ends, and bounded memory, whatever the threads do."""
+"""The frame_sender: order, turns, ends, and bounded memory, whatever the threads do."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def text(name: str) -> Frame:
     return Frame(OP_TEXT, b"", name.encode())
 
 
-def put(outbox: SendQueue, channel: int, data: bytes) -> None:
-    outbox.put_data(channel, channel.to_bytes(4, "big"), data)
+def put(frame_sender: SendQueue, channel: int, data: bytes) -> None:
+    frame_sender.put_data(channel, channel.to_bytes(4, "big"), data)
 
 
-def put_blocks(outbox: SendQueue, channel: int, count: int) -> None:
+def put_blocks(frame_sender: SendQueue, channel: int, count: int) -> None:
     for _ in range(count):
-        put(outbox, channel, bytes(MAX_DATA_BYTES))
+        put(frame_sender, channel, bytes(MAX_DATA_BYTES))
 
 
-def names(outbox: SendQueue | FrameSender) -> list[str]:
+def names(frame_sender: SendQueue | FrameSender) -> list[str]:
     """All that can be taken now: the text of a control, the channel of data."""
     found = []
-    while outbox.has_frames:
-        frame = take(outbox)
+    while frame_sender.has_frames:
+        frame = take(frame_sender)
         assert frame is not None
         is_data = frame.opcode == OP_BINARY
         found.append(str(int.from_bytes(frame.head, "big")) if is_data else frame.payload.decode())
@@ -67,32 +67,32 @@ def names(outbox: SendQueue | FrameSender) -> list[str]:
 
 def test_channels_take_turns_whoever_came_first() -> None:
     """One message a turn: the megabytes of one do not hold the key strokes of another."""
-    outbox = SendQueue()
-    put_blocks(outbox, 1, 4)
-    put(outbox, 2, b"k")
-    put_blocks(outbox, 3, 2)
-    assert names(outbox) == ["1", "2", "3", "1", "3", "1", "1"]
+    frame_sender = SendQueue()
+    put_blocks(frame_sender, 1, 4)
+    put(frame_sender, 2, b"k")
+    put_blocks(frame_sender, 3, 2)
+    assert names(frame_sender) == ["1", "2", "3", "1", "3", "1", "1"]
 
 
 def test_keystroke_waits_for_one_message_of_each_other_channel() -> None:
     """A channel that comes anew stands behind one turn of each, not behind their queues."""
-    outbox = SendQueue()
-    put_blocks(outbox, 1, 50)
-    put_blocks(outbox, 2, 50)
-    assert take(outbox) is not None
-    put(outbox, 3, b"k")
-    assert names(outbox)[:4] == ["2", "1", "3", "2"]
+    frame_sender = SendQueue()
+    put_blocks(frame_sender, 1, 50)
+    put_blocks(frame_sender, 2, 50)
+    assert take(frame_sender) is not None
+    put(frame_sender, 3, b"k")
+    assert names(frame_sender)[:4] == ["2", "1", "3", "2"]
 
 
 def test_channel_that_ran_empty_goes_to_the_back() -> None:
     """Small messages often do not get more turns than large ones."""
-    outbox = SendQueue()
-    put_blocks(outbox, 1, 3)
+    frame_sender = SendQueue()
+    put_blocks(frame_sender, 1, 3)
     order = []
     for _ in range(3):
-        put(outbox, 2, b"k")
+        put(frame_sender, 2, b"k")
         for _ in range(2):
-            frame = take(outbox)
+            frame = take(frame_sender)
             assert frame is not None
             order.append(int.from_bytes(frame.head, "big"))
     assert order == [1, 2, 1, 2, 1, 2]
@@ -100,24 +100,24 @@ def test_channel_that_ran_empty_goes_to_the_back() -> None:
 
 def test_fast_lane_goes_first_in_order_of_its_slots() -> None:
     """Controls that may overtake do; a newer ack takes the place of the older."""
-    outbox = SendQueue()
-    put_blocks(outbox, 1, 2)
-    outbox.put_leg("pong", text("old pong"))
-    outbox.put_ack(1, text("old ack"))
-    outbox.put_first(2, text("opened 2"))
-    outbox.put_ack(2, text("ack 2"))
-    outbox.put_ack(1, text("new ack"))
-    outbox.put_leg("pong", text("new pong"))
-    assert names(outbox) == ["new pong", "new ack", "opened 2", "ack 2", "1", "1"]
+    frame_sender = SendQueue()
+    put_blocks(frame_sender, 1, 2)
+    frame_sender.put_leg("pong", text("old pong"))
+    frame_sender.put_ack(1, text("old ack"))
+    frame_sender.put_first(2, text("opened 2"))
+    frame_sender.put_ack(2, text("ack 2"))
+    frame_sender.put_ack(1, text("new ack"))
+    frame_sender.put_leg("pong", text("new pong"))
+    assert names(frame_sender) == ["new pong", "new ack", "opened 2", "ack 2", "1", "1"]
 
 
 def test_eof_comes_behind_the_data_and_the_first_message_before_all() -> None:
     """Per channel: first, data, eof."""
-    outbox = SendQueue()
-    outbox.put_first(1, text("opened"))
-    put_blocks(outbox, 1, 2)
-    outbox.put_eof(1, text("eof"))
-    assert names(outbox) == ["opened", "1", "1", "eof"]
+    frame_sender = SendQueue()
+    frame_sender.put_first(1, text("opened"))
+    put_blocks(frame_sender, 1, 2)
+    frame_sender.put_eof(1, text("eof"))
+    assert names(frame_sender) == ["opened", "1", "1", "eof"]
 
 
 # Ends.
@@ -125,99 +125,99 @@ def test_eof_comes_behind_the_data_and_the_first_message_before_all() -> None:
 
 def test_reset_deletes_what_its_channel_has_queued_and_no_other() -> None:
     """A cancelled download is gone at once."""
-    outbox = SendQueue()
-    put_blocks(outbox, 1, 9)
-    put(outbox, 2, b"k")
-    outbox.put_eof(1, text("eof"))
-    outbox.put_ack(1, text("ack 1"))
-    outbox.put_ack(2, text("ack 2"))
-    outbox.put_end(1, text("reset"))
-    assert names(outbox) == ["ack 2", "reset", "2"]
+    frame_sender = SendQueue()
+    put_blocks(frame_sender, 1, 9)
+    put(frame_sender, 2, b"k")
+    frame_sender.put_eof(1, text("eof"))
+    frame_sender.put_ack(1, text("ack 1"))
+    frame_sender.put_ack(2, text("ack 2"))
+    frame_sender.put_end(1, text("reset"))
+    assert names(frame_sender) == ["ack 2", "reset", "2"]
 
 
 def test_reset_comes_behind_the_first_message_of_its_channel() -> None:
     """Nothing of a channel goes before its first message."""
-    outbox = SendQueue()
-    outbox.put_first(1, text("opened"))
-    put(outbox, 1, b"x")
-    outbox.put_end(1, text("reset"))
-    assert names(outbox) == ["opened", "reset"]
+    frame_sender = SendQueue()
+    frame_sender.put_first(1, text("opened"))
+    put(frame_sender, 1, b"x")
+    frame_sender.put_end(1, text("reset"))
+    assert names(frame_sender) == ["opened", "reset"]
 
 
 @pytest.mark.parametrize("in_turn", [False, True])
 def test_end_takes_an_unsent_open_back(in_turn: bool) -> None:
     """Neither is sent, and none of what was queued behind it."""
-    outbox = SendQueue()
-    outbox.put_first(1, text("open"), cancellable=True)
-    put(outbox, 1, b"x")
-    outbox.put_ack(1, text("ack"))
-    outbox.put_end(1, text("reset"), in_turn=in_turn)
-    assert not outbox.has_frames
+    frame_sender = SendQueue()
+    frame_sender.put_first(1, text("open"), cancellable=True)
+    put(frame_sender, 1, b"x")
+    frame_sender.put_ack(1, text("ack"))
+    frame_sender.put_end(1, text("reset"), in_turn=in_turn)
+    assert not frame_sender.has_frames
 
 
 def test_end_is_sent_when_the_open_was_sent() -> None:
     """Taken is sent: it cannot be taken back any more."""
-    outbox = SendQueue()
-    outbox.put_first(1, text("open"), cancellable=True)
-    assert take(outbox) == text("open")
-    outbox.put_end(1, text("reset"))
-    assert names(outbox) == ["reset"]
+    frame_sender = SendQueue()
+    frame_sender.put_first(1, text("open"), cancellable=True)
+    assert take(frame_sender) == text("open")
+    frame_sender.put_end(1, text("reset"))
+    assert names(frame_sender) == ["reset"]
 
 
 def test_end_in_turn_comes_behind_the_data(clock: Clock) -> None:
     """user_gone and target_reset belong to the conversation."""
-    outbox = SendQueue()
-    put_blocks(outbox, 1, 3)
-    put(outbox, 2, b"k")
-    outbox.put_end(1, text("reset"), in_turn=True)
+    frame_sender = SendQueue()
+    put_blocks(frame_sender, 1, 3)
+    put(frame_sender, 2, b"k")
+    frame_sender.put_end(1, text("reset"), in_turn=True)
     clock.advance(0.999)
-    assert names(outbox) == ["1", "2", "1", "1", "reset"]
+    assert names(frame_sender) == ["1", "2", "1", "1", "reset"]
 
 
 def test_end_in_turn_overtakes_after_a_second(clock: Clock) -> None:
     """A leg that hardly moves must not keep a tunnel for ever."""
-    outbox = SendQueue()
-    put_blocks(outbox, 1, 30)
-    outbox.put_eof(1, text("eof"))
-    outbox.put_end(1, text("reset"), in_turn=True)
-    first = take(outbox)
+    frame_sender = SendQueue()
+    put_blocks(frame_sender, 1, 30)
+    frame_sender.put_eof(1, text("eof"))
+    frame_sender.put_end(1, text("reset"), in_turn=True)
+    first = take(frame_sender)
     assert first is not None
     assert first.opcode == OP_BINARY
     clock.advance(1.0)
-    assert names(outbox) == ["reset"]
+    assert names(frame_sender) == ["reset"]
 
 
 def test_second_end_in_turn_changes_nothing(clock: Clock) -> None:
     """The first reason stands, and its second is not counted anew."""
-    outbox = SendQueue()
-    put_blocks(outbox, 1, 5)
-    outbox.put_end(1, text("first"), in_turn=True)
+    frame_sender = SendQueue()
+    put_blocks(frame_sender, 1, 5)
+    frame_sender.put_end(1, text("first"), in_turn=True)
     clock.advance(0.6)
-    outbox.put_end(1, text("second"), in_turn=True)
+    frame_sender.put_end(1, text("second"), in_turn=True)
     clock.advance(0.4)
-    assert names(outbox) == ["first"]
+    assert names(frame_sender) == ["first"]
 
 
 def test_hard_end_overtakes_one_in_turn() -> None:
     """A lost tunnel does not wait for a polite one."""
-    outbox = SendQueue()
-    put_blocks(outbox, 1, 5)
-    outbox.put_end(1, text("polite"), in_turn=True)
-    outbox.put_end(1, text("hard"))
-    assert names(outbox) == ["hard"]
+    frame_sender = SendQueue()
+    put_blocks(frame_sender, 1, 5)
+    frame_sender.put_end(1, text("polite"), in_turn=True)
+    frame_sender.put_end(1, text("hard"))
+    assert names(frame_sender) == ["hard"]
 
 
 def test_nothing_follows_an_eof_or_an_end_in_turn() -> None:
     """A producer that was a moment late must not write behind the end."""
-    outbox = SendQueue()
-    outbox.put_eof(1, text("eof"))
-    put(outbox, 1, b"late")
-    outbox.put_eof(1, text("eof again"))
-    put(outbox, 2, b"x")
-    outbox.put_end(2, text("reset"), in_turn=True)
-    put(outbox, 2, b"late")
-    outbox.put_eof(2, text("late eof"))
-    assert names(outbox) == ["eof", "2", "reset"]
+    frame_sender = SendQueue()
+    frame_sender.put_eof(1, text("eof"))
+    put(frame_sender, 1, b"late")
+    frame_sender.put_eof(1, text("eof again"))
+    put(frame_sender, 2, b"x")
+    frame_sender.put_end(2, text("reset"), in_turn=True)
+    put(frame_sender, 2, b"late")
+    frame_sender.put_eof(2, text("late eof"))
+    assert names(frame_sender) == ["eof", "2", "reset"]
 
 
 # The leg's end.
@@ -225,52 +225,52 @@ def test_nothing_follows_an_eof_or_an_end_in_turn() -> None:
 
 def test_close_flushes_what_is_queued_and_takes_no_more() -> None:
     """Behind all, then nothing."""
-    outbox = SendQueue()
-    put(outbox, 1, b"x")
-    outbox.put_ack(1, text("ack"))
-    outbox.close(CLOSE)
-    put(outbox, 1, b"late")
-    outbox.put_ack(1, text("late"))
-    outbox.put_first(2, text("late"))
-    outbox.put_leg("pong", text("late"))
-    outbox.put_end(1, text("late"))
-    outbox.put_eof(1, text("late"))
-    outbox.try_put_leg("ping", text("late"))
-    taken = [take(outbox) for _ in range(4)]
+    frame_sender = SendQueue()
+    put(frame_sender, 1, b"x")
+    frame_sender.put_ack(1, text("ack"))
+    frame_sender.close(CLOSE)
+    put(frame_sender, 1, b"late")
+    frame_sender.put_ack(1, text("late"))
+    frame_sender.put_first(2, text("late"))
+    frame_sender.put_leg("pong", text("late"))
+    frame_sender.put_end(1, text("late"))
+    frame_sender.put_eof(1, text("late"))
+    frame_sender.try_put_leg("ping", text("late"))
+    taken = [take(frame_sender) for _ in range(4)]
     assert [frame and frame.payload for frame in taken] == [b"ack", b"x", CLOSE.payload, None]
 
 
 def test_close_without_flush_is_the_next_frame() -> None:
     """A leg error: what is queued does not matter any more."""
-    outbox = SendQueue()
-    put_blocks(outbox, 1, 5)
-    outbox.put_leg("pong", text("pong"))
-    outbox.close(CLOSE, flush=False)
-    assert [take(outbox), take(outbox)] == [CLOSE, None]
+    frame_sender = SendQueue()
+    put_blocks(frame_sender, 1, 5)
+    frame_sender.put_leg("pong", text("pong"))
+    frame_sender.close(CLOSE, flush=False)
+    assert [take(frame_sender), take(frame_sender)] == [CLOSE, None]
 
 
 def test_first_close_wins() -> None:
     """Its code is the reason; a later one is an echo of the end."""
-    outbox = SendQueue()
-    outbox.close(CLOSE)
-    outbox.close(Frame(OP_CLOSE, b"", b"\x03\xf1"), flush=False)
-    assert [take(outbox), take(outbox)] == [CLOSE, None]
+    frame_sender = SendQueue()
+    frame_sender.close(CLOSE)
+    frame_sender.close(Frame(OP_CLOSE, b"", b"\x03\xf1"), flush=False)
+    assert [take(frame_sender), take(frame_sender)] == [CLOSE, None]
 
 
 @pytest.mark.parametrize("end", ["stop", "close", "put"])
 def test_waiting_writer_is_woken(end: str) -> None:
     """stop(), close(), and a push while nobody may send, wake a writer."""
-    outbox = FrameSender()
+    frame_sender = FrameSender()
     taken: list[Frame | None] = []
-    writer = threading.Thread(target=lambda: taken.append(take(outbox)))
+    writer = threading.Thread(target=lambda: taken.append(take(frame_sender)))
     writer.start()
     if end == "stop":
-        outbox.stop()
+        frame_sender.stop()
     elif end == "close":
-        outbox.close(CLOSE)
+        frame_sender.close(CLOSE)
     else:
-        put_data(outbox, 1, b"\0\0\0\1", b"x")
-        outbox.push()
+        put_data(frame_sender, 1, b"\0\0\0\1", b"x")
+        frame_sender.push()
     writer.join(5.0)
     assert not writer.is_alive()
     expected: Any = {"stop": None, "close": CLOSE}.get(end, Frame(OP_BINARY, b"\0\0\0\1", b"x"))
@@ -278,22 +278,22 @@ def test_waiting_writer_is_woken(end: str) -> None:
 
 
 THOSE_THAT_CALL: dict[str, Callable[[FrameSender], Any]] = {
-    "first": lambda outbox: outbox.put_first(1, text("it")),
-    "try": lambda outbox: outbox.try_put_leg("ping", text("it")),
-    "eof": lambda outbox: outbox.put_eof(1, text("it")),
-    "end": lambda outbox: outbox.put_end(1, text("it")),
-    "end in turn": lambda outbox: outbox.put_end(1, text("it"), in_turn=True),
+    "first": lambda frame_sender: frame_sender.put_first(1, text("it")),
+    "try": lambda frame_sender: frame_sender.try_put_leg("ping", text("it")),
+    "eof": lambda frame_sender: frame_sender.put_eof(1, text("it")),
+    "end": lambda frame_sender: frame_sender.put_end(1, text("it")),
+    "end in turn": lambda frame_sender: frame_sender.put_end(1, text("it"), in_turn=True),
 }
 
 
 @pytest.mark.parametrize("put_it", THOSE_THAT_CALL.values(), ids=THOSE_THAT_CALL)
 def test_put_calls_the_writer(put_it: Callable[[FrameSender], Any]) -> None:
     """Who puts such a frame may hold a lock, and so cannot send."""
-    outbox = FrameSender()
+    frame_sender = FrameSender()
     taken: list[Frame | None] = []
-    writer = threading.Thread(target=lambda: taken.append(take(outbox)))
+    writer = threading.Thread(target=lambda: taken.append(take(frame_sender)))
     writer.start()
-    put_it(outbox)
+    put_it(frame_sender)
     writer.join(5.0)
     assert not writer.is_alive()
     assert taken == [text("it")]
@@ -302,54 +302,54 @@ def test_put_calls_the_writer(put_it: Callable[[FrameSender], Any]) -> None:
 def test_data_acks_and_pongs_call_nobody() -> None:
     """Their push does; a call for each would wake a thread for nothing."""
     calls: list[None] = []
-    outbox = FrameSender(call=lambda: calls.append(None))
-    put_data(outbox, 1, b"\0\0\0\1", b"x")
-    outbox.put_ack(1, text("ack"))
-    outbox.put_leg("pong", text("pong"))
+    frame_sender = FrameSender(call=lambda: calls.append(None))
+    put_data(frame_sender, 1, b"\0\0\0\1", b"x")
+    frame_sender.put_ack(1, text("ack"))
+    frame_sender.put_leg("pong", text("pong"))
     assert not calls
-    assert outbox.has_frames
-    outbox.push()
+    assert frame_sender.has_frames
+    frame_sender.push()
     assert len(calls) == 1
-    assert names(outbox) == ["ack", "pong", "1"]
+    assert names(frame_sender) == ["ack", "pong", "1"]
 
 
 def test_call_before_the_wait_is_not_lost() -> None:
     """It counts once, however often it was made."""
     calls: list[None] = []
-    outbox = FrameSender(call=lambda: calls.append(None))
-    outbox.put_first(1, text("it"))
-    outbox.put_first(2, text("it"))
+    frame_sender = FrameSender(call=lambda: calls.append(None))
+    frame_sender.put_first(1, text("it"))
+    frame_sender.put_first(2, text("it"))
     assert len(calls) == 1
-    assert names(outbox) == ["it", "it"]
-    outbox.stop()
+    assert names(frame_sender) == ["it", "it"]
+    frame_sender.stop()
     assert len(calls) == 2
-    assert take(outbox) is None
+    assert take(frame_sender) is None
 
 
 def test_take_leaves_the_close_to_the_writer() -> None:
     """Whoever pushes sends no close: behind it the writer ends our direction."""
-    outbox = SendQueue()
-    put(outbox, 1, b"x")
-    outbox.close(CLOSE)
-    assert outbox.take() == Frame(OP_BINARY, b"\0\0\0\1", b"x")
-    assert outbox.take() is None
-    assert not outbox.has_frames
-    assert outbox.take(with_close=True) == CLOSE
-    assert outbox.take(with_close=True) is None
-    assert outbox.is_over
+    frame_sender = SendQueue()
+    put(frame_sender, 1, b"x")
+    frame_sender.close(CLOSE)
+    assert frame_sender.take() == Frame(OP_BINARY, b"\0\0\0\1", b"x")
+    assert frame_sender.take() is None
+    assert not frame_sender.has_frames
+    assert frame_sender.take(with_close=True) == CLOSE
+    assert frame_sender.take(with_close=True) is None
+    assert frame_sender.is_over
 
 
 def test_stop_forgets_all() -> None:
     """Even a close that waits: the leg is dead."""
-    outbox = SendQueue()
-    put(outbox, 1, b"x")
-    outbox.close(CLOSE)
-    outbox.stop()
-    put(outbox, 1, b"x")
-    outbox.put_ack(1, text("ack"))
-    assert take(outbox) is None
-    assert take(outbox) is None
-    assert not outbox.has_frames
+    frame_sender = SendQueue()
+    put(frame_sender, 1, b"x")
+    frame_sender.close(CLOSE)
+    frame_sender.stop()
+    put(frame_sender, 1, b"x")
+    frame_sender.put_ack(1, text("ack"))
+    assert take(frame_sender) is None
+    assert take(frame_sender) is None
+    assert not frame_sender.has_frames
 
 
 # The timer.
@@ -357,28 +357,28 @@ def test_stop_forgets_all() -> None:
 
 def test_try_put_leg_never_waits_while_the_lock_is_held() -> None:
     """The timer asks again later rather than stand behind whoever is inside."""
-    outbox = FrameSender()
+    frame_sender = FrameSender()
     answers: list[bool] = []
-    with queue_lock(outbox):
+    with queue_lock(frame_sender):
         timer = threading.Thread(
-            target=lambda: answers.append(outbox.try_put_leg("ping", text("ping")))
+            target=lambda: answers.append(frame_sender.try_put_leg("ping", text("ping")))
         )
         timer.start()
         timer.join(5.0)
         assert not timer.is_alive()
         assert answers == [False]
-    assert outbox.try_put_leg("ping", text("ping"))
-    assert names(outbox) == ["ping"]
+    assert frame_sender.try_put_leg("ping", text("ping"))
+    assert names(frame_sender) == ["ping"]
 
 
 def test_try_put_leg_wakes_the_writer() -> None:
     """A ping on an idle leg goes out at once."""
-    outbox = FrameSender()
+    frame_sender = FrameSender()
     taken: list[Frame | None] = []
-    writer = threading.Thread(target=lambda: taken.append(take(outbox)))
+    writer = threading.Thread(target=lambda: taken.append(take(frame_sender)))
     writer.start()
-    assert outbox.try_put_leg("ping", text("ping")) or not taken
-    while not taken and not outbox.try_put_leg("ping", text("ping")):
+    assert frame_sender.try_put_leg("ping", text("ping")) or not taken
+    while not taken and not frame_sender.try_put_leg("ping", text("ping")):
         pass  # The writer held the lock: that is the point of "try".
     writer.join(5.0)
     assert taken == [text("ping")]
@@ -389,15 +389,15 @@ def test_try_put_leg_wakes_the_writer() -> None:
 
 def test_small_pieces_become_one_message_of_64_kib_at_most() -> None:
     """Cuts in a stream mean nothing; the size of a message does."""
-    outbox = SendQueue()
+    frame_sender = SendQueue()
     sent = bytearray()
     for number in range(5000):
         piece = number.to_bytes(4, "big") * 10
         sent += piece
-        put(outbox, 1, piece)
+        put(frame_sender, 1, piece)
     sizes, received = [], bytearray()
-    while outbox.has_frames:
-        frame = take(outbox)
+    while frame_sender.has_frames:
+        frame = take(frame_sender)
         assert frame is not None
         sizes.append(len(frame.payload))
         received += frame.payload
@@ -408,27 +408,27 @@ def test_small_pieces_become_one_message_of_64_kib_at_most() -> None:
 
 def test_merging_leaves_what_was_put_as_it_was() -> None:
     """A caller's buffer is not ours to append to."""
-    outbox = SendQueue()
+    frame_sender = SendQueue()
     mine = b"abc"
     view = memoryview(bytearray(b"def"))
-    put(outbox, 1, mine)
-    outbox.put_data(1, b"\0\0\0\1", view)
-    put(outbox, 1, b"ghi")
-    frame = take(outbox)
+    put(frame_sender, 1, mine)
+    frame_sender.put_data(1, b"\0\0\0\1", view)
+    put(frame_sender, 1, b"ghi")
+    frame = take(frame_sender)
     assert frame is not None
     assert (bytes(frame.payload), mine, bytes(view)) == (b"abcdefghi", b"abc", b"def")
 
 
 def test_message_that_was_taken_does_not_grow() -> None:
     """The writer holds it; what comes later is the next message."""
-    outbox = SendQueue()
-    put(outbox, 1, b"a")
-    put(outbox, 1, b"b")
-    frame = take(outbox)
-    put(outbox, 1, b"c")
+    frame_sender = SendQueue()
+    put(frame_sender, 1, b"a")
+    put(frame_sender, 1, b"b")
+    frame = take(frame_sender)
+    put(frame_sender, 1, b"c")
     assert frame is not None
     assert bytes(frame.payload) == b"ab"
-    assert names(outbox) == ["1"]
+    assert names(frame_sender) == ["1"]
 
 
 def test_a_million_single_bytes_stay_small() -> None:
@@ -451,12 +451,12 @@ def test_a_million_single_bytes_stay_small() -> None:
 
 def test_controls_without_end_need_one_slot_each() -> None:
     """A flood of pings, acks and resets of one channel is one frame of each."""
-    outbox = SendQueue()
+    frame_sender = SendQueue()
     for number in range(10_000):
-        outbox.put_leg("pong", text(f"pong {number}"))
-        outbox.put_ack(1, text(f"ack {number}"))
-        outbox.put_leg("going_away", text("going"))
-    assert names(outbox) == ["pong 9999", "ack 9999", "going"]
+        frame_sender.put_leg("pong", text(f"pong {number}"))
+        frame_sender.put_ack(1, text(f"ack {number}"))
+        frame_sender.put_leg("going_away", text("going"))
+    assert names(frame_sender) == ["pong 9999", "ack 9999", "going"]
 
 
 # Threads.
@@ -465,22 +465,24 @@ def test_controls_without_end_need_one_slot_each() -> None:
 @pytest.mark.usefixtures("fast_switching")
 def test_two_threads_put_and_a_third_takes_without_loss_or_disorder() -> None:
     """Each channel's bytes come out whole and in order, and the close comes last."""
-    outbox = FrameSender()
+    frame_sender = FrameSender()
     rounds = 400
 
     def hammer(channels: tuple[int, ...]) -> None:
         for number in range(rounds):
             for channel in channels:
-                put_data(outbox, channel, channel.to_bytes(4, "big"), number.to_bytes(4, "big"))
-                outbox.put_ack(channel, text(f"ack {channel} {number}"))
+                put_data(
+                    frame_sender, channel, channel.to_bytes(4, "big"), number.to_bytes(4, "big")
+                )
+                frame_sender.put_ack(channel, text(f"ack {channel} {number}"))
                 if number % 7 == 0:
-                    outbox.try_put_leg("ping", text("ping"))
-                    outbox.put_leg("pong", text("pong"))
+                    frame_sender.try_put_leg("ping", text("ping"))
+                    frame_sender.put_leg("pong", text("pong"))
 
     taken: list[Frame] = []
 
     def drain() -> None:
-        while (frame := take(outbox)) is not None:
+        while (frame := take(frame_sender)) is not None:
             taken.append(frame)
 
     writer = threading.Thread(target=drain)
@@ -491,8 +493,8 @@ def test_two_threads_put_and_a_third_takes_without_loss_or_disorder() -> None:
     for thread in threads:
         thread.join()
     for channel in (1, 2, 3, 4):
-        outbox.put_eof(channel, text(f"eof {channel}"))
-    outbox.close(CLOSE)
+        frame_sender.put_eof(channel, text(f"eof {channel}"))
+    frame_sender.close(CLOSE)
     writer.join(5.0)
     assert not writer.is_alive()
 
@@ -516,32 +518,34 @@ def test_two_threads_put_and_a_third_takes_without_loss_or_disorder() -> None:
 def test_reset_during_a_flood_leaves_nothing_of_its_channel_behind_it() -> None:
     """A reset that meets a producer: no data of before the reset comes after it."""
     for _ in range(30):
-        outbox = SendQueue()
-        put(outbox, 1, b"before")
+        frame_sender = SendQueue()
+        put(frame_sender, 1, b"before")
         barrier = threading.Barrier(2)
 
-        def produce(outbox: SendQueue = outbox, barrier: threading.Barrier = barrier) -> None:
+        def produce(
+            frame_sender: SendQueue = frame_sender, barrier: threading.Barrier = barrier
+        ) -> None:
             barrier.wait()
             for _ in range(20):
-                put(outbox, 2, b"other")
+                put(frame_sender, 2, b"other")
 
         thread = threading.Thread(target=produce)
         thread.start()
         barrier.wait()
-        outbox.put_end(1, text("reset"))
+        frame_sender.put_end(1, text("reset"))
         thread.join()
-        assert sorted(set(names(outbox))) == ["2", "reset"]
+        assert sorted(set(names(frame_sender))) == ["2", "reset"]
 
 
 def test_unsent_first_message_is_taken_back_alone() -> None:
     """An `open` that was answered before it was sent does not stay."""
-    outbox = SendQueue()
+    frame_sender = SendQueue()
     for channel in (1, 2):
-        outbox.put_first(channel, Frame(1, b"", b"%d" % channel), cancellable=True)
-    outbox.cancel_first(1)
-    outbox.cancel_first(7)
-    frame = take(outbox)
+        frame_sender.put_first(channel, Frame(1, b"", b"%d" % channel), cancellable=True)
+    frame_sender.cancel_first(1)
+    frame_sender.cancel_first(7)
+    frame = take(frame_sender)
     assert frame is not None
     assert frame.payload == b"2"
-    outbox.cancel_first(2)
-    assert not outbox.has_frames
+    frame_sender.cancel_first(2)
+    assert not frame_sender.has_frames

@@ -139,13 +139,13 @@ def test_credit_that_was_read_before_a_resume_is_used_after_it_without_harm() ->
 
 def test_small_pieces_grow_together_while_a_view_of_the_last_is_in_an_outbox() -> None:
     """A bytearray cannot grow while a view of it exists; what was sent must not change."""
-    outbox = SendQueue()
+    frame_sender = SendQueue()
     out = SendStream()
     out.limit = 5
     for number in range(3):
         out.take(b"%d" % number * 4)
         while (piece := out.next_piece()) is not None:
-            outbox.put_data(1, b"", piece)
+            frame_sender.put_data(1, b"", piece)
     held = [memoryview(piece) for piece in out._kept]  # As a replay that is on its way holds it.
     del held
     out.resume(Position(1, 0, 7))
@@ -155,7 +155,7 @@ def test_small_pieces_grow_together_while_a_view_of_the_last_is_in_an_outbox() -
     assert b"".join(bytes(view) for view in views) == b"000111"
     out.on_ack(Ack(0, 100, False))
     assert sent(out) == b"12222morestill more"
-    frame = take(outbox)
+    frame = take(frame_sender)
     assert frame is not None
     assert bytes(frame.payload) == b"00001"
 

@@ -52,15 +52,15 @@ def channel_id(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def outbox() -> FrameSender:
+def frame_sender() -> FrameSender:
     """Of the leg."""
     return FrameSender()
 
 
 @pytest.fixture
-def channel(outbox: FrameSender, channel_id: int) -> Channel:
+def channel(frame_sender: FrameSender, channel_id: int) -> Channel:
     """The channel."""
-    return Channel(outbox, channel_id)
+    return Channel(frame_sender, channel_id)
 
 
 @pytest.fixture
@@ -71,11 +71,11 @@ def end(channel: Channel) -> ClientEnd:
     return made
 
 
-def sent(outbox: FrameSender) -> list[Any]:
+def sent(frame_sender: FrameSender) -> list[Any]:
     """What the leg would write now: bytes, or the control's dict."""
     frames = []
-    while outbox.has_frames:
-        frame = take(outbox)
+    while frame_sender.has_frames:
+        frame = take(frame_sender)
         assert frame is not None
         is_data = frame.opcode == OP_BINARY
         frames.append(bytes(frame.payload) if is_data else json.loads(frame.payload))
@@ -124,12 +124,12 @@ def test_open_that_comes_after_the_end_is_told() -> None:
 
 
 def test_send_takes_credit_and_stands_in_the_outbox(
-    end: ClientEnd, outbox: FrameSender, channel_id: int
+    end: ClientEnd, frame_sender: FrameSender, channel_id: int
 ) -> None:
     """All of the window; the head names the channel."""
     assert end.outbound.credit() == 4 * MAX_DATA_BYTES
     end.outbound.send(b"abc")
-    frame = take(outbox)
+    frame = take(frame_sender)
     assert frame is not None
     assert (frame.head, frame.payload) == (
         channel_id.to_bytes(4, "big") if channel_id else b"",
@@ -159,20 +159,20 @@ def test_producer_without_credit_is_woken(end: ClientEnd, channel: Channel, by: 
     assert results == [1000 if by == "ack" else 0]
 
 
-def test_nothing_is_sent_after_the_end(end: ClientEnd, outbox: FrameSender) -> None:
+def test_nothing_is_sent_after_the_end(end: ClientEnd, frame_sender: FrameSender) -> None:
     """A producer that was a moment late is silent, not an error."""
     end.on_end(LOST)
     end.outbound.send(b"late")
     assert end.outbound.send_eof()
     end.inbound.delivered(5)
-    assert sent(outbox) == []
+    assert sent(frame_sender) == []
 
 
 # Handing on.
 
 
 def test_chunks_come_in_order_then_the_eof_then_nothing(
-    end: ClientEnd, channel: Channel, outbox: FrameSender
+    end: ClientEnd, channel: Channel, frame_sender: FrameSender
 ) -> None:
     """Small ones may have grown together; eof is b""."""
     end.inbound.on_data(channel, b"one")
@@ -182,7 +182,7 @@ def test_chunks_come_in_order_then_the_eof_then_nothing(
     end.inbound.delivered(6)
     assert end.inbound.next_chunk() == b""
     end.inbound.delivered_eof()
-    assert [frame["eof"] for frame in sent(outbox)] == [True]
+    assert [frame["eof"] for frame in sent(frame_sender)] == [True]
     assert not end.is_over
     end.on_end(LOST)
     assert end.inbound.next_chunk() is None
@@ -269,18 +269,18 @@ class Target:
 
 
 def test_reader_hands_on_what_is_taken_at_once(
-    end: ClientEnd, channel: Channel, outbox: FrameSender
+    end: ClientEnd, channel: Channel, frame_sender: FrameSender
 ) -> None:
     """No thread is woken, and what is due is acked and pushed."""
     target = Target(end)
     pushes: list[bool] = []
-    outbox.push = lambda: pushes.append(outbox.has_frames)  # type: ignore[method-assign]
+    frame_sender.push = lambda: pushes.append(frame_sender.has_frames)  # type: ignore[method-assign]
     end.inbound.on_data(channel, b"abc")
     assert (target.data, target.calls, end.counts[1]) == (b"abc", 1, 3)
     assert not end.inbound._queue
     for _ in range(3):
         end.inbound.on_data(channel, bytes(MAX_DATA_BYTES))
-    acks = sent(outbox)
+    acks = sent(frame_sender)
     assert acks
     assert pushes[-1]
     assert acks[-1]["delivered"] == end.counts[1] == 3 * MAX_DATA_BYTES + 3
@@ -364,7 +364,7 @@ def test_consumer_waits_while_the_reader_hands_on(end: ClientEnd, channel: Chann
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_end_while_the_reader_hands_on_wakes_the_consumer(
-    end: ClientEnd, channel: Channel, outbox: FrameSender, count: int
+    end: ClientEnd, channel: Channel, frame_sender: FrameSender, count: int
 ) -> None:
     """What was not taken is handed on first, then it is over; nothing is said any more."""
     target = Target(end)
@@ -381,7 +381,7 @@ def test_end_while_the_reader_hands_on_wakes_the_consumer(
     assert results == [[count < 4, False]]
     assert target.data == b"abcd"
     assert end.counts[1] == 4
-    assert sent(outbox) == []
+    assert sent(frame_sender) == []
 
 
 def test_eof_while_the_reader_hands_on_is_not_forgotten(end: ClientEnd, channel: Channel) -> None:
@@ -405,14 +405,14 @@ def test_eof_while_the_reader_hands_on_is_not_forgotten(end: ClientEnd, channel:
 
 
 def test_ack_goes_out_by_the_leg_that_came_while_the_reader_handed_on(
-    outbox: FrameSender, channel_id: int
+    frame_sender: FrameSender, channel_id: int
 ) -> None:
     """The old one is deaf; the new one must be pushed."""
-    old, new = Channel(FrameSender(), channel_id), Channel(outbox, channel_id)
+    old, new = Channel(FrameSender(), channel_id), Channel(frame_sender, channel_id)
     end = UserEnd(old, MIN_WINDOW_BYTES)
     end.on_open(MIN_WINDOW_BYTES, 60)
     pushes: list[bool] = []
-    outbox.push = lambda: pushes.append(outbox.has_frames)  # type: ignore[method-assign]
+    frame_sender.push = lambda: pushes.append(frame_sender.has_frames)  # type: ignore[method-assign]
 
     def take(data: Any) -> int:
         assert end.detach(old, LOST)
@@ -423,7 +423,7 @@ def test_ack_goes_out_by_the_leg_that_came_while_the_reader_handed_on(
 
     end.inbound.deliver_directly(take)
     end.inbound.on_data(old, bytes(MAX_DATA_BYTES))
-    assert outbox.has_frames, "no ack is due"
+    assert frame_sender.has_frames, "no ack is due"
     assert pushes == [True], "the ack was put and not pushed"
 
 
@@ -491,33 +491,33 @@ def test_no_delivery_begins_or_goes_on_after_deliver_directly_none_returned() ->
 # Ends.
 
 
-def test_first_end_counts(end: ClientEnd, outbox: FrameSender) -> None:
+def test_first_end_counts(end: ClientEnd, frame_sender: FrameSender) -> None:
     """Its reason is the one of the log and the exit code; it is told once."""
     end.reset(RelayError("target_lost", "first"))
     end.reset(RelayError("protocol_error", "second"))
     end.on_end(LOST)
     assert end.ended is not None
     assert end.ended.code == "target_lost"
-    assert [frame["message"] for frame in sent(outbox)] == ["first"]
+    assert [frame["message"] for frame in sent(frame_sender)] == ["first"]
 
 
-def test_end_that_came_is_not_answered(end: ClientEnd, outbox: FrameSender) -> None:
+def test_end_that_came_is_not_answered(end: ClientEnd, frame_sender: FrameSender) -> None:
     """A reset is final."""
     end.on_end(GONE)
     end.reset(LOST)
-    assert sent(outbox) == []
+    assert sent(frame_sender) == []
 
 
 @pytest.mark.parametrize(
     ("code", "kept"), [("user_gone", True), ("target_reset", True), ("target_lost", False)]
 )
 def test_reset_comes_behind_the_data_or_instead_of_it(
-    end: ClientEnd, outbox: FrameSender, code: str, kept: bool
+    end: ClientEnd, frame_sender: FrameSender, code: str, kept: bool
 ) -> None:
     """Two resets are part of the conversation."""
     end.outbound.send(b"before")
     end.reset(RelayError(code, "why"))
-    frames = sent(outbox)
+    frames = sent(frame_sender)
     assert frames[-1]["code"] == code
     assert frames[:-1] == ([b"before"] if kept else [])
 
@@ -531,7 +531,7 @@ def finish(end: ClientEnd, channel: Channel) -> None:
 
 
 def test_finished_tunnel_has_no_end_any_more(
-    end: ClientEnd, channel: Channel, outbox: FrameSender
+    end: ClientEnd, channel: Channel, frame_sender: FrameSender
 ) -> None:
     """A leg that is lost a moment later does not make a clean end unclean."""
     finish(end, channel)
@@ -540,22 +540,25 @@ def test_finished_tunnel_has_no_end_any_more(
     end.on_end(LOST)
     end.reset(LOST)
     assert end.ended is None
-    assert [frame["type"] for frame in sent(outbox) if isinstance(frame, dict)] == ["ack", "eof"]
+    assert [frame["type"] for frame in sent(frame_sender) if isinstance(frame, dict)] == [
+        "ack",
+        "eof",
+    ]
 
 
 def test_tunnel_is_not_finished_before_its_last_ack_is_queued(
-    outbox: FrameSender, channel: Channel
+    frame_sender: FrameSender, channel: Channel
 ) -> None:
     """Who sees it finished closes the leg: that ack must stand before the close."""
     seen: list[bool] = []
     end = ClientEnd(channel, MIN_WINDOW_BYTES)
-    real = outbox.put_ack
+    real = frame_sender.put_ack
 
     def put_ack(*args: Any) -> None:
         seen.append(end.is_finished)
         real(*args)
 
-    outbox.put_ack = put_ack  # type: ignore[method-assign, assignment]
+    frame_sender.put_ack = put_ack  # type: ignore[method-assign, assignment]
     end.on_open(MIN_WINDOW_BYTES, 0)
     finish(end, channel)
     assert seen == [False]
@@ -571,7 +574,7 @@ def test_waiting_for_the_end_is_woken_by_it(end: ClientEnd, channel: Channel) ->
     assert not thread.is_alive()
 
 
-def test_change_is_told_without_the_lock(outbox: FrameSender) -> None:
+def test_change_is_told_without_the_lock(frame_sender: FrameSender) -> None:
     """Who is told may call back at once."""
     told: list[bool] = []
     end: ClientEnd
@@ -588,7 +591,7 @@ def test_change_is_told_without_the_lock(outbox: FrameSender) -> None:
         assert results == [True]
         told.append(end.is_over)
 
-    channel = Channel(outbox)
+    channel = Channel(frame_sender)
     end = ClientEnd(channel, MIN_WINDOW_BYTES, on_change)
     end.on_open(0, 0)
     end.outbound.on_ack(channel, Ack(0, 20, False))
@@ -596,11 +599,11 @@ def test_change_is_told_without_the_lock(outbox: FrameSender) -> None:
     assert told == [False, True]
 
 
-def test_ack_wakes_nobody_who_has_credit(outbox: FrameSender) -> None:
+def test_ack_wakes_nobody_who_has_credit(frame_sender: FrameSender) -> None:
     """Most acks come to one who sends on."""
     told: list[int] = []
     end: ClientEnd
-    channel = Channel(outbox)
+    channel = Channel(frame_sender)
     end = ClientEnd(channel, MIN_WINDOW_BYTES, lambda: told.append(end.outbound.credit()))
     end.on_open(10, 0)
     end.outbound.on_ack(channel, Ack(0, 20, False))
@@ -614,24 +617,24 @@ def test_ack_wakes_nobody_who_has_credit(outbox: FrameSender) -> None:
 
 
 def test_consumer_that_fails_waits_for_the_producers_end(
-    end: ClientEnd, outbox: FrameSender
+    end: ClientEnd, frame_sender: FrameSender
 ) -> None:
     """What the target still says is sent; then no eof but a reset is due."""
     end.fail_consumer(RelayError("target_reset", "x"))
     end.outbound.send(b"last words")
     assert end.ended is None
     assert not end.outbound.send_eof()
-    assert sent(outbox) == [b"last words"]
+    assert sent(frame_sender) == [b"last words"]
 
 
 def test_consumer_that_fails_after_our_eof_resets_at_once(
-    end: ClientEnd, outbox: FrameSender
+    end: ClientEnd, frame_sender: FrameSender
 ) -> None:
     """Nothing more can come from there."""
     assert end.outbound.send_eof()
     end.fail_consumer(RelayError("target_reset", "x"))
     assert end.ended is not None
-    assert [frame["type"] for frame in sent(outbox)] == ["eof", "reset"]
+    assert [frame["type"] for frame in sent(frame_sender)] == ["eof", "reset"]
 
 
 # Threads.
@@ -648,7 +651,7 @@ def fast_switching() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fast_switching")
 def test_bytes_keep_their_order_whoever_hands_them_on(
-    end: ClientEnd, channel: Channel, outbox: FrameSender
+    end: ClientEnd, channel: Channel, frame_sender: FrameSender
 ) -> None:
     """Reader and consumer at once; the reader is given a part, all, nothing, or an error."""
     chances = random.Random(7)
@@ -688,7 +691,7 @@ def test_bytes_keep_their_order_whoever_hands_them_on(
     assert taken == whole
     assert 0 < by_reader < len(whole)
     assert end.counts[1] == len(whole)
-    for frame in sent(outbox):
+    for frame in sent(frame_sender):
         acks = max(acks, frame["delivered"])
     assert acks == len(whole)
 
@@ -698,7 +701,7 @@ def test_two_ends_in_six_threads_carry_all_bytes_both_ways_and_finish() -> None:
     """Producer, consumer and reader at each end, under the smallest window."""
     sizes = (700_000, 300_000)
     outboxes = (FrameSender(), FrameSender())
-    channels = [Channel(outbox, 5) for outbox in outboxes]
+    channels = [Channel(frame_sender, 5) for frame_sender in outboxes]
     ends = [ClientEnd(channel, MIN_WINDOW_BYTES) for channel in channels]
     taken = [0, 0]
     for end in ends:
@@ -754,8 +757,8 @@ def test_two_ends_in_six_threads_carry_all_bytes_both_ways_and_finish() -> None:
         thread.start()
     for end in ends:
         end.wait_over(10.0)
-    for outbox in outboxes:
-        outbox.stop()
+    for frame_sender in outboxes:
+        frame_sender.stop()
     for thread in threads:
         thread.join()
     assert errors == []

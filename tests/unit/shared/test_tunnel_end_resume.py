@@ -92,8 +92,8 @@ def user_end(first: Channel) -> UserEnd:
 def sent(channel: Channel) -> list[Any]:
     """What its leg would write now: bytes, or the control's dict without its channel."""
     frames = []
-    while channel.outbox.has_frames:
-        frame = take(channel.outbox)
+    while channel.frame_sender.has_frames:
+        frame = take(channel.frame_sender)
         assert frame is not None
         if frame.opcode == OP_BINARY:
             frames.append(bytes(frame.payload))
@@ -761,7 +761,7 @@ class Line:
     def _carry(self, which: int, channels: tuple[Channel, Channel], most: int) -> None:
         other, channel = self.ends[1 - which], channels[1 - which]
         for _ in range(most):
-            frame = take(channels[which].outbox)
+            frame = take(channels[which].frame_sender)
             if frame is None:
                 return
             if frame.opcode == OP_BINARY:
@@ -783,7 +783,7 @@ class Line:
     def cut(self) -> None:
         """Lose the present channel with what is on it; both ends hear of it."""
         for channel in self.channels:
-            channel.outbox.stop()
+            channel.frame_sender.stop()
         for end, channel in zip(self.ends, self.channels, strict=True):
             end.detach(channel, LOST)
 
@@ -797,7 +797,7 @@ class Line:
     def stop(self) -> None:
         for end, channel in zip(self.ends, self.channels, strict=True):
             end.on_end(LOST)
-            channel.outbox.stop()
+            channel.frame_sender.stop()
         for thread in self.threads:
             thread.join()
 
