@@ -53,6 +53,8 @@ class LegSender(ServiceThread):
         # Bounded by the legs: one that has called calls again only when that was served.
         self._calls: deque[tuple[Sending, threading.Event | None]] = deque()
         self._is_stopped = False
+        # Whether the thread has ended: nobody serves a call any more.
+        self._is_over = False
         # Whether the thread is about to wait in the selector: a call has to wake it then.
         self._is_idle = False
         # The thread's own: legs that end, that wait for their socket, or for a moment.
@@ -82,7 +84,8 @@ class LegSender(ServiceThread):
         done = threading.Event()
         self._calls.append((leg, done))
         self._wake()
-        done.wait()
+        if not self._is_over:
+            done.wait()
 
     def stop(self) -> None:
         """Let the thread end behind all calls; after the legs, which have nobody else."""
@@ -105,6 +108,11 @@ class LegSender(ServiceThread):
                 again = [leg for leg in due if self._serve(leg) is Next.AT_ONCE]
                 due.clear()  # A leg is not kept while nobody calls.
                 due = self._wait(has_more=bool(again)) + again
+        # Legs that end now or later wait for nobody: the process ends.
+        self._is_over = True
+        for done in (*self._ending.values(), *(done for _, done in self._calls)):
+            if done is not None:
+                done.set()
 
     def _wait(self, *, has_more: bool) -> list[Sending]:
         """Return the legs whose turn it is now."""

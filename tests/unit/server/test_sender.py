@@ -110,6 +110,25 @@ def test_leg_that_waits_for_openssl_is_tried_again(sender: LegSender) -> None:
     assert 0.1 <= time.monotonic() - begun < 2
 
 
+def test_leg_that_ends_when_the_sender_has_ended_waits_for_nobody() -> None:
+    """Nor does one that was waiting: the process is about to end."""
+    sender, said = LegSender(), list[object]()
+    stuck = Leg(said)
+    stuck.following = [Next.SOON] * 10**6
+    sender.start()
+    waiting = threading.Thread(target=sender.finish, args=(stuck,))
+    waiting.start()
+    eventually(lambda: said)
+    stuck.following = []
+    stuck.send_waiting = lambda: Next.WRITABLE  # type: ignore[method-assign]
+    sender._full.add(stuck)
+    sender.stop()
+    sender.join(5)
+    waiting.join(5)
+    assert not waiting.is_alive()
+    sender.finish(Leg(said))
+
+
 def test_end_of_a_leg_is_waited_for(sender: LegSender) -> None:
     """finish() returns when nothing more is sent, and not before."""
     said: list[object] = []
