@@ -793,6 +793,11 @@ class DuplexSocket:
                 view = view[sent:]
         return None
 
+    def finish_sending(self) -> None:
+        """Tell the peer that nothing follows; reading goes on."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
+
     def abort(self) -> None:
         """Wake both threads: their present call and all later ones end or fail. Any thread."""
         with contextlib.suppress(OSError):  # Not connected any more: nothing waits.
@@ -1337,7 +1342,11 @@ class FrameSender:
                 return True
             if self._rest is not None:
                 self._rest = self._send_now_locked(self._duplex, b"", self._rest)
-            return self._push_locked(with_close=True)
+            is_done = self._push_locked(with_close=True)
+            if is_done and self._queue.is_over:
+                # Under the lock: after stop() the descriptor may be another's.
+                self._duplex.finish_sending()
+            return is_done
 
     def _push_locked(self, *, with_close: bool = False) -> bool:
         """Return whether all was sent; the rest, if any, is the writer's."""

@@ -140,6 +140,11 @@ class DuplexSocket:
                 view = view[sent:]
         return None
 
+    def finish_sending(self) -> None:
+        """Tell the peer that nothing follows; reading goes on."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
+
     def abort(self) -> None:
         """Wake both threads: their present call and all later ones end or fail. Any thread."""
         with contextlib.suppress(OSError):  # Not connected any more: nothing waits.

@@ -192,7 +192,11 @@ class FrameSender:
                 return True
             if self._rest is not None:
                 self._rest = self._send_now_locked(self._duplex, b"", self._rest)
-            return self._push_locked(with_close=True)
+            is_done = self._push_locked(with_close=True)
+            if is_done and self._queue.is_over:
+                # Under the lock: after stop() the descriptor may be another's.
+                self._duplex.finish_sending()
+            return is_done
 
     def _push_locked(self, *, with_close: bool = False) -> bool:
         """Return whether all was sent; the rest, if any, is the writer's."""

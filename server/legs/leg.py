@@ -104,8 +104,6 @@ class Leg:
     def send_waiting(self) -> Next:
         """For the sender thread: send what the socket takes at once."""
         if self.frame_sender.push_all():
-            if self.frame_sender.is_over:
-                self._transport.finish_sending()
             return Next.CALLED
         if not self.frame_sender.is_full:
             return Next.AT_ONCE

@@ -201,12 +201,6 @@ class Connection:
 
     # The end.
 
-    def finish_sending(self) -> None:
-        """End our direction, after the close frame; reading goes on."""
-        with contextlib.suppress(OSError):
-            # Not SSLSocket.shutdown(): it takes the object away under the reader.
-            socket.socket.shutdown(self._sock, socket.SHUT_WR)
-
     def abort(self) -> None:
         """End the leg now: its reader and whoever sends wake."""
         self._duplex.abort()

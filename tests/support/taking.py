@@ -65,5 +65,8 @@ class FrameTaker:
         assert header[1] < 126
         self._write(Frame(header[0] & 0xF, b"", header[2:] + bytes(payload)))
 
+    def finish_sending(self) -> None:
+        """Nobody reads."""
+
     def abort(self) -> None:
         """Nobody waits."""

@@ -44,9 +44,6 @@ class OneWay:
     def receive(self) -> tuple[int, int]:
         return OP_CLOSE, CloseCode.NORMAL if self.duplex.recv(1) else ABNORMAL_CLOSURE
 
-    def finish_sending(self) -> None:
-        socket.socket.shutdown(self._sock, socket.SHUT_WR)
-
     def abort(self) -> None:
         self.duplex.abort()
 
@@ -208,7 +205,7 @@ def test_full_sockets_cost_no_thread_and_delay_nobody(sender: LegSender) -> None
 def test_long_queue_of_one_leg_lets_others_have_their_turn(sender: LegSender) -> None:
     """The peer reads all the time, so its socket is never full for long."""
     bulk, other = Served(sender), Served(sender)
-    blocks = 300
+    blocks = 40
     received: list[int] = []
 
     def read() -> None:
@@ -275,6 +272,25 @@ def test_leg_whose_sending_fails_by_a_bug_still_ends(
     monkeypatch.setattr(served.frame_sender, "push_all", fail)
     served.end()
     assert "sender failed" in caplog.text
+
+
+def test_call_that_is_served_after_the_end_touches_no_socket(
+    sender: LegSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The descriptor may be another's by then."""
+    served, other = Served(sender), Served(sender)
+    served.leg.end(CloseCode.RESTART, "server_restart")
+    assert read_frame(served.far) == CLOSE
+    served.end()
+    touched: list[str] = []
+    for name in ("send_now", "finish_sending"):
+        duplex = served.leg._transport.duplex  # type: ignore[attr-defined]
+        monkeypatch.setattr(duplex, name, lambda *_, name=name: touched.append(name))
+    sender.call(served.leg)
+    other.leg.end(CloseCode.RESTART, "server_restart")
+    assert read_frame(other.far) == CLOSE
+    other.end()
+    assert touched == []
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -384,9 +384,6 @@ class Wire:
             self.written.append(int.from_bytes(payload[:2], "big"))
             self._is_over.set()
 
-    def finish_sending(self) -> None:
-        pass
-
     def discard_input(self) -> None:
         pass
 

@@ -56,9 +56,6 @@ class FakeTransport:
     def start(self, _websocket: object, _frame_sender: FrameSender) -> None:
         """Nobody sends: the tests take what waits."""
 
-    def finish_sending(self) -> None:
-        pass
-
     def discard_input(self) -> None:
         pass
 

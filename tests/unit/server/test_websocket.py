@@ -217,8 +217,7 @@ def test_frame_written_by_hand_is_what_wsproto_reads(up: Upgraded, size: int) ->
     frame_sender.put_first(1, Frame(2, payload[:4], memoryview(payload)[4:]))
     frame_sender.close(close_frame(1012))
     up.transport.start(up.library, frame_sender)
-    frame_sender.run()
-    up.transport.finish_sending()
+    assert frame_sender.push_all()
     decoder = FrameDecoder(client=True)
     while data := up.peer.recv(1 << 20):
         decoder.receive_bytes(data)
