@@ -1934,23 +1934,23 @@ class Window:
 
 # --- http_network_relay/end/stream.py -------------------------------------------------------------
 # The stream state of one end of a tunnel (docs/protocol.md, "Streams and credit", "Resume").
-# No I/O, no clock, no thread. Both ends use it unchanged, so it does not know which
-# end it is. Offsets are counts of bytes from 0 in each direction.
+# No I/O, no clock, no thread. Both ends share this code, so none of it depends on the
+# end. Offsets are counts of bytes from 0 in each direction.
 
-# An ack is due at the latest when the receive queue is empty and this much was not
-# acked: the receiver cannot know how far the server lowered its limit.
+# With an empty receive queue, an ack is due from this many unacknowledged bytes on: the
+# receiver cannot know how far the server lowered the limit.
 _DRAINED_ACK_BYTES = 64 * 1024
-# On a thin link, where the receiver's window is smaller than the first one, a message is such
-# a part of it: some 4 ms of the link, where the window is some 60. Each costs a frame's head.
+# On a thin link the receiver's window is smaller than the first. A message is 1/16 of the window:
+# about 4 of 60 ms of the link. The lower bound limits the cost of frame headers.
 _THIN_MESSAGES = 16
 _LEAST_MESSAGE_BYTES = 4 * 1024
-# Kept pieces are merged up to here. Single bytes would else cost a hundred each; merging
-# large ones would copy them for nothing.
+# Kept pieces are merged up to this size. A piece of one byte costs 100 bytes; merging
+# large pieces would copy bytes without a gain.
 _MERGED_BYTES = 4 * 1024
 
 
 class Position(NamedTuple):
-    """What `resume` and `resumed` say of the stream that this end receives."""
+    """The counts in `resume` and `resumed` of the stream that the sender receives."""
 
     received: int
     delivered: int
@@ -1958,10 +1958,10 @@ class Position(NamedTuple):
 
 
 class SendStream:
-    """The bytes that this end sends, and those that it keeps. Not thread-safe.
+    """The bytes that this end sends, and those kept for a resume. Not thread-safe.
 
-    `sent`, `limit` and what is said of the eof concern the present channel; a resume
-    begins them anew.
+    `sent`, `limit`, `eof_sent` and `eof_acked` concern the present channel; a resume
+    resets them.
     """
 
     def __init__(self) -> None:
@@ -1973,31 +1973,31 @@ class SendStream:
         self._message_bytes = MESSAGE_BYTES
         self.eof_sent = False
         self.eof_acked = False
-        # From `_kept_from`, at most `delivered`, to `taken`; and of these what waits for credit.
+        # Bytes from `_kept_from`, at most `delivered`, to `taken`; `_unsent` waits for credit.
         self._kept: deque[Any] = deque()
         self._kept_from = 0
         self._unsent: deque[Any] = deque()
 
     @property
     def credit(self) -> int:
-        """How many bytes may be taken from the source now."""
+        """The number of bytes that may be taken from the source now."""
         return 0 if self.is_ended or self._unsent else max(0, self.limit - self.sent)
 
     @property
     def waits_for_credit(self) -> bool:
-        """Whether bytes that were taken have not gone out on this channel."""
+        """Whether taken bytes are still unsent on this channel."""
         return bool(self._unsent)
 
     @property
     def kept_bytes(self) -> int:
-        """How many bytes are kept."""
+        """The number of bytes kept for a resume."""
         return self.taken - self._kept_from
 
     def take(self, data: Any) -> None:
-        """Take bytes from the source; next_piece() gives them out as credit allows.
+        """Take bytes from the source; next_piece() returns them as credit allows.
 
-        More than `credit` is kept as well: the credit may have fallen, by a resume,
-        while the source was read.
+        More than `credit` is accepted: a resume may have lowered the credit while the
+        source was read.
         """
         append_merged(self._kept, data, _MERGED_BYTES)
         self._unsent.append(data)
@@ -2008,7 +2008,7 @@ class SendStream:
         self.is_ended = True
 
     def next_piece(self) -> Any:
-        """Return bytes that go out now, as one message; None: nothing, or no credit."""
+        """Return the bytes of the next message to send; None if no bytes or no credit."""
         size = min(self.limit - self.sent, self._message_bytes)
         if size <= 0 or not self._unsent:
             return None
@@ -2021,14 +2021,14 @@ class SendStream:
         return piece
 
     def next_eof(self) -> int | None:
-        """Return the count of an eof that goes out now; None: not yet, or sent already."""
+        """Return the count of an eof to send now; None if not yet due or already sent."""
         if not self.is_ended or self.eof_sent or self._unsent:
             return None
         self.eof_sent = True
         return self.taken
 
     def on_ack(self, ack: Ack) -> None:
-        """Take the peer's ack in; raises TunnelError if it cannot be true."""
+        """Apply the peer's ack; raises TunnelError if its counts are impossible."""
         if not self.delivered <= ack.delivered <= self.sent:
             raise TunnelError(f"ack of {ack.delivered} bytes, {self.sent} were sent")
         if ack.limit < self.limit:
@@ -2041,16 +2041,16 @@ class SendStream:
         self._free(ack.delivered)
 
     def _fit_messages(self, window: int) -> None:
-        """Cut messages small on a thin link: a keystroke would wait for the rest of one.
+        """Send small messages on a thin link: a keystroke would wait behind a large one.
 
-        The window of a slow source is small too, but that has credit left when an ack comes.
+        A slow source has a small window too, but still has credit when an ack arrives.
         """
         is_thin = window < MIN_WINDOW_BYTES and self.sent >= self.limit
         size = window // _THIN_MESSAGES if is_thin else MESSAGE_BYTES
         self._message_bytes = max(_LEAST_MESSAGE_BYTES, size)
 
     def check_resume(self, peer: Position) -> None:
-        """Raise TunnelError if what the peer says it has cannot be true."""
+        """Raise TunnelError if the peer's counts are impossible."""
         if not self.delivered <= peer.delivered <= peer.received <= self.taken:
             raise TunnelError(
                 f"resume at {peer.delivered}, {peer.received};"
@@ -2058,7 +2058,7 @@ class SendStream:
             )
 
     def resume(self, peer: Position) -> None:
-        """Go on, on a new channel, from where the peer stands; check_resume() first."""
+        """Send from the peer's position on a new channel. The caller MUST check_resume() first."""
         self._free(peer.delivered)
         self.sent, self.limit = peer.received, peer.limit
         self.eof_sent = self.eof_acked = False
@@ -2067,14 +2067,14 @@ class SendStream:
         for piece in self._kept:
             skipped = max(0, peer.received - at)
             if skipped < len(piece):
-                # A merged piece, which is small, may still grow: not while a view of it exists.
-                # All others are not copied: they may wait for credit as long as they are kept.
+                # Copy a merged piece, which is small: a bytearray cannot grow under a view.
+                # Copy no other piece: a view costs no memory while the piece is kept.
                 whole = bytes(piece) if isinstance(piece, bytearray) else piece
                 self._unsent.append(memoryview(whole)[skipped:])
             at += len(piece)
 
     def forget(self) -> None:
-        """Free all that is kept: nobody will ask for it."""
+        """Free all kept bytes: no resume can follow."""
         self._kept.clear()
         self._unsent.clear()
         self._kept_from = self.taken
@@ -2095,18 +2095,18 @@ class ReceiveStream:
         self.delivered = 0
         self.eof_at: int | None = None
         self.eof_delivered = False
-        # On the present channel.
+        # On the present channel only, as are the two below.
         self.eof_acked = False
         self._eof_came = False
         self._acked = 0
 
     @property
     def window(self) -> int:
-        """How far the limit may be beyond `delivered`."""
+        """The most bytes that the limit may be beyond `delivered`."""
         return self._window.size
 
     def on_data(self, size: int, now: float) -> None:
-        """Record `size` bytes that came in; raises TunnelError for an overrun."""
+        """Record `size` received bytes; raises TunnelError for an overrun."""
         if self.eof_at is not None:
             raise TunnelError("data after eof")
         if self.received + size > self.limit:
@@ -2115,7 +2115,7 @@ class ReceiveStream:
         self._window.on_data(size, self.received, now)
 
     def on_eof(self, count: int) -> None:
-        """Record the peer's eof, once a channel; raises TunnelError if its count is not ours."""
+        """Record the peer's eof, once a channel; raises TunnelError if the counts differ."""
         if count != self.received:
             raise TunnelError(f"eof after {count} bytes, {self.received} came")
         if self._eof_came:
@@ -2124,31 +2124,31 @@ class ReceiveStream:
         self.eof_at = count
 
     def on_delivered(self, size: int, now: float, *, drained: bool) -> Ack | None:
-        """Record that `size` bytes were handed on; return the ack, if one is due.
+        """Record that `size` bytes were delivered; return the ack, if one is due.
 
-        Call it after the bytes were written on, not when they arrived: an ack for
-        unread bytes would defeat the window. `drained`: nothing more is queued.
+        The caller MUST have written the bytes: an ack on arrival would defeat the
+        window. `drained`: the receive queue is empty.
         """
         self.delivered += size
         unacked = self.delivered - self._acked
-        # Of the window that was granted: it may have grown since, and the peer cannot know.
+        # A quarter of the granted window: the peer does not know of growth since the last ack.
         granted = min(self.window, self.limit - self._acked)
         if unacked * 4 < granted and not (drained and unacked >= _DRAINED_ACK_BYTES):
             return None
         return self._ack(now)
 
     def on_eof_delivered(self, now: float) -> Ack | None:
-        """Record that the eof was handed on; return its ack, which is due at once.
+        """Record that the eof was delivered; return its ack, which is due at once.
 
-        None if the eof has not come on this channel: it does, and is acked then. Set
-        `eof_acked` when the ack is on its way.
+        None if the peer has not yet sent the eof on this channel; the ack follows then. The
+        caller MUST set `eof_acked` once the ack is queued.
         """
         self.eof_delivered = True
         return self._ack(now) if self._eof_came else None
 
     @property
     def owes_ack(self) -> bool:
-        """Whether an ack is due as soon as nothing more comes."""
+        """Whether an ack is due as soon as no more data is ready."""
         return self.delivered - self._acked >= _DRAINED_ACK_BYTES
 
     def _ack(self, now: float) -> Ack:
@@ -2160,9 +2160,9 @@ class ReceiveStream:
         return Ack(self.delivered, self.limit, self.eof_delivered and self._eof_came)
 
     def resume(self) -> Position:
-        """Begin anew on another channel; return what the peer must know.
+        """Restart the counts for another channel; return the position for the peer.
 
-        All earlier channels must be deaf by now.
+        The caller MUST ignore all later messages on earlier channels.
         """
         self._window.begin()
         self.limit = max(self.received, self.delivered + self.window)
@@ -2172,7 +2172,7 @@ class ReceiveStream:
 
 
 class Stream:
-    """One direction-pair of a tunnel at one end."""
+    """Both directions of a tunnel at one end."""
 
     def __init__(self, max_window_bytes: int = DEFAULT_MAX_WINDOW_BYTES) -> None:
         self.out = SendStream()
@@ -2180,12 +2180,12 @@ class Stream:
 
     @property
     def is_finished(self) -> bool:
-        """Whether both eofs were handed on and both acks have passed, on one channel."""
+        """Whether both eofs were delivered and acknowledged on one channel."""
         return self.out.eof_acked and self.into.eof_acked
 
 
 # --- http_network_relay/end/state.py --------------------------------------------------------------
-# Where one end of a tunnel stands: its states, and what both of its directions share.
+# The states of one end of a tunnel, and the data shared by both directions.
 
 
 class EndState(enum.Enum):
@@ -2193,15 +2193,15 @@ class EndState(enum.Enum):
 
     OPENING = "opening"
     OPEN = "open"
-    # The leg is lost; a resume may come.
+    # The leg is lost; a resume may follow.
     DETACHED = "detached"
-    # Both directions have ended cleanly, and both ends know.
+    # Both eofs were delivered and acknowledged.
     FINISHED = "finished"
-    # This end has ended the tunnel: a resume is answered with the reason.
+    # This end has reset the tunnel; the reason answers a resume.
     RESET = "reset"
-    # The peer, the loss of the leg or this program has ended the tunnel; the peer is not told.
+    # The peer, the loss of the leg or this program has ended the tunnel; no reset is sent.
     ENDED = "ended"
-    # Nobody has resumed the tunnel in time.
+    # No resume came within the grace period.
     EXPIRED = "expired"
 
     def __init__(self, word: str) -> None:
@@ -2209,10 +2209,10 @@ class EndState(enum.Enum):
         self.is_over = self.has_error or word == "finished"
 
 
-# Every other change of state is a bug.
+# Any other transition is a bug.
 END_TRANSITIONS: dict[EndState, tuple[EndState, ...]] = {
     EndState.OPENING: (EndState.OPEN, EndState.RESET, EndState.ENDED),
-    # OPEN again: a newer attempt to resume replaces the channel.
+    # OPEN to OPEN: a newer attempt to resume replaces the channel.
     EndState.OPEN: (
         EndState.OPEN,
         EndState.DETACHED,
@@ -2221,7 +2221,7 @@ END_TRANSITIONS: dict[EndState, tuple[EndState, ...]] = {
         EndState.ENDED,
     ),
     EndState.DETACHED: (EndState.OPEN, EndState.RESET, EndState.ENDED, EndState.EXPIRED),
-    # The last ack may have been lost with the user's leg.
+    # A resume repeats a last ack that was lost with the user's leg.
     EndState.FINISHED: (EndState.OPEN,),
     EndState.RESET: (),
     EndState.ENDED: (),
@@ -2232,30 +2232,30 @@ END_TRANSITIONS: dict[EndState, tuple[EndState, ...]] = {
 class EndCore:
     """The lock, the state, the streams and the present channel of one end.
 
-    A single read of a field needs no lock. Only the methods here change a field.
+    A single read of a field needs no lock. Only this class's methods change a field.
     """
 
     def __init__(
         self, channel: Channel, max_window_bytes: int, on_change: Callable[[], None]
     ) -> None:
-        """`on_change`: called, without the lock, after credit, the leg's loss or the end."""
+        """`on_change`: called without the lock after credit, the leg's loss or the end."""
         self.on_change = on_change
-        # Guards the whole end. Messages are queued under it, so that they leave in order;
-        # push() comes after the release.
+        # Guards the whole end. Messages are queued under the lock, which keeps their order;
+        # push() follows the release.
         self.lock = threading.Lock()
-        # Woken by whatever a thread of the tunnel waits for.
+        # Notified of every event for which a thread of the tunnel waits.
         self.changed = threading.Condition(self.lock)
         self.stream = Stream(max_window_bytes)
         self.state = EndState.OPENING
-        # None without a leg.
+        # None while no leg carries the tunnel.
         self.channel: Channel | None = channel
-        # For how long both ends keep the tunnel without a leg; 0 until the tunnel is open.
+        # Seconds for which both ends keep a detached tunnel; 0 until the tunnel is open.
         self.grace_s = 0.0
-        # Why the tunnel ended before it was finished. The first reason counts.
+        # The reason of an unclean end. The first reason counts.
         self.ended: RelayError | None = None
-        # Until then bytes that came before the end are still delivered.
+        # The deadline to deliver bytes received before the end.
         self.deliver_until = float("inf")
-        # Of the newest loss of a leg.
+        # The time and the reason of the newest loss of a leg.
         self.detached_at = 0.0
         self._lost: RelayError | None = None
 
@@ -2265,7 +2265,7 @@ class EndCore:
         return self.state.is_over
 
     def is_stale_locked(self, channel: Channel, message: str) -> bool:
-        """Whether a message comes too late to count; raises TunnelError if it comes too early."""
+        """Whether a message is too late to count; raises TunnelError for a message too early."""
         assert self.lock.locked()
         if channel is not self.channel or self.state.has_error:
             return True
@@ -2274,20 +2274,20 @@ class EndCore:
         return False
 
     def open_locked(self, limit: int, grace_s: float) -> None:
-        """Take what `open` or `opened` says of the peer."""
+        """Apply the peer's limit and the grace period from `open` or `opened`."""
         assert self.lock.locked()
         self.grace_s = grace_s
         self.stream.out.limit = limit
         self._change_locked(EndState.OPEN)
 
     def attach_locked(self, channel: Channel) -> None:
-        """Go on, on `channel`."""
+        """Make `channel` the present channel."""
         assert self.lock.locked()
         self.channel = channel
         self._change_locked(EndState.OPEN)
 
     def detach_locked(self, error: RelayError) -> bool:
-        """Wait for a resume, or end if none can come; return whether the end waits."""
+        """Detach, or end if no resume can follow; return whether the end is detached."""
         assert self.lock.locked()
         if self.state is not EndState.OPEN or self.grace_s <= 0:
             self.end_locked(EndState.ENDED, error)
@@ -2298,15 +2298,15 @@ class EndCore:
         return True
 
     def finish_locked(self) -> None:
-        """Note that an ack of an eof has come or gone; the tunnel is finished after both."""
+        """Finish the tunnel if the eofs of both directions are acknowledged."""
         assert self.lock.locked()
         if self.stream.is_finished and self.state is EndState.OPEN:
             self._change_locked(EndState.FINISHED)
 
     def end_locked(self, state: EndState, error: RelayError, deliver_s: float = FLUSH_S) -> None:
-        """End with `error`; what came before is delivered for `deliver_s` more."""
+        """End with `error`; earlier bytes may be delivered for another `deliver_s` seconds."""
         assert self.lock.locked()
-        # Before the state: a thread without the lock reads the state first.
+        # Set before the state: a thread without the lock reads the state first.
         self.ended, self.deliver_until = error, time.monotonic() + deliver_s
         self.stream.out.forget()
         self._change_locked(state)
@@ -2318,20 +2318,20 @@ class EndCore:
         self.changed.notify_all()
 
     def resume_left_locked(self) -> float | None:
-        """Return the seconds that a detached tunnel has left; None if it is not detached."""
+        """Return the seconds left of the grace period; None if the tunnel is not detached."""
         assert self.lock.locked()
         if self.state is not EndState.DETACHED:
             return None
         return max(0.0, self.detached_at + self.grace_s - time.monotonic())
 
     def expire_locked(self) -> None:
-        """End a tunnel that nobody has resumed in time."""
+        """End a detached tunnel whose grace period is over."""
         assert self.lock.locked()
         if self.resume_left_locked() == 0.0 and self._lost is not None:
             self.end_locked(EndState.EXPIRED, self._lost, 0.0)
 
     def wait_locked(self, is_due: Callable[[], bool], timeout_s: float | None = None) -> None:
-        """Wait for `is_due`, at most `timeout_s`; a detached tunnel may expire meanwhile."""
+        """Wait for `is_due`, at most `timeout_s`; expire a detached tunnel meanwhile."""
         assert self.lock.locked()
         until = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         while not is_due() and (left_s := until - time.monotonic()) > 0:
@@ -2780,46 +2780,46 @@ class UserEnd(TunnelEnd):
 
 
 # --- http_network_relay/end/read_coalescer.py -----------------------------------------------------
-# When to let a source's bytes come together before they are read.
-# A source that writes small pieces in quick succession costs three programs a wake-up for each,
-# which is most of what such a stream costs. No thread and no I/O: it only says how long to wait.
+# Computes the wait before a read, so that one read returns several small writes.
+# Each small write of a fast source wakes three programs; these wake-ups are most of such a
+# stream's cost. No thread and no I/O: the caller waits.
 
-# Pieces smaller than this may be keystrokes and their echoes, which never wait.
+# Smaller pieces may be keystrokes and their echoes, which never wait.
 _LEAST_BYTES = 4 * 1024
-# The next piece came so soon, so many times in a row: it goes on like this.
+# A source is fast after `_TIMES` pieces in a row, each within `_SOON_S` of the last.
 _SOON_S = 0.001
 _TIMES = 4
-# For so long bytes come together at first, and at most: two messages at 200 Mbit/s.
+# The first and the longest wait; two messages take the longest at 200 Mbit/s.
 _FIRST_GATHER_S = 0.0025
 _LONGEST_GATHER_S = 0.005
-# What a read should find, of what it could: lest a small one follow each full one.
+# The intended fill of a read. At 1, a small read would follow each full one.
 _AIM = 7 / 8
-# A read that was filled does not tell how much there was: next time wait such a part.
+# The wait's factor after a full read, which does not show how many bytes were ready.
 _SHORTER = 0.75
-# A source that fills a read sooner is fast, and might stand still while we wait: a pipe holds
-# no more than one message. It is left alone for so many reads.
+# A source that fills a read within `_SHORTEST_S` could block during a wait: a pipe holds no
+# more than one message. The next `_HOLD_OFF` reads do not wait.
 _SHORTEST_S = 0.0005
 _HOLD_OFF = 1000
 
 
 class ReadCoalescer:
-    """Watches the reads of one source. Used by the thread that reads it."""
+    """Observes the reads of one source. For the thread that reads the source."""
 
     def __init__(self, read_bytes: int) -> None:
-        """`read_bytes`: what a read asks for, if there is credit for so much."""
+        """`read_bytes`: the size of a read with sufficient credit."""
         self._read_bytes = read_bytes
-        # Since when the next read was possible.
+        # The time from which the next read was possible.
         self._ready_at = float("-inf")
-        # Quick small pieces in a row; below 0, how many more reads are left alone.
+        # Quick small pieces in a row; below 0, minus the number of reads still without a wait.
         self._times = 0
         self._gather_s = _FIRST_GATHER_S
-        # What comes later than this was not quick.
+        # A piece that takes longer than this is not quick.
         self._soon_s = _SOON_S
 
     def wait_s(self, size: int, wanted: int, now: float) -> float:
         """Return the seconds to wait before the next read, after one of `size` bytes at `now`.
 
-        `wanted` is what was asked for: less than a whole read if there was no credit for one.
+        `wanted` is the requested size: less than a whole read if credit was short.
         """
         waits_s = 0.0
         if size < _LEAST_BYTES or now - self._ready_at >= self._soon_s:
@@ -2837,7 +2837,7 @@ class ReadCoalescer:
             else:
                 waits_s = self._gather_s
         self._ready_at = now + waits_s
-        # A sleep may take far longer than was asked for, which is not the source's doing.
+        # A sleep may overrun; the overrun must not count as slowness of the source.
         self._soon_s = max(_SOON_S, waits_s)
         return waits_s
 
@@ -3859,9 +3859,9 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
 
 
 # --- http_network_relay/proxy_command/leg.py ------------------------------------------------------
-# One leg of the proxy command: asks for the tunnel, then is read until the leg is lost.
+# One leg of the proxy command: opens or resumes the tunnel, then receives until the end.
 
-# From the code of `detached` to the reason.
+# The sentence for each code of `detached`.
 _DETACHED = {
     "client_lost": "the client's connection to the relay was lost",
     "client_replaced": "the client connected to the relay anew",
@@ -3872,7 +3872,7 @@ _DETACHED = {
 def dial_leg(
     settings: Settings, tunnel_id: str = "", is_cancelled: Callable[[], bool] = lambda: False
 ) -> Connection:
-    """Dial the server, to resume the tunnel `tunnel_id` if there is one. Any thread."""
+    """Dial the server; `tunnel_id` names a tunnel to resume. Any thread."""
     headers = [f"Authorization: Bearer {settings.token}"]
     if tunnel_id:
         headers.append(f"{TUNNEL_HEADER}: {tunnel_id}")
@@ -3887,19 +3887,19 @@ def dial_leg(
 
 
 class Leg:
-    """A connection with the only channel of a user leg. Main's thread but where said."""
+    """A connection with the only channel of a user leg. Main thread unless noted."""
 
     def __init__(self, connection: Connection, settings: Settings) -> None:
         self.connection = connection
         self.channel = Channel(connection.frame_sender)
         self._settings = settings
         self._server_restarts = False
-        # When the timer gives the leg up because no answer has come, and with which reason.
+        # The deadline for the answer, and the reason with which the timer then aborts the leg.
         self._answer_by = float("inf")
         self._no_answer = RelayError("open_timeout", "")
 
     def ask(self, first: Opening, timeout_s: float) -> None:
-        """Send the first message. The caller MUST wake the timer, and take the answer()."""
+        """Send the first message. The caller MUST wake the timer and call answer()."""
         who = f"{self._settings.target}: " if isinstance(first, Open) else ""
         self._no_answer = RelayError("open_timeout", f"{who}no answer from the client in time")
         self._answer_by = time.monotonic() + timeout_s
@@ -3922,7 +3922,7 @@ class Leg:
                 if isinstance(control, wanted):
                     return control
                 if isinstance(control, OpenRefused):
-                    # Of a resume, the caller's sentence names the whole target.
+                    # Not for a resume: the caller's sentence names the target.
                     who = f"{first.client}: " if is_open else ""
                     raise RelayError(control.code, who + control.message)
                 if isinstance(control, (Reset, Detached)):
@@ -3936,9 +3936,9 @@ class Leg:
             self._answer_by = float("inf")
 
     def read(self, end: UserEnd, on_going_away: Callable[[float], None]) -> None:
-        """Pass each message to the end, until the tunnel has ended or the leg is lost.
+        """Pass each message to `end` until the leg is lost or the tunnel is detached.
 
-        `on_going_away`: called with the seconds over which the server spreads the returns.
+        `on_going_away`: called with the seconds over which the server spreads reconnects.
         """
         pause = functools.partial(end.inbound.on_pause, self.channel)
         on_pause: Callable[[], None] | None = None
@@ -3979,14 +3979,14 @@ class Leg:
             raise TunnelError(f"{type_of(control)} after the tunnel was open")
 
     def say_goodbye(self, ended: RelayError | None) -> None:
-        """Close the leg of a tunnel that is over. Any thread; again is harmless."""
+        """Close the leg of a tunnel that is over. Any thread; idempotent."""
         if ended is not None and ended.code == "user_gone":
-            # A leg that is just resuming has no reset yet: behind the `resume` it counts.
+            # A leg with an unanswered `resume` has sent no reset; the client accepts one after it.
             self.channel.put_reset(ended)
         self.connection.close(CloseCode.NORMAL)
 
     def tick(self, now: float, *, slept: bool) -> float:
-        """Do what is due and return when to call again. The timer's thread; never waits."""
+        """Check the deadlines; return the time of the next call. Timer thread; never waits."""
         if now >= self._answer_by:
             self._answer_by = float("inf")
             self.connection.give_up(self._no_answer)
@@ -4073,14 +4073,13 @@ class NextLeg:
 
 
 # --- http_network_relay/proxy_command/stdio.py ----------------------------------------------------
-# Standard input and output of the proxy command, as the operating system gives them.
+# Standard input and output of the proxy command, on each operating system.
 
 STDIN = 0
 
 STDOUT = 1
 
-# What a pipe as stdin or stdout is given as soon as it was full: the most that any user may, by
-# default.
+# The new size of a stdin or stdout pipe once full: the default maximum of an unprivileged user.
 PIPE_BYTES = 1024 * 1024
 
 # Windows has no poll, and no select for pipes.
@@ -4088,7 +4087,7 @@ CAN_POLL = hasattr(select, "poll")
 
 
 def fill_standard_files() -> None:
-    """Open what is closed of 0, 1 and 2: a socket in that place would be taken for stdin."""
+    """Open /dev/null for each closed one of 0, 1, 2: a socket could get the number of stdin."""
     number = os.open(os.devnull, os.O_RDWR)
     while number <= 2:
         number = os.dup(number)
@@ -4096,10 +4095,10 @@ def fill_standard_files() -> None:
 
 
 class QuickStdout:
-    """Writes what stdout takes at once, by a description of its own: the shared one stays as is."""
+    """Writes to stdout without waiting, and without O_NONBLOCK on the shared file description."""
 
     def __init__(self, stdout: int) -> None:
-        """Raises OSError where there is no such way."""
+        """Raises OSError if stdout or the system does not support such writes."""
         self._stdout = stdout
         mode = os.fstat(stdout).st_mode
         self._is_socket = stat.S_ISSOCK(mode)
@@ -4114,27 +4113,27 @@ class QuickStdout:
             raise OSError(errno.ENOTSUP, "stdout is neither a pipe nor a socket")
 
     def write(self, data: Any) -> int:
-        """Return how many bytes it took; raises OSError."""
+        """Write and return the number of bytes accepted; raises OSError."""
         if self._is_socket:
             return int(self._file.send(data, DONT_WAIT))
-        count = self._file.write(data) or 0  # None: it would have to wait.
+        count = self._file.write(data) or 0  # None: the write would block.
         if count < len(data) and not self._is_enlarged:
             self._is_enlarged = True
             enlarge_pipe(self._stdout)
         return count
 
     def close(self) -> None:
-        """Let it go; nobody is inside write() any more."""
+        """Close the own description. The caller MUST ensure that no thread is in write()."""
         self._file.close()
 
 
 def enlarge_pipe(descriptor: int) -> None:
-    """Give it room, so that we need not take turns with its other end for each 64 KiB."""
-    import fcntl  # Not everywhere; and only bulk needs it.
+    """Enlarge a pipe: at 64 KiB, each refill would cost a switch to the peer process."""
+    import fcntl  # Not on Windows; and only bulk transfers need fcntl.
 
-    set_size = getattr(fcntl, "F_SETPIPE_SZ", 1031)  # Python 3.9 has no names for them.
+    set_size = getattr(fcntl, "F_SETPIPE_SZ", 1031)  # Python 3.9 lacks both names.
     get_size = getattr(fcntl, "F_GETPIPE_SZ", 1032)
-    with contextlib.suppress(OSError):  # This user has many such pipes.
+    with contextlib.suppress(OSError):  # The user's limit for pipe memory.
         if fcntl.fcntl(descriptor, get_size) < PIPE_BYTES:
             fcntl.fcntl(descriptor, set_size, PIPE_BYTES)
 
@@ -4144,20 +4143,20 @@ def _open_now(path: str, flags: int) -> int:
 
 
 def write_stdout(stdout: int, chunk: Any) -> None:
-    """Write all of it, with waits."""
+    """Write the whole chunk; blocks."""
     view = memoryview(chunk)
     while view:
         try:
             view = view[os.write(stdout, view) :]
-        except BlockingIOError:  # Somebody made the shared pipe non-blocking.
+        except BlockingIOError:  # Another process set O_NONBLOCK on the shared pipe.
             select.select([], [stdout], [])
 
 
 def close_stdout(stdout: int) -> None:
-    """Deliver the eof: every duplicate of stdout must go, or its reader waits on."""
+    """Deliver the eof: close every duplicate of stdout, or the reader gets no eof."""
     about = os.fstat(stdout)
     if stat.S_ISSOCK(about.st_mode):
-        # stdin may be the same socket, so closing would not be enough.
+        # stdin may be the same socket: close() alone would send no eof.
         with socket.socket(fileno=os.dup(stdout)) as sock, contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
     null = os.open(os.devnull, os.O_WRONLY)
@@ -4207,10 +4206,10 @@ class Wakeup:
 # --- http_network_relay/proxy_command/pumps.py ----------------------------------------------------
 # Pumps: stdin to the leg and the leg to stdout, one thread each.
 
-# Two messages, which cost less than twice one.
+# Two messages: one read of two costs less than two reads of one.
 STDIN_READ_BYTES = 2 * MESSAGE_BYTES
 
-# For the credit of bytes that are sent again; all of a user's leaving takes a second at most.
+# The wait for credit of bytes resent after a resume; the whole exit takes at most 1 s.
 GOODBYE_S = 0.5
 
 
@@ -4230,17 +4229,17 @@ class Pumps:
             self._quick_stdout = QuickStdout(stdout)
         self._coalescer = ReadCoalescer(STDIN_READ_BYTES)
         self._is_stdin_enlarged = False
-        # What pump-up waits with, and for what it was made. Its own.
+        # The poll object and its interests. Used only by pump-up.
         self._poll: Any = None
         self._polled: tuple[bool, bool] | None = None
-        # Daemon: a write to stdout cannot be woken, nor on Windows a read of stdin.
+        # Daemon: a blocked write to stdout cannot be woken, nor on Windows a read of stdin.
         self._up = threading.Thread(target=self._pump_up, name="pump-up", daemon=True)
         self._down = threading.Thread(target=self._pump_down, name="pump-down", daemon=True)
-        # Without poll pump-up may be inside a read that nothing wakes.
+        # Without poll, pump-up may block in a read that cannot be woken.
         self._leave = threading.Thread(target=self._leave_unpolled, name="pump-leave", daemon=True)
 
     def start(self) -> None:
-        """Start both threads; join() joins them."""
+        """Start both threads. The caller MUST call join()."""
         if self._quick_stdout is not None:
             self._end.inbound.deliver_directly(self._quick_stdout.write)
         self._up.start()
@@ -4249,7 +4248,7 @@ class Pumps:
             self._leave.start()
 
     def join(self, timeout_s: float) -> None:
-        """Join both; a pump that is stuck in stdin or stdout is left to the exit."""
+        """Join both threads; the exit of the process ends a thread blocked in stdin or stdout."""
         deadline = time.monotonic() + timeout_s
         for thread in (self._down, self._up):
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -4259,7 +4258,7 @@ class Pumps:
         if not self._end.is_over:
             self._say_goodbye()
 
-    # stdin -> leg; watches signals and stdout meanwhile, and on after stdin's end.
+    # stdin -> leg; polls for signals and the close of stdout too, even after stdin's eof.
 
     def _pump_up(self) -> None:
         end = self._end
@@ -4275,7 +4274,7 @@ class Pumps:
 
     def _carry(self, size: int) -> bool:
         data = os.read(self._stdin, size)
-        # All that a pipe holds, or nearly.
+        # More than one message: the pipe, of 64 KiB by default, was full or nearly full.
         if len(data) > MESSAGE_BYTES and not self._is_stdin_enlarged:
             self._is_stdin_enlarged = True
             enlarge_pipe(self._stdin)
@@ -4288,7 +4287,7 @@ class Pumps:
         return bool(data)
 
     def _wait(self, *, want_stdin: bool) -> bool:
-        """Wait for what pump-up must act on; True if stdin can be read."""
+        """Wait for an event of pump-up; return whether stdin can be read."""
         if not CAN_POLL:
             if not want_stdin:
                 self._wakeup.woken.wait()
@@ -4312,16 +4311,16 @@ class Pumps:
         if want_stdin:
             poll.register(self._stdin, select.POLLIN)
         if watches_stdout:
-            poll.register(self._stdout, 0)  # POLLERR and POLLHUP come unasked.
+            poll.register(self._stdout, 0)  # 0: POLLERR and POLLHUP are always reported.
         return poll
 
     def _say_goodbye(self) -> None:
-        """Take what stdin still holds without waiting, then tell the client."""
+        """Send the bytes ready on stdin, then reset with `user_gone`."""
         end = self._end
         if end.has_both_eofs:
             end.wait_over(FLUSH_S)
         else:
-            # What was taken before a resume may still wait for its credit.
+            # Bytes taken before a resume may still wait for credit.
             end.outbound.wait_sent(GOODBYE_S)
             self._take_the_rest()
         end.reset(RelayError("user_gone", "the proxy user has gone"))
@@ -4361,17 +4360,17 @@ class Pumps:
 
 
 # --- http_network_relay/proxy_command/carrier.py --------------------------------------------------
-# Carrier: one tunnel of the proxy command, carried from leg to leg.
+# Carrier: one tunnel of the proxy command, resumed from leg to leg.
 
-# Longer than the client's own dial (10 s), so that the user reads the client's reason; and
-# than the server keeps a resume whose client is not back yet (10 s).
+# Longer than the client's dial (10 s), so that the user reads the client's reason. Also longer
+# than the server holds a resume for an absent client (10 s).
 ANSWER_TIMEOUT_S = 15.0
 # The longest wait between two tries to resume.
 RESUME_CAP_S = 5.0
 
 
 class Carrier:
-    """Opens the tunnel, reads its legs and resumes it. Main's thread but where said."""
+    """Opens and resumes the tunnel, and reads its legs. Main thread unless noted."""
 
     def __init__(
         self,
@@ -4384,10 +4383,10 @@ class Carrier:
         self._wakeup = wakeup
         self._wake_timer = wake_timer
         leg = Leg(connection, settings)
-        # The leg in use. The timer and whoever ends the tunnel look at it; main writes it.
+        # The leg in use. Main writes the field; the timer and any thread that ends the tunnel read.
         self.leg: Leg | None = leg
         self._end = UserEnd(leg.channel, settings.max_window_bytes, self._on_change)
-        # A resume repeats its fields.
+        # Kept: a resume repeats the fields of the `open`.
         self._opening = Open(
             client=settings.client,
             host=settings.host,
@@ -4400,12 +4399,12 @@ class Carrier:
         )
         self._attempt = 0
         self._next_leg: NextLeg | None = None
-        # Why the last try to resume failed.
+        # The reason of the last failed resume.
         self._failure: RelayError | None = None
 
     def open(self) -> None:
-        """Ask for the tunnel and wait for the answer. Raises RelayError."""
-        assert self.leg is not None  # As long as nobody has left it.
+        """Send `open` and wait for the answer. Raises RelayError."""
+        assert self.leg is not None  # Until the first _leave().
         answer = self._ask(self.leg, self._opening, ANSWER_TIMEOUT_S)
         assert isinstance(answer, Opened)  # _ask() returns nothing else for an Open.
         self._end.on_open(answer.limit, min(self._settings.grace_s, answer.grace_s))
@@ -4418,7 +4417,7 @@ class Carrier:
         self._leave()
 
     def carry(self) -> int:
-        """Carry the tunnel, from leg to leg, until it is over; return the exit code."""
+        """Carry the tunnel from leg to leg to its end; return the exit code."""
         end, pumps = self._end, Pumps(self._end, self._wakeup)
         pumps.start()
         backoff = Backoff(RESUME_CAP_S)
@@ -4429,8 +4428,8 @@ class Carrier:
             if not end.is_over:
                 backoff.lasted(time.monotonic() - begun, was_used=end.counts != counts)
                 self._come_back(backoff)
-        self._wakeup.wake()  # A tunnel that expires tells nobody.
-        # Bytes that came before the end are still delivered, for a second.
+        self._wakeup.wake()  # Expiry does not call _on_change().
+        # Bytes received before the end may still be delivered for FLUSH_S.
         if self._wakeup.exit_code is None:
             pumps.join(FLUSH_S)
         if end.is_finished:
@@ -4449,13 +4448,13 @@ class Carrier:
         self.leg = leg
         leg.ask(first, timeout_s)
         self._wake_timer()
-        # Whoever ends the tunnel closes the leg that it sees: from here on, this leg.
+        # A thread that ends the tunnel from here on closes this leg; check for an earlier end.
         if self._end.is_over:
             raise RelayError("leg_lost", "the tunnel ended meanwhile")
         return leg.answer(first)
 
     def _dial(self) -> Connection:
-        """Dial for a resume; also in the thread of NextLeg."""
+        """Dial for a resume. Main thread or the thread of NextLeg."""
         return dial_leg(self._settings, self._opening.tunnel_id, self._is_too_late)
 
     def _is_too_late(self) -> bool:
@@ -4464,12 +4463,12 @@ class Carrier:
     def _on_going_away(self, spread_s: float) -> None:
         leg = self.leg
         if self._next_leg is None and self._end.grace_s and leg is not None:
-            # Main waits for the loss of the old leg.
+            # The abort ends main's read of the old leg.
             self._next_leg = NextLeg(self._end, self._dial, spread_s, leg.connection.abort)
             self._next_leg.start()
 
     def _come_back(self, backoff: Backoff) -> None:
-        """Resume on another leg, until it works or the tunnel is over."""
+        """Retry the resume on new legs until one succeeds or the tunnel is over."""
         end = self._end
         next_leg, self._next_leg = self._next_leg, None
         connection = next_leg.take() if next_leg is not None else None
@@ -4486,7 +4485,7 @@ class Carrier:
                 return
             except RelayError as exc:
                 self._leave()
-                # At the very end it is the haste that failed.
+                # Keep the earlier reason once no time is left: the last try only timed out.
                 if self._failure is None or end.resume_left_s():
                     self._failure = exc
                 if not exc.is_retryable:
@@ -4511,21 +4510,21 @@ class Carrier:
             self._end.on_resumed(leg.channel, peer)
         except TunnelError as exc:
             raise RelayError("protocol_error", f"the client broke the protocol: {exc}") from exc
-        if self._end.is_over:  # The tunnel expired while the client was asked.
+        if self._end.is_over:  # The tunnel expired during the resume.
             raise RelayError("leg_lost", "the tunnel ended meanwhile")
 
     def _leave(self) -> None:
-        """Close the leg in use, if there is one."""
+        """Close the leg in use, if any."""
         leg = self.leg
         if leg is not None:
             if self._end.is_over:
-                # The thread that ended the tunnel may not have seen this leg.
+                # The thread that ended the tunnel may have closed an earlier leg instead.
                 leg.say_goodbye(self._end.ended)
             self.leg = None
             leg.connection.stop()
 
     def _on_change(self) -> None:
-        """Any thread: credit came, the leg was lost, or the tunnel is over."""
+        """Handle new credit, the loss of the leg or the end. Any thread."""
         self._wakeup.wake()
         leg = self.leg
         if self._end.is_over and leg is not None:

@@ -1,1 +1,1 @@
-"""`python -m benchmarks`: how fast, fair and light the relay is. See README.md here."""
+"""`python -m benchmarks`: speed, fairness, CPU and memory of the relay. See README.md here."""

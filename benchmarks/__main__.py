@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    # Thousands of connections; our processes inherit it.
+    # For thousands of connections; the child processes inherit the limit.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signal.signal(signal.SIGALRM, give_up)
@@ -70,7 +70,7 @@ def main() -> int:
         for group in args.groups:
             try:
                 GROUPS[group](bench)
-            except Exception:  # the other figures are still worth having
+            except Exception:  # the other groups' figures stay valid
                 failed.append(group)
                 traceback.print_exc()
         signal.alarm(0)
@@ -95,7 +95,7 @@ def main() -> int:
 
 
 def commit(root: Path) -> str:
-    """What git calls a checkout; empty for a copy without it."""
+    """Return the output of `git describe` for a checkout; empty without git data."""
     argv = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(argv, capture_output=True, text=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""What every figure needs: the sides, the targets, the number of runs, the results."""
+"""The session of all figures: the sides, the targets, the number of runs, the results."""
 
 import contextlib
 import secrets
@@ -18,19 +18,19 @@ from benchmarks.side import Road, Side
 from benchmarks.sides import Plain, Stock, Tree
 from tests.support.processes import Proc
 
-# One side in one run. A hang is an error, not a slow figure.
+# Seconds for one side in one run. A hang is an error, not a slow figure.
 STEP_TIMEOUT_S = 300
 
 
 @dataclass
 class Bench:
-    """One session. `trees` are the checkouts, by the names that the table gives them."""
+    """One session. `trees` are the checkouts by their names in the table."""
 
     trees: dict[str, Path]
     runs: int
     is_quick: bool
     is_full: bool
-    # Two programs, so that an echo waits for no bulk inside a target's interpreter.
+    # Two programs, so that echoes and bulk do not share an interpreter's lock.
     echo_port: int
     bulk_port: int
     results: Results = field(default_factory=Results)
@@ -40,7 +40,7 @@ class Bench:
     def makers(
         self, road: Road | None = None, *, threads: int = 64, clients: int = 0, plain: bool = True
     ) -> list[Callable[[], Side]]:
-        """What makes each side, not yet started."""
+        """Return a factory for each side; the sides are not started."""
         makers: list[Callable[[], Side]] = []
         if plain:
             makers.append(partial(Plain, road, [self.echo_port, self.bulk_port]))
@@ -51,7 +51,7 @@ class Bench:
 
     @contextlib.contextmanager
     def sides(self, road: Road | None = None) -> Iterator[list[Side]]:
-        """All of them, started. Those without a road stay for the next group."""
+        """Yield all sides, started. Sides without a road stay open for the next group."""
         if road is not None:
             with contextlib.ExitStack() as stack:
                 yield [stack.enter_context(make()) for make in self.makers(road)]
@@ -63,12 +63,12 @@ class Bench:
         yield self._kept
 
     def close(self) -> None:
-        """End the sides that were kept."""
+        """Close the sides that stayed open."""
         self._kept = []
         self._stack.close()
 
     def turns(self, sides: Sequence[Side], what: str) -> Iterator[Side]:
-        """Each side once per run, interleaved, in the other order every second time."""
+        """Yield each side once per run, interleaved, in reverse order in every second run."""
         for run in range(self.runs):
             for side in sides if run % 2 == 0 else reversed(sides):
                 say(f"{what}: run {run + 1} of {self.runs}, {side.name}")
@@ -76,7 +76,7 @@ class Bench:
 
     @contextlib.contextmanager
     def flow(self, side: Side, direction: str, count: int = 1) -> Iterator["Flow"]:
-        """`count` endless transfers through a side, in a process of their own."""
+        """Run `count` endless transfers through a side, in a separate process."""
         name = secrets.token_hex(4)
         args = [name, direction, str(count), *side.flow_args(self.bulk_port)]
         argv = [sys.executable, str(HERE / "flow.py"), *args]
@@ -88,7 +88,7 @@ class Bench:
 
 
 class Flow:
-    """The transfers of one flow.py."""
+    """The transfers of one flow.py process."""
 
     def __init__(self, process: Proc, name: str, sink_port: int | None) -> None:
         assert process.popen.stdin is not None
@@ -100,7 +100,7 @@ class Flow:
             raise RuntimeError(f"bulk did not start:\n{process.text}")
 
     def bytes(self) -> int:
-        """How many arrived so far: at its reader, or at the target's sinks."""
+        """Return the bytes received so far, by flow.py or by the target's sinks."""
         if self._sink_port is None:
             self._stdin.write(b"\n")
             return int(self._stdout.readline())
@@ -109,7 +109,7 @@ class Flow:
             return int(sock.makefile().readline())
 
     def wait_drained(self) -> None:
-        """After an upload's end: until the kernels and queues on the way are empty."""
+        """Wait after an upload until all kernel buffers and queues on the path are empty."""
         before, now = -1, self.bytes()
         while now != before:
             time.sleep(0.3)
@@ -118,7 +118,7 @@ class Flow:
 
 @contextlib.contextmanager
 def targets() -> Iterator[tuple[int, int]]:
-    """The ports of a target for echoes and one for bulk."""
+    """Yield the ports of two targets: one for echoes, one for bulk."""
     with contextlib.ExitStack() as stack:
         ports = []
         for _ in range(2):
@@ -129,11 +129,11 @@ def targets() -> Iterator[tuple[int, int]]:
 
 
 def say(text: str) -> None:
-    """A step begins: tell so beside the table's own stream, and give it its time."""
+    """Print a step's name to stderr, since stdout is for the table; restart the step's alarm."""
     print(text, file=sys.stderr, flush=True)
     signal.alarm(STEP_TIMEOUT_S)
 
 
 def give_up(_number: int, _frame: object) -> NoReturn:
-    """For SIGALRM: out of whatever the driver is blocked in, so that all is cleaned up."""
+    """Handle SIGALRM: raise out of a blocked call, so that the clean-up code runs."""
     raise TimeoutError(f"a step took longer than {STEP_TIMEOUT_S} s")

@@ -8,7 +8,7 @@ from benchmarks.results import Figure, Goal
 from benchmarks.side import Side, Tunnel
 
 MB = 1_000_000
-# As large as the sources' and sinks' own pieces.
+# Bytes of one read or write, as in the sources and sinks.
 _CHUNK_BYTES = 1 << 18
 ROLES = ("server", "client", "proxy", "all")
 
@@ -22,7 +22,7 @@ PACED_CHUNK_BYTES = 16 * 1024
 
 
 def measure_bulk(bench: Bench) -> None:
-    """As fast as it goes, down and up."""
+    """Measure the greatest speed, down and up."""
     bench.results.declare(*SPEED.values())
     with bench.sides() as sides:
         for side in bench.turns(sides, "bulk"):
@@ -35,7 +35,7 @@ def measure_bulk(bench: Bench) -> None:
 
 
 def measure_paced(bench: Bench) -> None:
-    """The target writes 16 KiB at a time at 200 Mbit/s."""
+    """Measure a download whose target writes 16 KiB at a time at 200 Mbit/s."""
     size = (8 if bench.is_quick else 100) * MB
     with bench.sides() as sides:
         for side in bench.turns(sides, "paced"):
@@ -48,9 +48,9 @@ def measure_paced(bench: Bench) -> None:
 def transfer(
     side: Side, tunnel: Tunnel, direction: str, size: int, pace: str
 ) -> tuple[float, dict[str, float]]:
-    """Move `size` bytes; the seconds, and the CPU seconds of each role meanwhile.
+    """Transfer `size` bytes; return the seconds, and the CPU seconds of each role.
 
-    They begin when the tunnel is open and end when the last byte is with its reader.
+    Both clocks start at the open tunnel and stop when the reader has the last byte.
     """
     tunnel.command(f"source {size} {pace}" if direction == "down" else f"sink {size} bulk")
     pids = dict(side.processes())
@@ -78,7 +78,7 @@ def add_cpu(
     server_goal: Goal | None,
     bound: float,
 ) -> None:
-    """A figure for each role, and one for their sum."""
+    """Record a figure for each role, and one for the sum."""
     bench.results.declare(*(cpu_figure(title, role, server_goal, bound) for role in ROLES))
     for role, seconds in {**cpu, "all": sum(cpu.values())}.items():
         figure = cpu_figure(title, role, server_goal, bound)
@@ -86,6 +86,6 @@ def add_cpu(
 
 
 def cpu_figure(title: str, role: str, server_goal: Goal | None, bound: float) -> Figure:
-    """The line of a role; `bound` is for the sum."""
+    """Return the figure of a role; `bound` is the goal of the sum."""
     goals = {"server": server_goal, "all": Goal("value", "<=", bound)}
     return Figure(f"cpu.{title}.{role}", f"CPU {title}: {role}", "s/GB", goals.get(role))

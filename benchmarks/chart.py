@@ -1,4 +1,4 @@
-"""The table as a picture, if matplotlib is there."""
+"""The table as a chart, if matplotlib is installed."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ COLOURS = {"plain": "#bbbbbb", "stock": "#e0a458", "relay": "#33658a", "base": "
 
 
 def draw(results: Results, path: Path) -> str:
-    """Write one small bar chart per figure; say where, or why not."""
+    """Write one small bar chart per figure; return the path, or the reason for no chart."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

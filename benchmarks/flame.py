@@ -1,7 +1,7 @@
 """Flame graphs of the three programs while one tunnel downloads: `python -m benchmarks.flame DIR`.
 
-Needs py-spy (`pip install py-spy`). Counts what holds the interpreter's lock; what waits in a
-system call does not show. Writes DIR/server.svg, client.svg and proxy.svg.
+Needs py-spy (`pip install py-spy`). Counts only threads that hold the interpreter's lock, so no
+waits in system calls. Writes DIR/server.svg, client.svg and proxy.svg.
 """
 
 import subprocess
@@ -16,7 +16,7 @@ _SECONDS = 5
 
 
 def main(folder: Path) -> None:
-    """Record all three at once."""
+    """Record all three programs at the same time."""
     folder.mkdir(parents=True, exist_ok=True)
     with (
         targets() as (_, bulk_port),
@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
     for file in folder.glob("*.svg"):
         text = file.read_text("utf-8")
         for place in (f"{sys.prefix}/bin/", f"{HERE.parent}/", sys.prefix, str(HERE.parent)):
-            text = text.replace(place, "")  # They are to be shown to others.
+            text = text.replace(place, "")  # Published graphs MUST NOT contain local paths.
         file.write_text(text, "utf-8")
 
 

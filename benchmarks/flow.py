@@ -1,10 +1,10 @@
-"""Bulk beside a keystroke: its own process, so that no reader shares an interpreter with it.
+"""Bulk beside keystrokes: a separate process, so that the two share no interpreter's lock.
 
     flow.py NAME down|up COUNT tcp HOST:PORT...    plain connections
-    flow.py NAME down|up COUNT run ARGV...         so many processes of this command line
+    flow.py NAME down|up COUNT run ARGV...         COUNT processes of this command line
 
-Says "ready" once all COUNT of them are under way, then a line with the bytes so far for each
-line on its standard input, and ends with that. NAME is its sinks'. A standalone program.
+Prints "ready" once all COUNT transfers run, then the bytes so far for each line on standard
+input, and ends at eof there. NAME is the name of the sinks. A standalone program.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ BLOCK = memoryview(os.urandom(65536))
 
 
 def open_fds(how: str, rest: list[str]) -> tuple[int, int]:
-    """Where to read and where to write."""
+    """Open one transfer; return the descriptors to read from and to write to."""
     if how == "tcp":
         host, _, port = rest[0].partition(":")
         sock = socket.create_connection((host, int(port)))
@@ -32,7 +32,7 @@ def open_fds(how: str, rest: list[str]) -> tuple[int, int]:
 
 
 def run(index: int, direction: str, fds: tuple[int, int], counts: list[int]) -> None:
-    """One transfer without end."""
+    """Run one endless transfer."""
     read_fd, write_fd = fds
     with contextlib.suppress(OSError):
         if direction == "down":

@@ -1,9 +1,9 @@
-"""Holds many idle connections and answers their pings: the far ends of idle clients.
+"""Holds many idle connections and answers pings, in the place of idle clients.
 
-Reads one JSON object from its standard input: `port`, `count`, `request` (sent on each
-connection, with {n}, the number, and {login} in it) and `answer` (what the reply begins with).
-`login` is the Basic pair, with {n}. Says "ready", then how many are still open for each line
-that comes. A standalone program.
+Reads one JSON object from standard input: `port`, `count`, `request` (sent on each connection;
+{n} is the connection's number, {login} the login) and `answer` (the start of the reply).
+`login` is the Basic pair and may contain {n}. Prints "ready", then the number of open
+connections for each line of input. A standalone program.
 """
 
 import base64
@@ -21,7 +21,7 @@ PONG_HEAD = b"\x8a"
 
 
 def connect(port: int, request: str, login: str, answer: str, number: int) -> socket.socket:
-    """One connection, past its handshake."""
+    """Return one connection after the handshake."""
     sock = socket.create_connection(("127.0.0.1", port), timeout=60)
     basic = base64.b64encode(login.replace("{n}", str(number)).encode()).decode()
     text = request.replace("{n}", f"{number:032x}").replace("{login}", basic)
@@ -40,7 +40,7 @@ def connect(port: int, request: str, login: str, answer: str, number: int) -> so
 
 
 def answer_pings(sock: socket.socket, rest: bytes) -> bytes | None:
-    """Read what came, answer its pings, return the half frame at the end; None at the end."""
+    """Read, answer all pings, and return the partial frame that remains; None after eof."""
     try:
         data = sock.recv(65536)
     except BlockingIOError:
@@ -50,7 +50,7 @@ def answer_pings(sock: socket.socket, rest: bytes) -> bytes | None:
     if not data:
         return None
     data = rest + data
-    while len(data) >= 2 and len(data) >= 2 + data[1]:  # all are shorter than 126
+    while len(data) >= 2 and len(data) >= 2 + data[1]:  # all payloads are below 126 bytes
         size = data[1]
         payload = data[2 : 2 + size]
         if data[0] == CLOSE:
@@ -63,7 +63,7 @@ def answer_pings(sock: socket.socket, rest: bytes) -> bytes | None:
 
 
 def answer_those(keys: Iterable[selectors.SelectorKey], selector: selectors.BaseSelector) -> None:
-    """Answer the pings of connections that have something to read; forget those that ended."""
+    """Answer the pings on readable connections; drop closed connections."""
     for key in keys:
         assert isinstance(key.fileobj, socket.socket)
         rest = answer_pings(key.fileobj, key.data)
@@ -76,12 +76,12 @@ def answer_those(keys: Iterable[selectors.SelectorKey], selector: selectors.Base
 
 def main() -> None:
     order = json.loads(sys.stdin.readline())
-    # epoll: select() ends at 1,024 descriptors. A connection's data is what was read of a frame.
+    # epoll, since select() ends at 1,024 descriptors. A key's data is the partial frame.
     selector = selectors.EpollSelector()
     for number in range(order.pop("count")):
         sock = connect(number=number, **order)
         selector.register(sock, selectors.EVENT_READ, b"")
-        # Many take long, and the first ones are pinged before the last ones are there.
+        # The server pings the first connections before the last connections are open.
         answer_those([key for key, _ in selector.select(0)], selector)
     print("ready", flush=True)
     selector.register(0, selectors.EVENT_READ)

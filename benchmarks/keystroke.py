@@ -1,4 +1,4 @@
-"""The round trip of a keystroke: alone, beside bulk, and over a long thin link."""
+"""The round trip of a keystroke: alone, beside bulk, and over a slow link with long delay."""
 
 import random
 import statistics
@@ -9,13 +9,13 @@ from benchmarks.bench import Bench
 from benchmarks.results import Figure, Goal
 from benchmarks.side import Road, Side, Tunnel
 
-# What ssh sends for a key, padding and MAC included, is of about this size.
+# About the bytes that ssh sends for a key, padding and MAC included.
 _KEY = bytes(36)
 _WARM_UP_KEYS = 20
 
 
 def type_keys(tunnel: Tunnel, seconds: float, gap_s: float, keys: int = 1 << 30) -> list[float]:
-    """Type with random pauses of `gap_s` on average; the round trips in ms."""
+    """Send keys with random pauses of mean `gap_s`; return the round trips in ms."""
     draw = random.Random(1)
     deadline = time.monotonic() + seconds
     trips: list[float] = []
@@ -29,13 +29,13 @@ def type_keys(tunnel: Tunnel, seconds: float, gap_s: float, keys: int = 1 << 30)
 
 
 def percentile(values: list[float], percent: int) -> float:
-    """The value that so many percent do not exceed; of fewer than 100, p99 is the largest."""
+    """Return the value that `percent` % of the values do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
 
 
 def measure_idle(bench: Bench) -> None:
-    """Nothing else on the relay."""
+    """Measure keystrokes without other load."""
     p50 = Figure("key.idle.p50", "keystroke idle p50", "ms", Goal("plain", "<=", 5))
     p99 = Figure("key.idle.p99", "keystroke idle p99", "ms")
     tail = Figure("key.idle.tail", "keystroke idle p99 / p50", "x", Goal("value", "<=", 2.5))
@@ -52,7 +52,7 @@ def measure_idle(bench: Bench) -> None:
 
 
 def measure_beside(bench: Bench) -> None:
-    """While another tunnel of the client downloads, or uploads, and while 20 download."""
+    """Measure beside one download, one upload, and 20 downloads of the same client."""
     cases = [("down", 1, True), ("up", 1, True), ("down", 3 if bench.is_quick else 20, False)]
     with bench.sides() as sides:
         for direction, count, has_goal in cases:
@@ -64,7 +64,7 @@ def measure_beside(bench: Bench) -> None:
 
 
 def measure_link(bench: Bench) -> None:
-    """Over 40 ms of round trip and 20 Mbit/s, direct and through nginx with TLS."""
+    """Measure at 40 ms round trip and 20 Mbit/s, direct and through nginx with TLS."""
     for nginx in (True,) if bench.is_quick else (False, True):
         road = Road(delay_ms=20, mbit=20, nginx=nginx)
         where = "20 Mbit/s 40 ms" + (" nginx" if nginx else "")
@@ -85,10 +85,10 @@ def beside(
     what: str,
     goals: tuple[float | None, float, float] | None,
 ) -> None:
-    """Keystrokes beside `count` bulk transfers; what the bulk keeps of its speed.
+    """Measure keystrokes beside `count` bulk transfers, and the share of speed that bulk keeps.
 
-    That is of its speed alone just before, or of the link's where there is one. `goals` are
-    for p50, p99 and that part.
+    The share is of the bulk's speed alone just before, or of the link's rate with a link.
+    `goals` are for p50, p99 and the share.
     """
     p50_goal, p99_goal, kept_goal = goals or (None, None, None)
     key = f"key.{what}"
@@ -100,7 +100,7 @@ def beside(
         tunnel.command("echo")
         type_keys(tunnel, 60.0, 0.003, 5)
         with bench.flow(side, direction, count) as flow:
-            time.sleep(min(seconds, 2.0))  # the windows grow
+            time.sleep(min(seconds, 2.0))  # s, for the windows to grow
             speeds = []
             if side.road.mbit:
                 speeds.append(side.road.mbit * 125_000)
@@ -117,7 +117,7 @@ def beside(
 
 
 def measure_long(bench: Bench) -> None:
-    """One download over 100 ms of round trip and 200 Mbit/s."""
+    """Measure one download at 100 ms round trip and 200 Mbit/s."""
     road = Road(delay_ms=50, mbit=200)
     figure = Figure("long.down", "one stream, 200 Mbit/s 100 ms", "part", Goal("value", ">=", 0.92))
     rise = Figure("long.rise", "one stream, its first 5 s", "part")
@@ -132,7 +132,7 @@ def measure_long(bench: Bench) -> None:
 
 
 def speed(count: Callable[[], int], meanwhile: Callable[[], object]) -> float:
-    """Bytes a second while `meanwhile` runs."""
+    """Return the bytes a second while `meanwhile` runs."""
     begun, before = time.monotonic(), count()
     meanwhile()
     return (count() - before) / (time.monotonic() - begun)

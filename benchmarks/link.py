@@ -1,12 +1,12 @@
-"""A long or thin link in user space, in a process of its own.
+"""A link with delay and a limited rate, in user space and in a separate process.
 
     link.py DEST_PORT... --delay-ms D --mbit R [--queue-kb Q]
 
-Says a port for each DEST_PORT, then forwards. Each direction is paced to R Mbit/s, which all
-its connections share, and delivered D ms later. A connection that holds rate x delay + Q kB
-in one direction is read no further, so TCP stops its sender as a router's full queue would.
-One thread and one copy: it carries several times the 200 Mbit/s that the benchmark asks of
-it. A standalone program.
+Prints a port for each DEST_PORT, then forwards. All connections share R Mbit/s in each
+direction; bytes are delivered D ms later. The link stops reading a connection that holds
+rate x delay + Q kB in one direction, so TCP slows the sender as a router's full queue would.
+One thread and one copy carry several times the 200 Mbit/s that the benchmark needs.
+A standalone program.
 """
 
 import argparse
@@ -17,20 +17,20 @@ import socket
 import time
 
 READ_BYTES = 16 * 1024
-# Else the kernel would hold more than the link. Less than two of loopback's 64 KiB segments
-# stalls.
+# Larger kernel buffers would hold more bytes than the link. Buffers below two of loopback's
+# 64 KiB segments stall.
 KERNEL_BYTES = 128 * 1024
 
 
 class Lane:
-    """One direction of the link."""
+    """One direction of the link, shared by all connections."""
 
     def __init__(self) -> None:
-        self.free_at = 0.0  # when the last byte accepted so far has left the paced end
+        self.free_at = 0.0  # time at which the last accepted byte has left the paced end
 
 
 class Way:
-    """One direction of one connection: what `source` gave and `sink` has not taken."""
+    """One direction of one connection: bytes read from `source` and not yet written to `sink`."""
 
     def __init__(self, lane: Lane, source: socket.socket, sink: socket.socket) -> None:
         self.lane, self.source, self.sink = lane, source, sink
@@ -38,8 +38,8 @@ class Way:
         self.held_bytes = 0
         self.has_timer = False
         self.sink_is_full = False
-        self.has_ended = False  # the source has
-        self.is_over = False  # and the sink knows
+        self.has_ended = False  # eof from the source
+        self.is_over = False  # eof sent to the sink
 
 
 class Link:
@@ -53,9 +53,9 @@ class Link:
         self.up, self.down = Lane(), Lane()
         self.selector = selectors.DefaultSelector()
         self.timers: list[tuple[float, int, Way]] = []
-        # By socket: the way that it is the source of, and the one that it is the sink of.
+        # By socket: the way with this socket as source, and the way with this socket as sink.
         self.ways: dict[socket.socket, tuple[Way, Way]] = {}
-        # Listener -> where it leads to.
+        # Listener -> destination port.
         self.listeners: dict[socket.socket, int] = {}
         for dest_port in dest_ports:
             listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
@@ -103,7 +103,7 @@ class Link:
             self.read(self.ways[sock][0])
 
     def watch(self, sock: socket.socket) -> None:
-        """Register exactly what this socket now waits for."""
+        """Register the socket for exactly the events that the link can handle now."""
         if sock not in self.ways:
             return
         reads, writes = self.ways[sock]
@@ -140,7 +140,7 @@ class Link:
             heapq.heappush(self.timers, (way.chunks[0][0], id(way), way))
 
     def write(self, way: Way) -> None:
-        """Write the chunks that are due; an empty chunk is the FIN."""
+        """Write the due chunks; an empty chunk stands for the FIN."""
         if way.source not in self.ways:
             return
         now = time.monotonic()

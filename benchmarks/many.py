@@ -1,4 +1,4 @@
-"""What many cost the server: idle clients, and readers that have stopped."""
+"""Costs of the server for many idle clients, and for many readers that stopped reading."""
 
 import contextlib
 import json
@@ -13,18 +13,18 @@ from benchmarks.results import Figure, Goal
 from benchmarks.side import IdleOrder, Side
 from tests.support.processes import Proc
 
-# Within one ping interval of the relay, each client is pinged once.
+# The relay's ping interval in seconds: the server pings each client once in this time.
 _PING_INTERVAL_S = 20.0
-# These take long, and memory is much the same each time.
+# Few runs: each takes long, and memory varies little between runs.
 _MOST_RUNS = 2
-# What each reads before it stops, so that its window has grown.
+# Bytes that each reader takes before the stop, so that the window has grown.
 _READ_BYTES = 8_000_000
 # Twice the largest window of a tunnel (--max-window).
 _TWO_WINDOWS_MB = 8.4
 
 
 def measure_clients(bench: Bench) -> None:
-    """Idle clients: user memory and kernel stacks each, and the share of a core for all."""
+    """Measure idle clients: user memory and kernel stacks of each, and the CPU of all."""
     for count in [20] if bench.is_quick else [100, 1000, *([5000] if bench.is_full else [])]:
         title = f"{count} idle clients"
         figures = clients_figures(count, title)
@@ -39,7 +39,7 @@ def measure_clients(bench: Bench) -> None:
 
 
 def clients_figures(count: int, title: str) -> list[Figure]:
-    """Memory, kernel stacks and CPU; the goals are for the greatest number."""
+    """Return the figures for memory, kernel stacks and CPU; only the greatest count has goals."""
     most = count == 5000
     small, calm = Goal("value", "<=", 70), Goal("value", "<=", 5)
     return [
@@ -52,11 +52,11 @@ def clients_figures(count: int, title: str) -> list[Figure]:
 
 
 def idle_cost(side: Side, count: int, seconds: float) -> tuple[float, float, float]:
-    """KB each, KB of kernel stacks each, per cent of a core over `seconds`."""
+    """Return KB per client, KB of kernel stacks per client, and % of a core over `seconds`."""
     pid, order = side.idle_server()
     memory, stacks = pss_bytes(pid), kernel_stack_bytes(pid)
     with holding(order, count) as holder:
-        time.sleep(0.2 if count < 100 else 1.0)  # the last ones' threads settle
+        time.sleep(0.2 if count < 100 else 1.0)  # s, until the last threads idle
         before, begun = cpu_s(pid), time.monotonic()
         time.sleep(seconds)
         percent = (cpu_s(pid) - before) / (time.monotonic() - begun) * 100
@@ -68,7 +68,7 @@ def idle_cost(side: Side, count: int, seconds: float) -> tuple[float, float, flo
 
 @contextlib.contextmanager
 def holding(order: IdleOrder, count: int) -> Iterator[Proc]:
-    """A process that holds `count` idle connections; all are open when this begins."""
+    """Yield a process that holds `count` open idle connections."""
     argv = [sys.executable, str(HERE / "holder.py")]
     with Proc(argv, env=environment(HERE), cwd=HERE, pipes=True) as holder:
         line = json.dumps({**order, "count": count}).encode() + b"\n"
@@ -78,7 +78,7 @@ def holding(order: IdleOrder, count: int) -> Iterator[Proc]:
 
 
 def answer(process: Proc, line: bytes) -> str:
-    """Write a line to a program of ours, and read its answer."""
+    """Write a line to a program of this folder; return the answer."""
     assert process.popen.stdin is not None
     assert process.popen.stdout is not None
     process.popen.stdin.write(line)
@@ -86,7 +86,7 @@ def answer(process: Proc, line: bytes) -> str:
 
 
 def measure_stopped(bench: Bench) -> None:
-    """Memory for readers that stop (their processes do) while sources write all they can."""
+    """Measure memory while the readers' processes are stopped and the sources keep writing."""
     count = 5 if bench.is_quick else 50
     title = f"{count} stopped readers"
     figures = {
@@ -119,5 +119,5 @@ def measure_stopped(bench: Bench) -> None:
 
 
 def memory_of(side: Side) -> dict[str, int]:
-    """PSS by role."""
+    """Return the PSS in bytes by role."""
     return {role: pss_bytes(pid) for role, pid in side.processes().items()}

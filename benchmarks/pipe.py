@@ -1,7 +1,7 @@
 """Standard input and output <-> a plain TCP connection: `pipe.py PORT`.
 
-What any stdio tunnel must do at least, so bulk is compared with it: the driver talks to it by
-the same pipes as to the proxy command. A standalone program.
+The least work of any stdio tunnel, so the baseline for bulk. The driver uses the same kind of
+pipes as for the proxy command. A standalone program.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def main() -> None:
             view = memoryview(data)
             while view:
                 view = view[os.write(1, view) :]
-    # The driver reads our CPU time before it closes our input.
+    # Without exit: the driver reads this process's CPU time before closing stdin.
     os.close(1)
     threading.Event().wait()
 

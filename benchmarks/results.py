@@ -1,4 +1,4 @@
-"""What was measured: the list of figures, their goals, and the table."""
+"""The results: the list of figures, the goals, and the table."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Goal:
-    """`of` is what is compared with `bound`: the value, or its ratio to plain TCP's."""
+    """A bound for `of`: for the value, or for the value's ratio to plain TCP's value."""
 
     of: Literal["value", "plain"]
     sign: Literal["<=", ">="]
@@ -38,7 +38,7 @@ class Results:
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def declare(self, *figures: Figure) -> None:
-        """Have them in the table in this order, whichever side has one first."""
+        """Fix the order of the figures in the table, whichever side adds a value first."""
         for figure in figures:
             self.figures[figure.key] = figure
             self.values.setdefault(figure.key, {})
@@ -48,22 +48,22 @@ class Results:
         self.values[figure.key].setdefault(side, []).append(value)
 
     def value(self, key: str, side: str) -> float | None:
-        """The median over the runs; None where this side has no such figure."""
+        """Return the median over the runs; None for a side without this figure."""
         values = self.values[key].get(side)
         return statistics.median(values) if values else None
 
     def ratio(self, key: str, side: str, other: str) -> float | None:
-        """How many times the other side's figure this side's is."""
+        """Return this side's value divided by the other side's value."""
         value, reference = self.value(key, side), self.value(key, other)
         return value / reference if value is not None and reference else None
 
     def spread(self, key: str, side: str, other: str) -> list[float]:
-        """That ratio of each run, for sides measured in turns."""
+        """Return the ratio of each run, for sides measured in turns."""
         pairs = zip(self.values[key].get(side, []), self.values[key].get(other, []), strict=False)
         return [value / reference for value, reference in pairs if reference]
 
     def verdict(self, key: str, side: str) -> str:
-        """The goal, and whether it is reached."""
+        """Return the goal, and whether the value reaches the goal."""
         goal = self.figures[key].goal
         if goal is None:
             return ""
@@ -73,7 +73,7 @@ class Results:
         return f"{goal} {'yes' if goal.is_met(found) else 'NO'}"
 
     def table(self, side: str, base: str | None) -> str:
-        """One line per figure, in columns; `base` is the checkout compared against."""
+        """Return one line per figure, in columns; `base` is the checkout for comparison."""
         head = ["figure", "unit", "plain", "stock", side]
         head += ["/plain", "/stock"]
         head += [base, f"{side}/{base}", "min..max"] if base else []
@@ -99,7 +99,7 @@ class Results:
         )
 
     def as_json(self) -> list[dict[str, object]]:
-        """Every value of every run."""
+        """Return every value of every run."""
         return [
             {
                 "figure": key,
@@ -114,7 +114,7 @@ class Results:
 
 
 def number(value: float | None) -> str:
-    """Three digits that mean something."""
+    """Format a value with three significant digits."""
     if value is None:
         return ""
     if abs(value) >= 100:

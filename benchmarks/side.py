@@ -1,4 +1,4 @@
-"""What a side of the comparison is: its processes, its road, its tunnels."""
+"""The base of all sides of the comparison: processes, road and tunnels."""
 
 import contextlib
 import os
@@ -26,13 +26,13 @@ from tests.support.processes import (
 )
 from tests.support.waiting import eventually
 
-# For the next bytes of a tunnel.
+# Seconds for the next bytes of a tunnel.
 DEADLINE_S = 120.0
 
 
 @dataclass(frozen=True)
 class Road:
-    """What lies between the two far ends: a link (None: loopback), and nginx with TLS."""
+    """The path between the two ends: a link (None: loopback), and nginx with TLS."""
 
     delay_ms: float = 0.0
     mbit: float = 0.0
@@ -40,7 +40,7 @@ class Road:
 
 
 class IdleOrder(TypedDict):
-    """What holder.py wants to know of idle connections, but their number."""
+    """The input of holder.py for idle connections, without the number."""
 
     port: int
     request: str
@@ -49,7 +49,7 @@ class IdleOrder(TypedDict):
 
 
 class Tunnel:
-    """One connection to a target: two descriptors, and the process that carries it, if any."""
+    """One connection to a target: two descriptors, and the tunnel's process, if any."""
 
     def __init__(self, read_fd: int, write_fd: int, process: Proc | None) -> None:
         self.read_fd, self.write_fd, self.process = read_fd, write_fd, process
@@ -57,7 +57,7 @@ class Tunnel:
         self._poll.register(read_fd, select.POLLIN)
 
     def read(self, size: int) -> bytes:
-        """Some bytes, at most `size`; RuntimeError at the end and at the deadline."""
+        """Return 1 to `size` bytes; raises RuntimeError at eof and at the deadline."""
         if not self._poll.poll(DEADLINE_S * 1000):
             raise RuntimeError(f"nothing came: {self.process!r}")
         data = os.read(self.read_fd, size)
@@ -76,7 +76,7 @@ class Tunnel:
             view = view[os.write(self.write_fd, view) :]
 
     def command(self, line: str) -> None:
-        """Tell the target what to be, and wait for its answer."""
+        """Send the target's command line, and wait for the answer."""
         self.write(line.encode() + b"\n")
         self.read_exactly(len(OK))
 
@@ -85,13 +85,13 @@ class Tunnel:
 
     def __exit__(self, *_: object) -> None:
         if self.process is not None:
-            self.process.close()  # and its pipes
+            self.process.close()  # closes the pipes too
         else:
             os.close(self.read_fd)
 
 
 class Side:
-    """One of the things compared. A context manager: inside it, tunnels can be opened."""
+    """One side of the comparison. A context manager: tunnels can be opened inside."""
 
     name = ""
 
@@ -123,22 +123,22 @@ class Side:
 
     @property
     def is_running(self) -> bool:
-        """Whether all that was started still runs."""
+        """Whether all started processes still run."""
         return all(process is None or process.is_running for process in (self.server, self.client))
 
     def start(self) -> None:
-        """Start what all tunnels share."""
+        """Start the processes that all tunnels share."""
 
     def argv(self, port: int) -> list[str]:
-        """The command line of a tunnel's process."""
+        """Return the command line of a tunnel's process."""
         raise NotImplementedError
 
     def env(self) -> dict[str, str]:
-        """And its environment."""
+        """Return the environment of a tunnel's process."""
         return environment(HERE)
 
     def flow_args(self, port: int) -> list[str]:
-        """How flow.py opens one."""
+        """Return the arguments with which flow.py opens a tunnel."""
         return ["run", *self.argv(port)]
 
     def spawn(self, argv: Sequence[str]) -> Tunnel:
@@ -152,24 +152,24 @@ class Side:
         return self.spawn(self.argv(port))
 
     def stdio_tunnel(self, port: int) -> Tunnel:
-        """One by way of a process's standard input and output, whatever this side is."""
+        """Open a tunnel over a process's standard input and output, for any side."""
         return self.spawn(self.argv(port))
 
     def open_once(self, port: int) -> float:
-        """Open one more and end it at once; seconds from the handshake's end to open."""
+        """Open and close one tunnel; return the seconds from the handshake's end to the open."""
         raise NotImplementedError
 
     def idle_server(self) -> tuple[int, IdleOrder]:
-        """The process that idle connections cost something, and how to open them."""
+        """Return the id of the process that bears idle connections, and how to open them."""
         raise NotImplementedError
 
     def processes(self) -> dict[str, int]:
-        """Role -> process id, of what all tunnels share."""
+        """Return role -> process id of the processes that all tunnels share."""
         found = {"server": self.server, "client": self.client}
         return {role: process.pid for role, process in found.items() if process is not None}
 
     def start_link(self, *ports: int) -> list[int]:
-        """One link in front of all `ports`, if the road has one; the ports to go to."""
+        """Start one link for all `ports`, if the road has a link; return the ports to dial."""
         if not self.road.mbit:
             return list(ports)
         options = ("--delay-ms", self.road.delay_ms, "--mbit", self.road.mbit)
@@ -178,13 +178,13 @@ class Side:
         return link_ports
 
     def start_server(self, root: Path, app: str) -> int:
-        """gunicorn with this side's threads, as the README starts it; its port."""
+        """Start gunicorn as in the README, with this side's threads; return the port."""
         port = free_port()
         argv = [sys.executable, "-m", "gunicorn", "--threads", str(self.threads)]
         credentials_file = write_credentials(self.folder, self.credentials())
         setting = {
             "HTTP_NETWORK_RELAY_CREDENTIALS_FILE": str(credentials_file),
-            # What opening costs is measured, not what may be opened.
+            # No limit: the benchmark measures the cost of an open, not the rate limit.
             "HTTP_NETWORK_RELAY_OPENS_PER_SECOND": "0",
         }
         server = Proc(
@@ -198,7 +198,7 @@ class Side:
         return {"clients": {CLIENT_NAME: CLIENT_SECRET}, "proxy_users": [TOKEN]}
 
     def front(self, port: int) -> tuple[str, int]:
-        """nginx in front of `port`, if the road has it: the scheme and the port to use."""
+        """Start nginx before `port`, if the road has nginx; return the scheme and the port."""
         if not self.road.nginx:
             return "ws", port
         certs = make_certs(self.folder)
@@ -208,7 +208,7 @@ class Side:
 
 
 def is_healthy(server: Proc, port: int) -> bool:
-    """Whether it answers; RuntimeError when it has ended instead."""
+    """Return whether the server answers; raises RuntimeError if the server has ended."""
     if not server.is_running:
         raise RuntimeError(f"a server ended:\n{server.text}")
     try:

@@ -1,4 +1,4 @@
-"""What is measured beside each other: plain TCP, the stock hop, and a checkout of the relay."""
+"""The sides of the comparison: plain TCP, the stock hop, and a checkout of the relay."""
 
 import secrets
 import socket
@@ -24,7 +24,7 @@ class Plain(Side):
         self._ports = ports
 
     def start(self) -> None:
-        # Target's port -> the port to connect to: itself, or the link's in front of it.
+        # Target's port -> the port to dial: the link's port, or the target's without a link.
         self._nearer = dict(zip(self._ports, self.start_link(*self._ports), strict=True))
 
     def argv(self, port: int) -> list[str]:
@@ -51,7 +51,7 @@ class Plain(Side):
 
 
 class Stock(Side):
-    """The stock libraries' hop of stock.py."""
+    """The hop of the stock libraries in stock.py."""
 
     name = "stock"
 
@@ -78,18 +78,18 @@ class Stock(Side):
 
 
 class Tree(Side):
-    """A checkout of the relay: its server, its client, its proxy command."""
+    """A checkout of the relay: the server, the client, the proxy command."""
 
     def __init__(
         self, name: str, root: Path, road: Road | None = None, threads: int = 64, clients: int = 0
     ) -> None:
         super().__init__(road, threads)
         self.name, self.root = name, root
-        self.clients = clients  # room for so many more
+        self.clients = clients  # number of idle clients in the credentials
 
     def start(self) -> None:
         scheme, port = self.front(self.start_server(self.root, "wsgi:app"))
-        # The link is the client's: a device behind a long or thin line.
+        # Only the client dials through the link: a device behind a slow line.
         self.url = f"{scheme}://127.0.0.1:{port}"
         client_url = f"{scheme}://127.0.0.1:{self.start_link(port)[0]}"
         argv = [sys.executable, "-m", "client", "--server-url", client_url]
@@ -134,7 +134,7 @@ class Tree(Side):
 
 
 def upgrade(url: str, path: str, headers: str, login: str) -> IdleOrder:
-    """An idle WebSocket."""
+    """Return the order for idle WebSockets."""
     address = url.partition("://")[2]
     request = (
         f"GET {path} HTTP/1.1\r\nHost: {address}\r\nUpgrade: websocket\r\n"

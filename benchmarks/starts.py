@@ -1,4 +1,4 @@
-"""What a user waits for at first: the script's start, and a tunnel's opening."""
+"""The waits before the first byte: the script's start, and the open of a tunnel."""
 
 import socket
 import statistics
@@ -17,7 +17,7 @@ IMPORTS = "import websocket, ssl, json"
 
 
 def measure_cold(bench: Bench) -> None:
-    """From starting the process to its first byte on the wire, and to the first byte back."""
+    """Measure from the process's start to the first byte sent, and to the first byte received."""
     wire = Figure("cold.wire", "cold start to first byte out", "ms")
     over = Figure("cold.ratio", "cold start over the imports", "x", Goal("value", "<=", 1.5))
     imports = Figure("cold.imports", f'python -c "{IMPORTS}"', "ms")
@@ -37,14 +37,14 @@ def measure_cold(bench: Bench) -> None:
 
 
 def imports_s() -> float:
-    """What Python itself and the three imports cost."""
+    """Return the seconds for the start of Python and the three imports."""
     begun = time.monotonic()
     subprocess.run([sys.executable, "-c", IMPORTS], check=True, env=environment(HERE))
     return time.monotonic() - begun
 
 
 def first_byte_out_s(side: Side) -> float:
-    """Until a listener of ours, in the server's place, reads something."""
+    """Return the seconds until a listener in the server's place reads the first byte."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(20)
         port = listener.getsockname()[1]
@@ -59,7 +59,7 @@ def first_byte_out_s(side: Side) -> float:
 
 
 def first_byte_back_s(side: Side, port: int) -> float:
-    """Until the target's answer is on standard output."""
+    """Return the seconds until the target's answer is on standard output."""
     begun = time.monotonic()
     with side.tunnel(port) as tunnel:
         tunnel.command("echo")
@@ -67,7 +67,7 @@ def first_byte_back_s(side: Side, port: int) -> float:
 
 
 def measure_open(bench: Bench) -> None:
-    """From the 101 to `opened`, one at a time; and how many a second, four at a time."""
+    """Measure from the 101 to `opened`, one at a time, and opens a second by four threads."""
     wait = Figure("open.ms", "open, 101 to opened", "ms", Goal("value", "<=", 3))
     rate = Figure("open.rate", "opens per second", "1/s")
     times = 10 if bench.is_quick else 100
@@ -80,7 +80,7 @@ def measure_open(bench: Bench) -> None:
 
 
 def opens_per_second(side: Side, port: int, seconds: float) -> float:
-    """Four threads that open and close without a pause."""
+    """Return the opens a second of four threads that open and close without a pause."""
     failures: list[BaseException] = []
     counts = [0] * 4
     begun = time.monotonic()

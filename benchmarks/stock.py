@@ -1,9 +1,9 @@
-"""A WebSocket hop as the libraries' own pages show it: the thing to be compared with.
+"""A WebSocket hop as in the libraries' own documentation: the baseline for the relay.
 
     gunicorn --threads N 'stock:app'          the server: dials 127.0.0.1:PORT for /tcp/PORT
     python stock.py URL [CA_FILE]             standard input and output <-> that WebSocket
 
-One hop, where the relay has two; no window, no fairness, no limits. A standalone program.
+One hop, not the relay's two; no window, no fairness, no limits. A standalone program.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ CHUNK_BYTES = 65536
 
 
 def make_app():  # type: ignore[no-untyped-def]  # Flask only in the server's process
-    """Flask and flask-sock (simple-websocket) with their defaults and a ping."""
+    """Return a Flask app with flask-sock (simple-websocket), with the defaults and a ping."""
     import flask
     import flask_sock
 
@@ -32,13 +32,13 @@ def make_app():  # type: ignore[no-untyped-def]  # Flask only in the server's pr
     def idle(ws) -> None:  # type: ignore[no-untyped-def]
         ws.receive()
 
-    @sock.route("/tcp/<int:port>")  # type: ignore[untyped-decorator]  # no annotations there
+    @sock.route("/tcp/<int:port>")  # type: ignore[untyped-decorator]  # not annotated
     def tcp(ws, port: int) -> None:  # type: ignore[no-untyped-def]
         with socket.create_connection(("127.0.0.1", port)) as target:
             target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             down = threading.Thread(target=copy_down, args=(target, ws), daemon=True)
             down.start()
-            with contextlib.suppress(Exception):  # whatever ended it, the hop is over
+            with contextlib.suppress(Exception):  # any error ends the hop
                 while True:
                     target.sendall(ws.receive())
             with contextlib.suppress(OSError):
@@ -55,7 +55,7 @@ def make_app():  # type: ignore[no-untyped-def]  # Flask only in the server's pr
 
 
 def pipe(url: str, ca_file: str | None) -> None:
-    """The user's end, on websocket-client."""
+    """Run the user's end with websocket-client."""
     import websocket
 
     ws = websocket.create_connection(
@@ -76,7 +76,7 @@ def pipe(url: str, ca_file: str | None) -> None:
             view = memoryview(data if isinstance(data, bytes) else data.encode())
             while view:
                 view = view[os.write(1, view) :]
-    # The driver reads our CPU time before it closes our input.
+    # Without exit: the driver reads this process's CPU time before closing stdin.
     os.close(1)
     threading.Event().wait()
 

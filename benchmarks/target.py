@@ -1,14 +1,14 @@
-"""What a tunnel leads to: one program that says its port and does as each connection asks.
+"""The target of the tunnels: prints a port, and runs the command of each connection.
 
 A standalone program. The first line of a connection is one of
 
-    echo                       answers what comes
-    source BYTES CHUNK RATE    sends so much (0: without end), CHUNK at a time, at RATE bytes a
-                               second (0: as fast as it can), and then FIN
-    sink BYTES NAME            reads so much (0: to the end), and then says "done"
-    count NAME                 says how many bytes the sinks of this name have read
+    echo                       sends back all bytes
+    source BYTES CHUNK RATE    sends BYTES (0: endless), CHUNK at a time, at RATE bytes a second
+                               (0: unlimited), and then FIN
+    sink BYTES NAME            reads BYTES (0: until eof), and then sends "done"
+    count NAME                 sends the number of bytes that the sinks NAME have read
 
-and the first three are answered with "ok" before anything else.
+The target first answers "ok" to the first three commands.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _sunk: dict[str, int] = {}  # by name
 
 
 def serve(sock: socket.socket) -> None:
-    """One connection, to its end."""
+    """Serve one connection until the close."""
     with sock, contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         line = b""

@@ -19,19 +19,19 @@ from http_network_relay.wire.codes import CloseCode
 from http_network_relay.wire.constants import INSTANCE_HEADER
 from http_network_relay.wire.errors import RelayError
 
-# The longest wait between two tries; also after what a new try does not help.
+# The longest wait between two tries; also the wait after a refusal that a retry cannot cure.
 CAP_S = 30.0
-# After `going_away` the server is back within seconds: so often, so long (wire, "Resume").
+# The retry interval after `going_away`, and its duration (docs/protocol.md, "Resume").
 _RESTART_RETRY_S = (0.1, 0.3)
 _RESTART_S = 3.0
-# How often a timer with no leg looks at its clock; wake() makes it sooner.
+# The timer's period without a leg; wake() ends the period early.
 _IDLE_TICK_S = 60.0
 
 log = logging.getLogger("http_network_relay.client")
 
 
 class _Run:
-    """A leg that is up, and the thread that reads it."""
+    """A leg that is up, and its reader thread."""
 
     def __init__(self, connection: Connection, leg: Leg, serve: Callable[[_Run], None]) -> None:
         self.connection = connection
@@ -42,7 +42,7 @@ class _Run:
 
 
 class Agent:
-    """Runs until stop(). One thread connects; each leg has its reader."""
+    """Runs until stop(). One thread connects; each leg has a reader thread."""
 
     def __init__(
         self,
@@ -54,26 +54,26 @@ class Agent:
         self._draw = draw
         self._backoff = Backoff(CAP_S, draw)
         self._tunnels = TunnelTable(config.max_window_bytes, config.grace_s, config.allow)
-        # Random for each process: tells our own return from another machine with our name.
+        # Random per process: distinguishes a reconnect from another machine with the same name.
         self._instance = os.urandom(16).hex()
         self._stopping = threading.Event()
-        # Guards the replacement of _runs, so that stop() never misses a leg that is just
-        # coming up. Two are up while the server restarts: the old one and the next.
+        # Guards the replacement of _runs, so that stop() never misses a new leg. Two legs
+        # are up while the server restarts: the old one and the next.
         self._lock = threading.Lock()
         self._runs: tuple[_Run, ...] = ()
         self._timer = Timer(self._tick, on_signal)
         self._thread = threading.Thread(target=self._run, name="connect")
-        # The connecting thread's own; it joins the readers of the legs.
+        # Used only by the connecting thread, which joins the readers.
         self._readers: list[threading.Thread] = []
         self._restart_until = 0.0
 
     def start(self, signals: Iterable[int] = ()) -> None:
-        """Start the timer and connect; stop() and join() end all. Main thread."""
+        """Start the timer and connect. Main thread; the caller MUST call stop() and join()."""
         self._timer.start(signals)
         self._thread.start()
 
     def stop(self) -> None:
-        """End all tunnels with a reason and the leg with a close frame."""
+        """Reset all tunnels with a reason and close every leg with a close frame."""
         self._stopping.set()
         with self._lock:
             runs = self._runs
@@ -86,7 +86,7 @@ class Agent:
         self._timer.wake()
 
     def join(self, deadline: float) -> bool:
-        """Join all threads until the deadline; whether all have ended."""
+        """Join all threads until the deadline; return whether all have ended."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
         is_over = self._tunnels.join(deadline)
         self._timer.stop()
@@ -103,18 +103,18 @@ class Agent:
             try:
                 wait_s = self._serve_once()
             except Exception:
-                # A bug of ours, or a machine out of threads: nobody is there to restart us.
+                # A bug, or no more threads. Exit is no option: no supervisor may exist to restart.
                 log.exception("client failed, next try in %d s", CAP_S)
                 wait_s = CAP_S
             self._wait(wait_s)
-        for reader in self._readers:  # The timer ends a leg that does not close.
+        for reader in self._readers:  # Bounded: the timer ends a leg that does not close.
             reader.join()
 
     def _wait(self, seconds: float) -> None:
         self._stopping.wait(seconds)
 
     def _serve_once(self) -> float:
-        """Bring one leg up; return, when it is time for the next, the seconds to wait."""
+        """Run one leg until the next is due; return the seconds to wait before the next."""
         try:
             connection = self._connect()
         except RelayError as exc:
@@ -123,7 +123,7 @@ class Agent:
         leg = run.leg
         leg.is_leaving.wait()
         if leg.spread_s is not None and not self._stopping.is_set():
-            # The next leg comes up while this one still works.
+            # Do not join the reader: the next leg connects while this one still works.
             self._restart_until = time.monotonic() + leg.spread_s + _RESTART_S
             self._note_leg(run)
             return self._draw(0.0, leg.spread_s)
@@ -173,7 +173,7 @@ class Agent:
             if time.monotonic() < self._restart_until:
                 return self._draw(*_RESTART_RETRY_S)
             return max(self._backoff.next_s(), exc.retry_after_s or 0.0)
-        # Nobody is there to restart us, and the operator may correct it.
+        # Retry all the same: the operator may correct the cause, and no supervisor may exist.
         log.error("connect refused reason=%s, next try in %d s: %s", exc.code, CAP_S, exc)
         return CAP_S
 

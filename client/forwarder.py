@@ -1,7 +1,7 @@
-"""One tunnel of the client: dials the target, then one thread reads it, one writes it.
+"""One tunnel of the client: dials the target, which one thread reads and one writes.
 
-The reader thread owns the target's socket: it starts the writer, joins it and closes.
-Both live on while the tunnel has no leg; the writer notices when the grace is over.
+The reader thread owns the target's socket, starts and joins the writer, and closes the socket.
+Both threads outlive the leg; the writer ends the tunnel when the grace period is over.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from http_network_relay.wire.constants import MESSAGE_BYTES
 from http_network_relay.wire.controls import Open, Opened, OpenRefused, Resume
 from http_network_relay.wire.errors import DialError, RelayError
 
-# The dial of a target in all, name lookup included. Shorter than the proxy command's
-# 15 s, so that the proxy user reads our reason.
+# The limit for dialling a target, name lookup included. Shorter than the proxy command's
+# 15 s, so that the proxy user reads the client's reason.
 DIAL_TARGET_S = 10.0
-# Two messages: a target's socket has room for them while we let them come together, and to take
-# them at once costs less than twice. Below what glibc would map memory for each time.
+# Two messages: one read of two costs less than two reads, and a target's socket buffers both.
+# A larger buffer would exceed glibc's threshold, and each allocation would be an mmap().
 _READ_BYTES = 2 * MESSAGE_BYTES
-# A write to a target that does not read looks this often whether the tunnel has ended.
+# The interval at which a blocked write checks whether the tunnel has ended.
 _STUCK_WRITE_S = 0.25
-# After its eof a target that has gone is noticed so soon.
+# The interval at which a target is checked for an RST after its eof.
 _WATCH_S = 0.5
 _REFUSED_CODES = {
     "refused": "target_refused",
@@ -51,7 +51,7 @@ log = logging.getLogger("http_network_relay.client")
 
 
 class Forwarder:
-    """From `open` to the end. The leg's reader calls `end.on_...`; it never waits."""
+    """A tunnel from `open` to its end. The leg's reader calls `end.on_...`, which never wait."""
 
     def __init__(
         self,
@@ -65,10 +65,10 @@ class Forwarder:
         self.key = (opening.user, opening.tunnel_id)
         self.end = ClientEnd(channel, max_window_bytes)
         self._opening = opening
-        # Where `opened` goes; nothing else, since the tunnel may change its link.
+        # Only for `opened` and `refused`: a resume moves the tunnel to another channel.
         self._first_channel = channel
         self._grace_s = grace_s
-        # Empty: whatever is asked.
+        # Empty: every target is allowed.
         self._allow = allow
         self._on_closed = on_closed
         self._sock: socket.socket | None = None
@@ -80,7 +80,7 @@ class Forwarder:
         self._writer = threading.Thread(target=self._write, name=f"tunnel-writer:{short_id}")
 
     def is_opened_by(self, control: Resume) -> bool:
-        """Whether a `resume` has the token and the target of our `open`. In constant time."""
+        """Whether a `resume` has the token and the target of the `open`. In constant time."""
         opening = self._opening
         asked = (control.host, control.port, control.protocol)
         has_target = asked == (opening.host, opening.port, opening.protocol)
@@ -100,7 +100,7 @@ class Forwarder:
             log.exception("tunnel failed %s", self.about)
             self.end.reset(RelayError("internal_error", "the client failed; its log says why"))
             if self._sock is not None and self._writer.ident is None:
-                self._close(self._sock)  # The writer could not start: nobody else is inside.
+                self._close(self._sock)  # The writer did not start: no other thread uses it.
         finally:
             self.end.forget()
             self._on_closed(self)
@@ -109,7 +109,7 @@ class Forwarder:
         host, port = self._opening.host, self._opening.port
         deadline = Deadline(DIAL_TARGET_S, lambda: self.end.is_over)
         try:
-            # What the resolver would take for an address, and the rules for a name.
+            # Refuse a host that the resolver reads as an address and the rules as a name.
             asked = canonical_host(host)
         except RuleError as exc:
             log.info("tunnel refused %s reason=target_invalid: %s", self.about, exc)
@@ -126,16 +126,16 @@ class Forwarder:
             self.end.inbound.deliver_directly(functools.partial(_send_now, sock))
         if not self.end.on_open(self._opening.limit, min(self._grace_s, self._opening.grace_s)):
             self.end.inbound.deliver_directly(None)
-            sock.close()  # The user went away during the dial.
+            sock.close()  # The tunnel ended during the dial.
             return None
-        # First: once it is told, another thread may log its end.
+        # Log before `opened` is sent: afterwards another thread may log the end first.
         log.info("tunnel opened %s target=%s:%d", self.about, host, port)
         self._first_channel.put_first(Opened(self.end.first_limit, self._grace_s))
         self._first_channel.push()
         return sock
 
     def _filter(self, asked: Host) -> Callable[[str], bool]:
-        """Return what says of an address of `asked` whether it may be dialled."""
+        """Return the predicate that allows or denies an address of `asked`."""
         rules, port = self._allow, self._opening.port
         if not rules or any(rule.allows_asked(asked, port) for rule in rules):
             return lambda _: True
@@ -162,8 +162,8 @@ class Forwarder:
                     end.reset(RelayError("target_reset", "the target closed the connection"))
                     break
             if end.ended is not None and end.ended.code == "user_gone":
-                # To its end: closing on unread bytes would send RST instead of FIN. Some
-                # targets never end; SHUT_RD does not stop what they still send.
+                # Read to eof: close() with unread bytes would send RST instead of FIN. Until
+                # must_stop(), as some targets never end and SHUT_RD does not stop their sending.
                 while not end.must_stop() and sock.recv(65536):
                     pass
         except OSError as exc:
@@ -172,7 +172,7 @@ class Forwarder:
             self._target_is_read.set()
 
     def _watch(self, sock: socket.socket) -> None:
-        """Wait for the end. Nobody reads the target after its eof, so ask for an RST."""
+        """Wait for the end; poll SO_ERROR, as no read reports an RST after the target's eof."""
         end = self.end
         while not end.is_over:
             end.wait_over(_WATCH_S)
@@ -194,7 +194,7 @@ class Forwarder:
                 sock.shutdown(socket.SHUT_WR)
                 end.inbound.delivered_eof()
         except OSError as exc:
-            # The reader reads what the target still said, then tells the user.
+            # No reset yet: the reader first sends the target's last bytes to the user.
             end.fail_consumer(_target_error(exc))
         except Exception:
             log.exception("tunnel failed %s", self.about)
@@ -204,7 +204,7 @@ class Forwarder:
             self._wake_reader(sock, is_clean=end.ended.code == "user_gone")
 
     def _write_chunk(self, sock: socket.socket, chunk: Any) -> bool:
-        """Write all; False if the tunnel ended and the target did not take it in time."""
+        """Write all; return False if the tunnel ended and the time to deliver has passed."""
         view = memoryview(chunk)
         while view:
             try:
@@ -216,16 +216,16 @@ class Forwarder:
         return True
 
     def _wake_reader(self, sock: socket.socket, *, is_clean: bool) -> None:
-        """Let the reader's recv() return; a clean end first gives the target its say."""
+        """Make the reader's recv() return; after a clean end, first wait for the target's eof."""
         with contextlib.suppress(OSError):
             if is_clean:
                 sock.shutdown(socket.SHUT_WR)
                 self._target_is_read.wait(self.end.deliver_left_s())
-            # Not SHUT_RDWR: a FIN would tell the target of a clean end.
+            # Not SHUT_RDWR: a FIN would signal a clean eof to the target.
             sock.shutdown(socket.SHUT_RD)
 
     def _close(self, sock: socket.socket) -> None:
-        """FIN for a clean end and for a user who has gone, RST for any other."""
+        """Close with FIN after a clean end or `user_gone`, with RST after any other end."""
         ended = self.end.ended
         if ended is not None and ended.code != "user_gone":
             linger_0 = struct.pack("ii", 1, 0)

@@ -1,4 +1,4 @@
-"""The client's leg while it is up: reads the leg and passes each message to its tunnel."""
+"""The client's leg while the leg is up: passes each message to the message's tunnel."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ log = logging.getLogger("http_network_relay.client")
 
 
 class Leg:
-    """The channels of one leg. Only the reader, which calls serve(), uses all but `is_leaving`."""
+    """The channels of one leg. For the reader thread only, except `is_leaving`."""
 
     def __init__(self, connection: Connection, tunnels: TunnelTable) -> None:
         self._connection = connection
         self._tunnels = tunnels
-        # May contain channels that have ended; each new channel removes those.
+        # May contain channels that have ended; each new channel removes the ended ones.
         self._channels: dict[int, tuple[Forwarder, Channel]] = {}
         self._highest_channel_id = 0
-        # Channels whose on_pause() is due when nothing more comes.
+        # Channels whose on_pause() is due when no more messages are ready.
         self._owing: dict[int, tuple[Forwarder, Channel]] = {}
-        # Set when the server is about to go or the leg has ended: time for the next leg.
+        # Set after `going_away` or at the leg's end: the next leg is due.
         self.is_leaving = threading.Event()
-        # From the server's `going_away`: spread the return over so many seconds.
+        # From the server's `going_away`: spread the reconnect over this many seconds.
         self.spread_s: float | None = None
-        # Whether a tunnel came by it.
+        # Whether the leg has carried a tunnel.
         self.was_used = False
 
     def serve(self) -> int:
-        """Read until the leg ends; return the close code. Detaches all its tunnels."""
+        """Read until the leg ends; detach all its tunnels; return the close code."""
         code: int = CloseCode.INTERNAL_ERROR
         try:
             code = self._read()
@@ -120,11 +120,11 @@ class Leg:
                 error = RelayError(control.code, "the proxy user's connection was lost")
                 self._tunnels.detach([(tunnel, channel)], error)
         except TunnelError as exc:
-            # The stream state does not know its channel.
+            # The stream state has no channel number; the reset needs one.
             raise TunnelError(str(exc), channel.channel_id, exc.code) from exc
 
     def _on_first(self, control: Opening) -> None:
-        """Take a new channel, with its `open` or `resume`."""
+        """Register a new channel for its `open` or `resume`."""
         channel_id = control.channel
         if channel_id <= self._highest_channel_id:
             raise LegError(f"channel {channel_id} was used before")
@@ -146,9 +146,9 @@ class Leg:
             refuse(channel, exc)
 
     def _fail_tunnel(self, exc: TunnelError) -> None:
-        """Reset one tunnel for a broken rule; the leg goes on."""
+        """Reset one tunnel for a protocol error; the leg stays up."""
         if not exc.channel:
-            raise LegError(str(exc)) from exc  # A bad `going_away` names no tunnel.
+            raise LegError(str(exc)) from exc  # A bad `going_away` has no channel.
         found = self._find(exc.channel)
         log.warning("tunnel failed channel=%d reason=protocol_error: %s", exc.channel, exc)
         if found is not None:
@@ -156,7 +156,7 @@ class Leg:
             tunnel.end.reset(RelayError(exc.code, str(exc)), channel)
 
     def _find(self, channel_id: int) -> tuple[Forwarder, Channel] | None:
-        """Return a channel's tunnel, None if it has ended; a new number is a leg error."""
+        """Return a channel's tunnel, None if the tunnel has ended; a new number is a leg error."""
         if channel_id > self._highest_channel_id:
             raise LegError(f"channel {channel_id} was never opened")
         return self._channels.get(channel_id)

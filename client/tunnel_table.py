@@ -1,6 +1,6 @@
-"""All tunnels of the client, by user and id. They outlive the legs that carry them.
+"""The registry of the client's tunnels, by user and id. Tunnels outlive their legs.
 
-Legs' readers open, resume and detach; each tunnel's own thread says when it is closed.
+The legs' readers open, resume and detach; each tunnel's own thread reports the close.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from http_network_relay.rules.target import TargetRule
 from http_network_relay.wire.controls import Open, Resume
 from http_network_relay.wire.errors import RelayError, TunnelError
 
-# Two threads each; far above what a server with its default of 64 threads can ask.
+# Each tunnel has two threads. A server with its default of 64 threads asks for far fewer.
 MAX_TUNNELS = 512
-# Tunnels that wait for a resume: users who are lost must not cost a small device its memory, nor
-# take the places of those who come. But the loss of our own leg is nobody's who was on it: as
-# many as a leg carries, with the smallest window each from the server's budget.
+# Detached tunnels. Lost users must not exhaust a small device's memory or displace new users. A
+# lost leg of the client is no user's fault: the limit is one leg's tunnels, each with the smallest
+# window from the server's budget.
 MAX_DETACHED = 256
-# What they keep: that budget, which is 64 MiB each way, and 64 KiB for each: a message that is
-# acked in part is kept whole.
+# Bytes kept by detached tunnels: the server's budget of 64 MiB each way, plus 64 KiB per tunnel,
+# because a message acknowledged in part is kept whole.
 MAX_DETACHED_BYTES = 144 * 1024 * 1024
-# Tunnels that are over and remembered.
+# Closed tunnels kept to answer a late `resume`.
 MAX_REMEMBERED = 512
 
 _Key = tuple[str, str]
@@ -35,7 +35,7 @@ log = logging.getLogger("http_network_relay.client")
 
 
 class TunnelTable:
-    """Opens, finds, limits and ends."""
+    """Opens, finds, limits and resets tunnels."""
 
     def __init__(
         self, max_window_bytes: int, grace_s: int, allow: tuple[TargetRule, ...] = ()
@@ -43,16 +43,16 @@ class TunnelTable:
         self._max_window_bytes = max_window_bytes
         self._grace_s = grace_s
         self._allow = allow
-        # Guards the three below.
+        # Guards the three fields below.
         self._lock = threading.Lock()
-        # Why no more are opened.
+        # The refusal of every further `open`, set by reset_all().
         self._stopped: RelayError | None = None
         self._alive: dict[_Key, Forwarder] = {}
-        # Closed ones, oldest first, with the time of their end.
+        # Closed tunnels, oldest first, each with the time to forget the tunnel.
         self._over: dict[_Key, tuple[Forwarder, float]] = {}
 
     def open(self, control: Open, channel: Channel) -> Forwarder:
-        """Begin a tunnel. Raises RelayError, whose code is the refusal."""
+        """Start a tunnel. Raises RelayError, whose code is the refusal."""
         if control.protocol != "tcp":
             raise RelayError("protocol_unsupported", "only the protocol tcp is supported")
         settings = (self._max_window_bytes, self._grace_s, self._allow)
@@ -76,12 +76,12 @@ class TunnelTable:
         return tunnel
 
     def resume(self, control: Resume, channel: Channel) -> Forwarder:
-        """Let a tunnel go on, on `link`. Raises RelayError, whose code is the refusal."""
+        """Resume a tunnel on `channel`. Raises RelayError, whose code is the refusal."""
         key = (control.user, control.tunnel_id)
         with self._lock:
             self._forget_late_locked()
             tunnel = self._alive.get(key) or self._over.get(key, (None, 0.0))[0]
-        # The same words for whatever does not fit: they must not tell which tunnels are there.
+        # One answer for every mismatch: the answer must not reveal which tunnels exist.
         if tunnel is None or not tunnel.is_opened_by(control) or not tunnel.end.can_be_asked:
             raise RelayError(
                 "unknown_tunnel",
@@ -97,7 +97,7 @@ class TunnelTable:
         return tunnel
 
     def detach(self, carried: Iterable[tuple[Forwarder, Channel]], error: RelayError) -> None:
-        """The leg of these channels is lost: keep their tunnels for a while, or end them."""
+        """Detach the tunnels of a lost leg, or end those that cannot be resumed."""
         for tunnel, channel in carried:
             if tunnel.end.detach(channel, error):
                 log.info("tunnel detached %s reason=%s", tunnel.about, error.code)
@@ -114,17 +114,17 @@ class TunnelTable:
         while len(waits) > MAX_DETACHED or kept > MAX_DETACHED_BYTES:
             _, size, tunnel = waits.pop(0)
             kept -= size
-            # It may have been resumed meanwhile, by the reader of another leg.
+            # False: the reader of another leg has resumed the tunnel meanwhile.
             if tunnel.end.give_up(RelayError("user_lost", "too many tunnels wait for a resume")):
                 log.warning("tunnel given up %s: too many wait for their users", tunnel.about)
 
     def alive(self) -> list[Forwarder]:
-        """Return all that are not closed."""
+        """Return all tunnels that are not closed."""
         with self._lock:
             return list(self._alive.values())
 
     def _on_closed(self, tunnel: Forwarder) -> None:
-        """In the tunnel's thread, the last that it does."""
+        """Move a tunnel to the closed ones. The tunnel's thread, as its last action."""
         end = tunnel.end
         with self._lock:
             del self._alive[tunnel.key]
@@ -141,14 +141,14 @@ class TunnelTable:
     # The end.
 
     def reset_all(self, error: RelayError) -> None:
-        """Reset every tunnel with a reason, and refuse those that are still to come."""
+        """Reset every tunnel with a reason, and refuse all later ones."""
         with self._lock:
             self._stopped = error
         for tunnel in self.alive():
             tunnel.end.reset(error, deliver_s=0.5)
 
     def join(self, deadline: float) -> bool:
-        """Join the tunnels' threads; each ends within a second of its end. Whether all have."""
+        """Join all threads, which end within 1 s of their tunnel; return whether all have ended."""
         tunnels = self.alive()
         for tunnel in tunnels:
             tunnel.thread.join(max(0.0, deadline - time.monotonic()))

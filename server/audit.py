@@ -1,8 +1,8 @@
 """The audit log: one JSON object a line, to a file or stdout (docs/limits.md, "Audit log").
 
-Any thread puts, and never waits, neither for the disk nor for a lock. One thread,
-`audit:writer`, writes; the relay starts, stops and joins it, and each put wakes it. Events that
-do not fit into its queue are lost, and counted in a line of their own.
+Any thread may call put(), which waits neither for the disk nor for a lock. One thread,
+`audit:writer`, writes; the relay starts, stops and joins this thread. Events that do not fit
+into the queue are lost; a `lost` line gives their number.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _log = logging.getLogger(f"{ROOT_NAME}.audit")
 Value = str | int | float | None
 _Event = dict[str, Value]
 
-# Lines that wait, at most: some 4 MB, and minutes of a busy relay.
+# Upper bound of queued events: about 4 MB, or minutes of a busy relay.
 MAX_WAITING = 10_000
 
-# Between two tries when the disk is full, or nobody reads the FIFO.
+# Seconds between two tries while the disk is full or the FIFO has no reader.
 _RETRY_S = 1.0
 
-# How long a pipe that is full is waited for before the queue is looked at again.
+# Seconds of one poll() of a full pipe, before the writer checks for stop() again.
 _POLL_S = 0.1
 
 
@@ -52,19 +52,19 @@ class AuditLog(ServiceThread):
     """Writes events to `path` (`-`: stdout; empty: nowhere)."""
 
     def __init__(self, path: str, *, max_waiting: int = MAX_WAITING) -> None:
-        # A daemon: a disk that blocks cannot be woken, and must not keep the process alive.
+        # A daemon: no call interrupts a blocked write, which must not keep the process alive.
         super().__init__("audit:writer", is_daemon=True)
         self._path = path
         self._max_waiting = max_waiting
-        # SimpleQueue.put is one step of the interpreter, so the timer may put too.
+        # SimpleQueue.put is atomic and takes no lock, so the timer may call put() too.
         self._queue: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
-        # One for each line lost, and one for each look of the writer: next() is one step of
-        # the interpreter too, where += would be two.
+        # Counts lost events, plus one for each read by the writer. next() is atomic; `+=` by
+        # several threads would miss some.
         self._losses = count(1)
         self._is_stopped = threading.Event()
-        # Used by the writer alone from here on.
+        # Only the writer's thread uses the fields below.
         self._fd = -1
-        # The line being written, and its rest after a short write.
+        # The current line, and the bytes of the line that are not yet written.
         self._line = b""
         self._rest = b""
         self._looks = 0
@@ -74,7 +74,7 @@ class AuditLog(ServiceThread):
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is written at all."""
+        """Whether the log has a path; without a path put() drops every event."""
         return bool(self._path)
 
     def start(self) -> None:
@@ -82,7 +82,7 @@ class AuditLog(ServiceThread):
             super().start()
 
     def put(self, event: str, **fields: Value) -> None:
-        """Queue one event with the time of the call. Never waits."""
+        """Queue one event with the time of the call, or count the event as lost. Never waits."""
         if not self.is_on:
             return
         if self._queue.qsize() >= self._max_waiting:
@@ -91,11 +91,11 @@ class AuditLog(ServiceThread):
             self._queue.put({"time": utc_now(), "event": event, **fields})
 
     def stop(self) -> None:
-        """Let the writer end behind what is queued, as far as it can be written at once."""
+        """End the writer after the queued events; a write that would wait ends the writer early."""
         self._is_stopped.set()
         self._queue.put(None)
 
-    # The writer's thread.
+    # All methods below run in the writer's thread.
 
     def _run(self) -> None:
         line: _Event | None = None
@@ -117,7 +117,7 @@ class AuditLog(ServiceThread):
             self._close()
 
     def _report_losses(self) -> None:
-        """Write how many lines were lost since the last report, once in _RETRY_S or at a pause."""
+        """Write the number of newly lost events, once in _RETRY_S or when the queue is empty."""
         self._looks += 1
         lost = next(self._losses) - self._looks - self._reported
         now = time.monotonic()
@@ -127,14 +127,14 @@ class AuditLog(ServiceThread):
             self._reported_at = now
 
     def _write_patiently(self, line: bytes) -> None:
-        """Write a whole line, however long that takes. Raises _GiveUpError when stopped."""
+        """Write a whole line, and retry without a deadline. Raises _GiveUpError after stop()."""
         self._line = self._rest = line
         while True:
             try:
                 self._open_again_if_moved()
                 while self._rest:
                     self._wait_writable()
-                    # At most the size that a pipe takes at once: so it does not block after poll().
+                    # After poll() a pipe takes PIPE_BUF bytes without blocking, and maybe no more.
                     sent = os.write(self._fd, self._rest[: select.PIPE_BUF])
                     self._rest = self._rest[sent:]
             except OSError as exc:
@@ -155,7 +155,7 @@ class AuditLog(ServiceThread):
             raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def _open_again_if_moved(self) -> None:
-        """Open the file, again where it was rotated away."""
+        """Open the file, and open the path again after a rotation."""
         if self._path == STDOUT:
             self._fd = sys.stdout.fileno() if self._fd < 0 else self._fd
             return
@@ -165,10 +165,10 @@ class AuditLog(ServiceThread):
                 if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
                     return
             self._close()
-        # Not blocking: a FIFO that nobody reads is an error and no wait.
+        # O_NONBLOCK: the open of a FIFO without a reader fails, and does not wait.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
         self._fd = os.open(self._path, flags, 0o600)
-        # A line that a full disk has cut off stays alone.
+        # A newline first ends a line that a full disk has cut short.
         self._rest = b"\n" + self._line if self._ends_within_a_line() else self._line
 
     def _ends_within_a_line(self) -> bool:
@@ -178,7 +178,7 @@ class AuditLog(ServiceThread):
         with contextlib.suppress(OSError), open(self._path, "rb") as file:
             file.seek(-1, os.SEEK_END)
             return file.read(1) != b"\n"
-        return False  # It may only be written to.
+        return False  # The file is not readable, only writable.
 
     def _close(self) -> None:
         if self._fd >= 0 and self._path != STDOUT:
@@ -187,7 +187,7 @@ class AuditLog(ServiceThread):
 
     def _note_failure(self, exc: OSError) -> None:
         if exc.errno in (errno.EPIPE, errno.ENXIO):
-            self._close()  # The FIFO's reader has left.
+            self._close()  # The FIFO has no reader any more.
         if not self._failure:
             self._failure = exc.strerror or type(exc).__name__
             _log.warning("audit log cannot be written path=%s error=%s", self._path, self._failure)
@@ -199,9 +199,9 @@ class AuditLog(ServiceThread):
 
 
 class _GiveUpError(Exception):
-    """The server stops, and a line cannot be written."""
+    """The server stops while a line cannot be written."""
 
 
 def _encode(event: _Event) -> bytes:
-    # ASCII: no character of a peer can look like another line.
+    # ASCII only: a peer's text could otherwise contain a Unicode line separator.
     return json.dumps(event, separators=(",", ":")).encode("ascii") + b"\n"

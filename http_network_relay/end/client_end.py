@@ -1,4 +1,4 @@
-"""The client's end of a tunnel: answers a resume, or gives up to wait for one."""
+"""The client's end of a tunnel: answers a resume, or stops waiting for one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from http_network_relay.wire.errors import RelayError
 
 
 class ClientEnd(TunnelEnd):
-    """The end that is resumed. The state lock guards `_attempt`, of the newest `resume`."""
+    """The end that answers a `resume`. The state lock guards `_attempt`, the newest attempt."""
 
     _attempt = 0
 
     @property
     def can_be_asked(self) -> bool:
-        """Whether a resume has an answer: the tunnel lives, has finished, or was reset here."""
+        """Whether a resume has an answer: the tunnel is open, finished, or was reset here."""
         return self.grace_s > 0 and self.state not in (EndState.ENDED, EndState.EXPIRED)
 
     def is_at(self, channel: Channel) -> bool:
@@ -27,7 +27,7 @@ class ClientEnd(TunnelEnd):
         return self.channel is channel and not self.is_over
 
     def detached_bytes(self) -> tuple[float, int] | None:
-        """Return since when the end is detached and how many bytes it keeps; else None."""
+        """Return the time of the detach and the number of kept bytes; None if not detached."""
         with self.lock:
             if self.state is not EndState.DETACHED:
                 return None
@@ -36,17 +36,17 @@ class ClientEnd(TunnelEnd):
             return self.detached_at, kept
 
     def must_stop(self) -> bool:
-        """Whether the time to deliver what came before the end has passed."""
+        """Whether the time to deliver bytes received before the end has passed."""
         with self.lock:
             self.expire_locked()
         return self.state.has_error and time.monotonic() >= self.deliver_until
 
     def deliver_left_s(self) -> float:
-        """Return the seconds that are left of that time; only after the end."""
+        """Return the seconds left to deliver. The caller MUST wait for the end first."""
         return max(0.0, self.deliver_until - time.monotonic())
 
     def give_up(self, error: RelayError) -> bool:
-        """End a tunnel that waits for a resume; False if it does not wait (any more)."""
+        """End a detached tunnel; return False if the tunnel is not detached."""
         with self.lock:
             if self.state is not EndState.DETACHED:
                 return False
@@ -55,12 +55,12 @@ class ClientEnd(TunnelEnd):
         return True
 
     def accept_resume(self, channel: Channel, peer: Position, attempt: int) -> None:
-        """Go on, on `channel`, and answer `resumed`; the channel before is told to end.
+        """Resume on `channel`, answer `resumed`, and reset the previous channel.
 
         Raises:
-            TunnelError: The counts cannot be true.
+            TunnelError: The counts are impossible. No state has changed.
             RelayError: The tunnel has ended with an error, or a newer attempt has come.
-                Neither changes anything.
+                No state has changed.
         """
         with self.lock:
             if self.ended is not None:
@@ -77,15 +77,15 @@ class ClientEnd(TunnelEnd):
             old.put_reset(RelayError("superseded", "the tunnel was resumed on another channel"))
 
     def fail_consumer(self, error: RelayError) -> None:
-        """Note that the target takes no more bytes.
+        """Record that the target accepts no more bytes.
 
-        The peer is told after the last byte that the target has sent.
+        The reset is sent after the target's last byte.
         """
         if self.outbound.fail_consumer():
             self.reset(error)
 
     def forget(self) -> None:
-        """Free all bytes: the tunnel is over and its threads have ended."""
+        """Free all bytes. The caller MUST have ended the tunnel and its threads."""
         self.inbound.clear()
         with self.lock:
             self.stream.out.forget()

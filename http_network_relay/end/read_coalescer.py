@@ -1,47 +1,47 @@
-"""When to let a source's bytes come together before they are read.
+"""Computes the wait before a read, so that one read returns several small writes.
 
-A source that writes small pieces in quick succession costs three programs a wake-up for each,
-which is most of what such a stream costs. No thread and no I/O: it only says how long to wait.
+Each small write of a fast source wakes three programs; these wake-ups are most of such a
+stream's cost. No thread and no I/O: the caller waits.
 """
 
 from __future__ import annotations
 
-# Pieces smaller than this may be keystrokes and their echoes, which never wait.
+# Smaller pieces may be keystrokes and their echoes, which never wait.
 _LEAST_BYTES = 4 * 1024
-# The next piece came so soon, so many times in a row: it goes on like this.
+# A source is fast after `_TIMES` pieces in a row, each within `_SOON_S` of the last.
 _SOON_S = 0.001
 _TIMES = 4
-# For so long bytes come together at first, and at most: two messages at 200 Mbit/s.
+# The first and the longest wait; two messages take the longest at 200 Mbit/s.
 _FIRST_GATHER_S = 0.0025
 _LONGEST_GATHER_S = 0.005
-# What a read should find, of what it could: lest a small one follow each full one.
+# The intended fill of a read. At 1, a small read would follow each full one.
 _AIM = 7 / 8
-# A read that was filled does not tell how much there was: next time wait such a part.
+# The wait's factor after a full read, which does not show how many bytes were ready.
 _SHORTER = 0.75
-# A source that fills a read sooner is fast, and might stand still while we wait: a pipe holds
-# no more than one message. It is left alone for so many reads.
+# A source that fills a read within `_SHORTEST_S` could block during a wait: a pipe holds no
+# more than one message. The next `_HOLD_OFF` reads do not wait.
 _SHORTEST_S = 0.0005
 _HOLD_OFF = 1000
 
 
 class ReadCoalescer:
-    """Watches the reads of one source. Used by the thread that reads it."""
+    """Observes the reads of one source. For the thread that reads the source."""
 
     def __init__(self, read_bytes: int) -> None:
-        """`read_bytes`: what a read asks for, if there is credit for so much."""
+        """`read_bytes`: the size of a read with sufficient credit."""
         self._read_bytes = read_bytes
-        # Since when the next read was possible.
+        # The time from which the next read was possible.
         self._ready_at = float("-inf")
-        # Quick small pieces in a row; below 0, how many more reads are left alone.
+        # Quick small pieces in a row; below 0, minus the number of reads still without a wait.
         self._times = 0
         self._gather_s = _FIRST_GATHER_S
-        # What comes later than this was not quick.
+        # A piece that takes longer than this is not quick.
         self._soon_s = _SOON_S
 
     def wait_s(self, size: int, wanted: int, now: float) -> float:
         """Return the seconds to wait before the next read, after one of `size` bytes at `now`.
 
-        `wanted` is what was asked for: less than a whole read if there was no credit for one.
+        `wanted` is the requested size: less than a whole read if credit was short.
         """
         waits_s = 0.0
         if size < _LEAST_BYTES or now - self._ready_at >= self._soon_s:
@@ -59,6 +59,6 @@ class ReadCoalescer:
             else:
                 waits_s = self._gather_s
         self._ready_at = now + waits_s
-        # A sleep may take far longer than was asked for, which is not the source's doing.
+        # A sleep may overrun; the overrun must not count as slowness of the source.
         self._soon_s = max(_SOON_S, waits_s)
         return waits_s

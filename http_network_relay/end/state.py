@@ -1,4 +1,4 @@
-"""Where one end of a tunnel stands: its states, and what both of its directions share."""
+"""The states of one end of a tunnel, and the data shared by both directions."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class EndState(enum.Enum):
 
     OPENING = "opening"
     OPEN = "open"
-    # The leg is lost; a resume may come.
+    # The leg is lost; a resume may follow.
     DETACHED = "detached"
-    # Both directions have ended cleanly, and both ends know.
+    # Both eofs were delivered and acknowledged.
     FINISHED = "finished"
-    # This end has ended the tunnel: a resume is answered with the reason.
+    # This end has reset the tunnel; the reason answers a resume.
     RESET = "reset"
-    # The peer, the loss of the leg or this program has ended the tunnel; the peer is not told.
+    # The peer, the loss of the leg or this program has ended the tunnel; no reset is sent.
     ENDED = "ended"
-    # Nobody has resumed the tunnel in time.
+    # No resume came within the grace period.
     EXPIRED = "expired"
 
     def __init__(self, word: str) -> None:
@@ -34,10 +34,10 @@ class EndState(enum.Enum):
         self.is_over = self.has_error or word == "finished"
 
 
-# Every other change of state is a bug.
+# Any other transition is a bug.
 END_TRANSITIONS: dict[EndState, tuple[EndState, ...]] = {
     EndState.OPENING: (EndState.OPEN, EndState.RESET, EndState.ENDED),
-    # OPEN again: a newer attempt to resume replaces the channel.
+    # OPEN to OPEN: a newer attempt to resume replaces the channel.
     EndState.OPEN: (
         EndState.OPEN,
         EndState.DETACHED,
@@ -46,7 +46,7 @@ END_TRANSITIONS: dict[EndState, tuple[EndState, ...]] = {
         EndState.ENDED,
     ),
     EndState.DETACHED: (EndState.OPEN, EndState.RESET, EndState.ENDED, EndState.EXPIRED),
-    # The last ack may have been lost with the user's leg.
+    # A resume repeats a last ack that was lost with the user's leg.
     EndState.FINISHED: (EndState.OPEN,),
     EndState.RESET: (),
     EndState.ENDED: (),
@@ -57,30 +57,30 @@ END_TRANSITIONS: dict[EndState, tuple[EndState, ...]] = {
 class EndCore:
     """The lock, the state, the streams and the present channel of one end.
 
-    A single read of a field needs no lock. Only the methods here change a field.
+    A single read of a field needs no lock. Only this class's methods change a field.
     """
 
     def __init__(
         self, channel: Channel, max_window_bytes: int, on_change: Callable[[], None]
     ) -> None:
-        """`on_change`: called, without the lock, after credit, the leg's loss or the end."""
+        """`on_change`: called without the lock after credit, the leg's loss or the end."""
         self.on_change = on_change
-        # Guards the whole end. Messages are queued under it, so that they leave in order;
-        # push() comes after the release.
+        # Guards the whole end. Messages are queued under the lock, which keeps their order;
+        # push() follows the release.
         self.lock = threading.Lock()
-        # Woken by whatever a thread of the tunnel waits for.
+        # Notified of every event for which a thread of the tunnel waits.
         self.changed = threading.Condition(self.lock)
         self.stream = Stream(max_window_bytes)
         self.state = EndState.OPENING
-        # None without a leg.
+        # None while no leg carries the tunnel.
         self.channel: Channel | None = channel
-        # For how long both ends keep the tunnel without a leg; 0 until the tunnel is open.
+        # Seconds for which both ends keep a detached tunnel; 0 until the tunnel is open.
         self.grace_s = 0.0
-        # Why the tunnel ended before it was finished. The first reason counts.
+        # The reason of an unclean end. The first reason counts.
         self.ended: RelayError | None = None
-        # Until then bytes that came before the end are still delivered.
+        # The deadline to deliver bytes received before the end.
         self.deliver_until = float("inf")
-        # Of the newest loss of a leg.
+        # The time and the reason of the newest loss of a leg.
         self.detached_at = 0.0
         self._lost: RelayError | None = None
 
@@ -90,7 +90,7 @@ class EndCore:
         return self.state.is_over
 
     def is_stale_locked(self, channel: Channel, message: str) -> bool:
-        """Whether a message comes too late to count; raises TunnelError if it comes too early."""
+        """Whether a message is too late to count; raises TunnelError for a message too early."""
         assert self.lock.locked()
         if channel is not self.channel or self.state.has_error:
             return True
@@ -99,20 +99,20 @@ class EndCore:
         return False
 
     def open_locked(self, limit: int, grace_s: float) -> None:
-        """Take what `open` or `opened` says of the peer."""
+        """Apply the peer's limit and the grace period from `open` or `opened`."""
         assert self.lock.locked()
         self.grace_s = grace_s
         self.stream.out.limit = limit
         self._change_locked(EndState.OPEN)
 
     def attach_locked(self, channel: Channel) -> None:
-        """Go on, on `channel`."""
+        """Make `channel` the present channel."""
         assert self.lock.locked()
         self.channel = channel
         self._change_locked(EndState.OPEN)
 
     def detach_locked(self, error: RelayError) -> bool:
-        """Wait for a resume, or end if none can come; return whether the end waits."""
+        """Detach, or end if no resume can follow; return whether the end is detached."""
         assert self.lock.locked()
         if self.state is not EndState.OPEN or self.grace_s <= 0:
             self.end_locked(EndState.ENDED, error)
@@ -123,15 +123,15 @@ class EndCore:
         return True
 
     def finish_locked(self) -> None:
-        """Note that an ack of an eof has come or gone; the tunnel is finished after both."""
+        """Finish the tunnel if the eofs of both directions are acknowledged."""
         assert self.lock.locked()
         if self.stream.is_finished and self.state is EndState.OPEN:
             self._change_locked(EndState.FINISHED)
 
     def end_locked(self, state: EndState, error: RelayError, deliver_s: float = FLUSH_S) -> None:
-        """End with `error`; what came before is delivered for `deliver_s` more."""
+        """End with `error`; earlier bytes may be delivered for another `deliver_s` seconds."""
         assert self.lock.locked()
-        # Before the state: a thread without the lock reads the state first.
+        # Set before the state: a thread without the lock reads the state first.
         self.ended, self.deliver_until = error, time.monotonic() + deliver_s
         self.stream.out.forget()
         self._change_locked(state)
@@ -143,20 +143,20 @@ class EndCore:
         self.changed.notify_all()
 
     def resume_left_locked(self) -> float | None:
-        """Return the seconds that a detached tunnel has left; None if it is not detached."""
+        """Return the seconds left of the grace period; None if the tunnel is not detached."""
         assert self.lock.locked()
         if self.state is not EndState.DETACHED:
             return None
         return max(0.0, self.detached_at + self.grace_s - time.monotonic())
 
     def expire_locked(self) -> None:
-        """End a tunnel that nobody has resumed in time."""
+        """End a detached tunnel whose grace period is over."""
         assert self.lock.locked()
         if self.resume_left_locked() == 0.0 and self._lost is not None:
             self.end_locked(EndState.EXPIRED, self._lost, 0.0)
 
     def wait_locked(self, is_due: Callable[[], bool], timeout_s: float | None = None) -> None:
-        """Wait for `is_due`, at most `timeout_s`; a detached tunnel may expire meanwhile."""
+        """Wait for `is_due`, at most `timeout_s`; expire a detached tunnel meanwhile."""
         assert self.lock.locked()
         until = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         while not is_due() and (left_s := until - time.monotonic()) > 0:

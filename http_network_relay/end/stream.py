@@ -1,7 +1,7 @@
 """The stream state of one end of a tunnel (docs/protocol.md, "Streams and credit", "Resume").
 
-No I/O, no clock, no thread. Both ends use it unchanged, so it does not know which
-end it is. Offsets are counts of bytes from 0 in each direction.
+No I/O, no clock, no thread. Both ends share this code, so none of it depends on the
+end. Offsets are counts of bytes from 0 in each direction.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from http_network_relay.wire.constants import (
 from http_network_relay.wire.controls import Ack
 from http_network_relay.wire.errors import TunnelError
 
-# An ack is due at the latest when the receive queue is empty and this much was not
-# acked: the receiver cannot know how far the server lowered its limit.
+# With an empty receive queue, an ack is due from this many unacknowledged bytes on: the
+# receiver cannot know how far the server lowered the limit.
 _DRAINED_ACK_BYTES = 64 * 1024
-# On a thin link, where the receiver's window is smaller than the first one, a message is such
-# a part of it: some 4 ms of the link, where the window is some 60. Each costs a frame's head.
+# On a thin link the receiver's window is smaller than the first. A message is 1/16 of the window:
+# about 4 of 60 ms of the link. The lower bound limits the cost of frame headers.
 _THIN_MESSAGES = 16
 _LEAST_MESSAGE_BYTES = 4 * 1024
-# Kept pieces are merged up to here. Single bytes would else cost a hundred each; merging
-# large ones would copy them for nothing.
+# Kept pieces are merged up to this size. A piece of one byte costs 100 bytes; merging
+# large pieces would copy bytes without a gain.
 _MERGED_BYTES = 4 * 1024
 
 
 class Position(NamedTuple):
-    """What `resume` and `resumed` say of the stream that this end receives."""
+    """The counts in `resume` and `resumed` of the stream that the sender receives."""
 
     received: int
     delivered: int
@@ -41,10 +41,10 @@ class Position(NamedTuple):
 
 
 class SendStream:
-    """The bytes that this end sends, and those that it keeps. Not thread-safe.
+    """The bytes that this end sends, and those kept for a resume. Not thread-safe.
 
-    `sent`, `limit` and what is said of the eof concern the present channel; a resume
-    begins them anew.
+    `sent`, `limit`, `eof_sent` and `eof_acked` concern the present channel; a resume
+    resets them.
     """
 
     def __init__(self) -> None:
@@ -56,31 +56,31 @@ class SendStream:
         self._message_bytes = MESSAGE_BYTES
         self.eof_sent = False
         self.eof_acked = False
-        # From `_kept_from`, at most `delivered`, to `taken`; and of these what waits for credit.
+        # Bytes from `_kept_from`, at most `delivered`, to `taken`; `_unsent` waits for credit.
         self._kept: deque[Any] = deque()
         self._kept_from = 0
         self._unsent: deque[Any] = deque()
 
     @property
     def credit(self) -> int:
-        """How many bytes may be taken from the source now."""
+        """The number of bytes that may be taken from the source now."""
         return 0 if self.is_ended or self._unsent else max(0, self.limit - self.sent)
 
     @property
     def waits_for_credit(self) -> bool:
-        """Whether bytes that were taken have not gone out on this channel."""
+        """Whether taken bytes are still unsent on this channel."""
         return bool(self._unsent)
 
     @property
     def kept_bytes(self) -> int:
-        """How many bytes are kept."""
+        """The number of bytes kept for a resume."""
         return self.taken - self._kept_from
 
     def take(self, data: Any) -> None:
-        """Take bytes from the source; next_piece() gives them out as credit allows.
+        """Take bytes from the source; next_piece() returns them as credit allows.
 
-        More than `credit` is kept as well: the credit may have fallen, by a resume,
-        while the source was read.
+        More than `credit` is accepted: a resume may have lowered the credit while the
+        source was read.
         """
         append_merged(self._kept, data, _MERGED_BYTES)
         self._unsent.append(data)
@@ -91,7 +91,7 @@ class SendStream:
         self.is_ended = True
 
     def next_piece(self) -> Any:
-        """Return bytes that go out now, as one message; None: nothing, or no credit."""
+        """Return the bytes of the next message to send; None if no bytes or no credit."""
         size = min(self.limit - self.sent, self._message_bytes)
         if size <= 0 or not self._unsent:
             return None
@@ -104,14 +104,14 @@ class SendStream:
         return piece
 
     def next_eof(self) -> int | None:
-        """Return the count of an eof that goes out now; None: not yet, or sent already."""
+        """Return the count of an eof to send now; None if not yet due or already sent."""
         if not self.is_ended or self.eof_sent or self._unsent:
             return None
         self.eof_sent = True
         return self.taken
 
     def on_ack(self, ack: Ack) -> None:
-        """Take the peer's ack in; raises TunnelError if it cannot be true."""
+        """Apply the peer's ack; raises TunnelError if its counts are impossible."""
         if not self.delivered <= ack.delivered <= self.sent:
             raise TunnelError(f"ack of {ack.delivered} bytes, {self.sent} were sent")
         if ack.limit < self.limit:
@@ -124,16 +124,16 @@ class SendStream:
         self._free(ack.delivered)
 
     def _fit_messages(self, window: int) -> None:
-        """Cut messages small on a thin link: a keystroke would wait for the rest of one.
+        """Send small messages on a thin link: a keystroke would wait behind a large one.
 
-        The window of a slow source is small too, but that has credit left when an ack comes.
+        A slow source has a small window too, but still has credit when an ack arrives.
         """
         is_thin = window < MIN_WINDOW_BYTES and self.sent >= self.limit
         size = window // _THIN_MESSAGES if is_thin else MESSAGE_BYTES
         self._message_bytes = max(_LEAST_MESSAGE_BYTES, size)
 
     def check_resume(self, peer: Position) -> None:
-        """Raise TunnelError if what the peer says it has cannot be true."""
+        """Raise TunnelError if the peer's counts are impossible."""
         if not self.delivered <= peer.delivered <= peer.received <= self.taken:
             raise TunnelError(
                 f"resume at {peer.delivered}, {peer.received};"
@@ -141,7 +141,7 @@ class SendStream:
             )
 
     def resume(self, peer: Position) -> None:
-        """Go on, on a new channel, from where the peer stands; check_resume() first."""
+        """Send from the peer's position on a new channel. The caller MUST check_resume() first."""
         self._free(peer.delivered)
         self.sent, self.limit = peer.received, peer.limit
         self.eof_sent = self.eof_acked = False
@@ -150,14 +150,14 @@ class SendStream:
         for piece in self._kept:
             skipped = max(0, peer.received - at)
             if skipped < len(piece):
-                # A merged piece, which is small, may still grow: not while a view of it exists.
-                # All others are not copied: they may wait for credit as long as they are kept.
+                # Copy a merged piece, which is small: a bytearray cannot grow under a view.
+                # Copy no other piece: a view costs no memory while the piece is kept.
                 whole = bytes(piece) if isinstance(piece, bytearray) else piece
                 self._unsent.append(memoryview(whole)[skipped:])
             at += len(piece)
 
     def forget(self) -> None:
-        """Free all that is kept: nobody will ask for it."""
+        """Free all kept bytes: no resume can follow."""
         self._kept.clear()
         self._unsent.clear()
         self._kept_from = self.taken
@@ -178,18 +178,18 @@ class ReceiveStream:
         self.delivered = 0
         self.eof_at: int | None = None
         self.eof_delivered = False
-        # On the present channel.
+        # On the present channel only, as are the two below.
         self.eof_acked = False
         self._eof_came = False
         self._acked = 0
 
     @property
     def window(self) -> int:
-        """How far the limit may be beyond `delivered`."""
+        """The most bytes that the limit may be beyond `delivered`."""
         return self._window.size
 
     def on_data(self, size: int, now: float) -> None:
-        """Record `size` bytes that came in; raises TunnelError for an overrun."""
+        """Record `size` received bytes; raises TunnelError for an overrun."""
         if self.eof_at is not None:
             raise TunnelError("data after eof")
         if self.received + size > self.limit:
@@ -198,7 +198,7 @@ class ReceiveStream:
         self._window.on_data(size, self.received, now)
 
     def on_eof(self, count: int) -> None:
-        """Record the peer's eof, once a channel; raises TunnelError if its count is not ours."""
+        """Record the peer's eof, once a channel; raises TunnelError if the counts differ."""
         if count != self.received:
             raise TunnelError(f"eof after {count} bytes, {self.received} came")
         if self._eof_came:
@@ -207,31 +207,31 @@ class ReceiveStream:
         self.eof_at = count
 
     def on_delivered(self, size: int, now: float, *, drained: bool) -> Ack | None:
-        """Record that `size` bytes were handed on; return the ack, if one is due.
+        """Record that `size` bytes were delivered; return the ack, if one is due.
 
-        Call it after the bytes were written on, not when they arrived: an ack for
-        unread bytes would defeat the window. `drained`: nothing more is queued.
+        The caller MUST have written the bytes: an ack on arrival would defeat the
+        window. `drained`: the receive queue is empty.
         """
         self.delivered += size
         unacked = self.delivered - self._acked
-        # Of the window that was granted: it may have grown since, and the peer cannot know.
+        # A quarter of the granted window: the peer does not know of growth since the last ack.
         granted = min(self.window, self.limit - self._acked)
         if unacked * 4 < granted and not (drained and unacked >= _DRAINED_ACK_BYTES):
             return None
         return self._ack(now)
 
     def on_eof_delivered(self, now: float) -> Ack | None:
-        """Record that the eof was handed on; return its ack, which is due at once.
+        """Record that the eof was delivered; return its ack, which is due at once.
 
-        None if the eof has not come on this channel: it does, and is acked then. Set
-        `eof_acked` when the ack is on its way.
+        None if the peer has not yet sent the eof on this channel; the ack follows then. The
+        caller MUST set `eof_acked` once the ack is queued.
         """
         self.eof_delivered = True
         return self._ack(now) if self._eof_came else None
 
     @property
     def owes_ack(self) -> bool:
-        """Whether an ack is due as soon as nothing more comes."""
+        """Whether an ack is due as soon as no more data is ready."""
         return self.delivered - self._acked >= _DRAINED_ACK_BYTES
 
     def _ack(self, now: float) -> Ack:
@@ -243,9 +243,9 @@ class ReceiveStream:
         return Ack(self.delivered, self.limit, self.eof_delivered and self._eof_came)
 
     def resume(self) -> Position:
-        """Begin anew on another channel; return what the peer must know.
+        """Restart the counts for another channel; return the position for the peer.
 
-        All earlier channels must be deaf by now.
+        The caller MUST ignore all later messages on earlier channels.
         """
         self._window.begin()
         self.limit = max(self.received, self.delivered + self.window)
@@ -255,7 +255,7 @@ class ReceiveStream:
 
 
 class Stream:
-    """One direction-pair of a tunnel at one end."""
+    """Both directions of a tunnel at one end."""
 
     def __init__(self, max_window_bytes: int = DEFAULT_MAX_WINDOW_BYTES) -> None:
         self.out = SendStream()
@@ -263,5 +263,5 @@ class Stream:
 
     @property
     def is_finished(self) -> bool:
-        """Whether both eofs were handed on and both acks have passed, on one channel."""
+        """Whether both eofs were delivered and acknowledged on one channel."""
         return self.out.eof_acked and self.into.eof_acked

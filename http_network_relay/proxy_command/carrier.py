@@ -1,4 +1,4 @@
-"""Carrier: one tunnel of the proxy command, carried from leg to leg."""
+"""Carrier: one tunnel of the proxy command, resumed from leg to leg."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from http_network_relay.wire.constants import FLUSH_S
 from http_network_relay.wire.controls import Open, Opened, Opening, Resume, Resumed
 from http_network_relay.wire.errors import RelayError, TunnelError
 
-# Longer than the client's own dial (10 s), so that the user reads the client's reason; and
-# than the server keeps a resume whose client is not back yet (10 s).
+# Longer than the client's dial (10 s), so that the user reads the client's reason. Also longer
+# than the server holds a resume for an absent client (10 s).
 ANSWER_TIMEOUT_S = 15.0
 # The longest wait between two tries to resume.
 RESUME_CAP_S = 5.0
 
 
 class Carrier:
-    """Opens the tunnel, reads its legs and resumes it. Main's thread but where said."""
+    """Opens and resumes the tunnel, and reads its legs. Main thread unless noted."""
 
     def __init__(
         self,
@@ -43,10 +43,10 @@ class Carrier:
         self._wakeup = wakeup
         self._wake_timer = wake_timer
         leg = Leg(connection, settings)
-        # The leg in use. The timer and whoever ends the tunnel look at it; main writes it.
+        # The leg in use. Main writes the field; the timer and any thread that ends the tunnel read.
         self.leg: Leg | None = leg
         self._end = UserEnd(leg.channel, settings.max_window_bytes, self._on_change)
-        # A resume repeats its fields.
+        # Kept: a resume repeats the fields of the `open`.
         self._opening = Open(
             client=settings.client,
             host=settings.host,
@@ -59,12 +59,12 @@ class Carrier:
         )
         self._attempt = 0
         self._next_leg: NextLeg | None = None
-        # Why the last try to resume failed.
+        # The reason of the last failed resume.
         self._failure: RelayError | None = None
 
     def open(self) -> None:
-        """Ask for the tunnel and wait for the answer. Raises RelayError."""
-        assert self.leg is not None  # As long as nobody has left it.
+        """Send `open` and wait for the answer. Raises RelayError."""
+        assert self.leg is not None  # Until the first _leave().
         answer = self._ask(self.leg, self._opening, ANSWER_TIMEOUT_S)
         assert isinstance(answer, Opened)  # _ask() returns nothing else for an Open.
         self._end.on_open(answer.limit, min(self._settings.grace_s, answer.grace_s))
@@ -77,7 +77,7 @@ class Carrier:
         self._leave()
 
     def carry(self) -> int:
-        """Carry the tunnel, from leg to leg, until it is over; return the exit code."""
+        """Carry the tunnel from leg to leg to its end; return the exit code."""
         end, pumps = self._end, Pumps(self._end, self._wakeup)
         pumps.start()
         backoff = Backoff(RESUME_CAP_S)
@@ -88,8 +88,8 @@ class Carrier:
             if not end.is_over:
                 backoff.lasted(time.monotonic() - begun, was_used=end.counts != counts)
                 self._come_back(backoff)
-        self._wakeup.wake()  # A tunnel that expires tells nobody.
-        # Bytes that came before the end are still delivered, for a second.
+        self._wakeup.wake()  # Expiry does not call _on_change().
+        # Bytes received before the end may still be delivered for FLUSH_S.
         if self._wakeup.exit_code is None:
             pumps.join(FLUSH_S)
         if end.is_finished:
@@ -108,13 +108,13 @@ class Carrier:
         self.leg = leg
         leg.ask(first, timeout_s)
         self._wake_timer()
-        # Whoever ends the tunnel closes the leg that it sees: from here on, this leg.
+        # A thread that ends the tunnel from here on closes this leg; check for an earlier end.
         if self._end.is_over:
             raise RelayError("leg_lost", "the tunnel ended meanwhile")
         return leg.answer(first)
 
     def _dial(self) -> Connection:
-        """Dial for a resume; also in the thread of NextLeg."""
+        """Dial for a resume. Main thread or the thread of NextLeg."""
         return dial_leg(self._settings, self._opening.tunnel_id, self._is_too_late)
 
     def _is_too_late(self) -> bool:
@@ -123,12 +123,12 @@ class Carrier:
     def _on_going_away(self, spread_s: float) -> None:
         leg = self.leg
         if self._next_leg is None and self._end.grace_s and leg is not None:
-            # Main waits for the loss of the old leg.
+            # The abort ends main's read of the old leg.
             self._next_leg = NextLeg(self._end, self._dial, spread_s, leg.connection.abort)
             self._next_leg.start()
 
     def _come_back(self, backoff: Backoff) -> None:
-        """Resume on another leg, until it works or the tunnel is over."""
+        """Retry the resume on new legs until one succeeds or the tunnel is over."""
         end = self._end
         next_leg, self._next_leg = self._next_leg, None
         connection = next_leg.take() if next_leg is not None else None
@@ -145,7 +145,7 @@ class Carrier:
                 return
             except RelayError as exc:
                 self._leave()
-                # At the very end it is the haste that failed.
+                # Keep the earlier reason once no time is left: the last try only timed out.
                 if self._failure is None or end.resume_left_s():
                     self._failure = exc
                 if not exc.is_retryable:
@@ -170,21 +170,21 @@ class Carrier:
             self._end.on_resumed(leg.channel, peer)
         except TunnelError as exc:
             raise RelayError("protocol_error", f"the client broke the protocol: {exc}") from exc
-        if self._end.is_over:  # The tunnel expired while the client was asked.
+        if self._end.is_over:  # The tunnel expired during the resume.
             raise RelayError("leg_lost", "the tunnel ended meanwhile")
 
     def _leave(self) -> None:
-        """Close the leg in use, if there is one."""
+        """Close the leg in use, if any."""
         leg = self.leg
         if leg is not None:
             if self._end.is_over:
-                # The thread that ended the tunnel may not have seen this leg.
+                # The thread that ended the tunnel may have closed an earlier leg instead.
                 leg.say_goodbye(self._end.ended)
             self.leg = None
             leg.connection.stop()
 
     def _on_change(self) -> None:
-        """Any thread: credit came, the leg was lost, or the tunnel is over."""
+        """Handle new credit, the loss of the leg or the end. Any thread."""
         self._wakeup.wake()
         leg = self.leg
         if self._end.is_over and leg is not None:

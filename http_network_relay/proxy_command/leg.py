@@ -1,4 +1,4 @@
-"""One leg of the proxy command: asks for the tunnel, then is read until the leg is lost."""
+"""One leg of the proxy command: opens or resumes the tunnel, then receives until the end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from http_network_relay.wire.controls import (
 )
 from http_network_relay.wire.errors import LegError, RelayError, TunnelError
 
-# From the code of `detached` to the reason.
+# The sentence for each code of `detached`.
 _DETACHED = {
     "client_lost": "the client's connection to the relay was lost",
     "client_replaced": "the client connected to the relay anew",
@@ -43,7 +43,7 @@ _DETACHED = {
 def dial_leg(
     settings: Settings, tunnel_id: str = "", is_cancelled: Callable[[], bool] = lambda: False
 ) -> Connection:
-    """Dial the server, to resume the tunnel `tunnel_id` if there is one. Any thread."""
+    """Dial the server; `tunnel_id` names a tunnel to resume. Any thread."""
     headers = [f"Authorization: Bearer {settings.token}"]
     if tunnel_id:
         headers.append(f"{TUNNEL_HEADER}: {tunnel_id}")
@@ -58,19 +58,19 @@ def dial_leg(
 
 
 class Leg:
-    """A connection with the only channel of a user leg. Main's thread but where said."""
+    """A connection with the only channel of a user leg. Main thread unless noted."""
 
     def __init__(self, connection: Connection, settings: Settings) -> None:
         self.connection = connection
         self.channel = Channel(connection.frame_sender)
         self._settings = settings
         self._server_restarts = False
-        # When the timer gives the leg up because no answer has come, and with which reason.
+        # The deadline for the answer, and the reason with which the timer then aborts the leg.
         self._answer_by = float("inf")
         self._no_answer = RelayError("open_timeout", "")
 
     def ask(self, first: Opening, timeout_s: float) -> None:
-        """Send the first message. The caller MUST wake the timer, and take the answer()."""
+        """Send the first message. The caller MUST wake the timer and call answer()."""
         who = f"{self._settings.target}: " if isinstance(first, Open) else ""
         self._no_answer = RelayError("open_timeout", f"{who}no answer from the client in time")
         self._answer_by = time.monotonic() + timeout_s
@@ -93,7 +93,7 @@ class Leg:
                 if isinstance(control, wanted):
                     return control
                 if isinstance(control, OpenRefused):
-                    # Of a resume, the caller's sentence names the whole target.
+                    # Not for a resume: the caller's sentence names the target.
                     who = f"{first.client}: " if is_open else ""
                     raise RelayError(control.code, who + control.message)
                 if isinstance(control, (Reset, Detached)):
@@ -107,9 +107,9 @@ class Leg:
             self._answer_by = float("inf")
 
     def read(self, end: UserEnd, on_going_away: Callable[[float], None]) -> None:
-        """Pass each message to the end, until the tunnel has ended or the leg is lost.
+        """Pass each message to `end` until the leg is lost or the tunnel is detached.
 
-        `on_going_away`: called with the seconds over which the server spreads the returns.
+        `on_going_away`: called with the seconds over which the server spreads reconnects.
         """
         pause = functools.partial(end.inbound.on_pause, self.channel)
         on_pause: Callable[[], None] | None = None
@@ -150,14 +150,14 @@ class Leg:
             raise TunnelError(f"{type_of(control)} after the tunnel was open")
 
     def say_goodbye(self, ended: RelayError | None) -> None:
-        """Close the leg of a tunnel that is over. Any thread; again is harmless."""
+        """Close the leg of a tunnel that is over. Any thread; idempotent."""
         if ended is not None and ended.code == "user_gone":
-            # A leg that is just resuming has no reset yet: behind the `resume` it counts.
+            # A leg with an unanswered `resume` has sent no reset; the client accepts one after it.
             self.channel.put_reset(ended)
         self.connection.close(CloseCode.NORMAL)
 
     def tick(self, now: float, *, slept: bool) -> float:
-        """Do what is due and return when to call again. The timer's thread; never waits."""
+        """Check the deadlines; return the time of the next call. Timer thread; never waits."""
         if now >= self._answer_by:
             self._answer_by = float("inf")
             self.connection.give_up(self._no_answer)

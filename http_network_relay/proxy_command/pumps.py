@@ -25,10 +25,10 @@ from http_network_relay.wire.codes import EXIT_SIGPIPE
 from http_network_relay.wire.constants import FLUSH_S, MESSAGE_BYTES
 from http_network_relay.wire.errors import RelayError
 
-# Two messages, which cost less than twice one.
+# Two messages: one read of two costs less than two reads of one.
 STDIN_READ_BYTES = 2 * MESSAGE_BYTES
 
-# For the credit of bytes that are sent again; all of a user's leaving takes a second at most.
+# The wait for credit of bytes resent after a resume; the whole exit takes at most 1 s.
 GOODBYE_S = 0.5
 
 
@@ -48,17 +48,17 @@ class Pumps:
             self._quick_stdout = QuickStdout(stdout)
         self._coalescer = ReadCoalescer(STDIN_READ_BYTES)
         self._is_stdin_enlarged = False
-        # What pump-up waits with, and for what it was made. Its own.
+        # The poll object and its interests. Used only by pump-up.
         self._poll: Any = None
         self._polled: tuple[bool, bool] | None = None
-        # Daemon: a write to stdout cannot be woken, nor on Windows a read of stdin.
+        # Daemon: a blocked write to stdout cannot be woken, nor on Windows a read of stdin.
         self._up = threading.Thread(target=self._pump_up, name="pump-up", daemon=True)
         self._down = threading.Thread(target=self._pump_down, name="pump-down", daemon=True)
-        # Without poll pump-up may be inside a read that nothing wakes.
+        # Without poll, pump-up may block in a read that cannot be woken.
         self._leave = threading.Thread(target=self._leave_unpolled, name="pump-leave", daemon=True)
 
     def start(self) -> None:
-        """Start both threads; join() joins them."""
+        """Start both threads. The caller MUST call join()."""
         if self._quick_stdout is not None:
             self._end.inbound.deliver_directly(self._quick_stdout.write)
         self._up.start()
@@ -67,7 +67,7 @@ class Pumps:
             self._leave.start()
 
     def join(self, timeout_s: float) -> None:
-        """Join both; a pump that is stuck in stdin or stdout is left to the exit."""
+        """Join both threads; the exit of the process ends a thread blocked in stdin or stdout."""
         deadline = time.monotonic() + timeout_s
         for thread in (self._down, self._up):
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -77,7 +77,7 @@ class Pumps:
         if not self._end.is_over:
             self._say_goodbye()
 
-    # stdin -> leg; watches signals and stdout meanwhile, and on after stdin's end.
+    # stdin -> leg; polls for signals and the close of stdout too, even after stdin's eof.
 
     def _pump_up(self) -> None:
         end = self._end
@@ -93,7 +93,7 @@ class Pumps:
 
     def _carry(self, size: int) -> bool:
         data = os.read(self._stdin, size)
-        # All that a pipe holds, or nearly.
+        # More than one message: the pipe, of 64 KiB by default, was full or nearly full.
         if len(data) > MESSAGE_BYTES and not self._is_stdin_enlarged:
             self._is_stdin_enlarged = True
             enlarge_pipe(self._stdin)
@@ -106,7 +106,7 @@ class Pumps:
         return bool(data)
 
     def _wait(self, *, want_stdin: bool) -> bool:
-        """Wait for what pump-up must act on; True if stdin can be read."""
+        """Wait for an event of pump-up; return whether stdin can be read."""
         if not CAN_POLL:
             if not want_stdin:
                 self._wakeup.woken.wait()
@@ -130,16 +130,16 @@ class Pumps:
         if want_stdin:
             poll.register(self._stdin, select.POLLIN)
         if watches_stdout:
-            poll.register(self._stdout, 0)  # POLLERR and POLLHUP come unasked.
+            poll.register(self._stdout, 0)  # 0: POLLERR and POLLHUP are always reported.
         return poll
 
     def _say_goodbye(self) -> None:
-        """Take what stdin still holds without waiting, then tell the client."""
+        """Send the bytes ready on stdin, then reset with `user_gone`."""
         end = self._end
         if end.has_both_eofs:
             end.wait_over(FLUSH_S)
         else:
-            # What was taken before a resume may still wait for its credit.
+            # Bytes taken before a resume may still wait for credit.
             end.outbound.wait_sent(GOODBYE_S)
             self._take_the_rest()
         end.reset(RelayError("user_gone", "the proxy user has gone"))

@@ -1,4 +1,4 @@
-"""Standard input and output of the proxy command, as the operating system gives them."""
+"""Standard input and output of the proxy command, on each operating system."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ STDIN = 0
 
 STDOUT = 1
 
-# What a pipe as stdin or stdout is given as soon as it was full: the most that any user may, by
-# default.
+# The new size of a stdin or stdout pipe once full: the default maximum of an unprivileged user.
 PIPE_BYTES = 1024 * 1024
 
 # Windows has no poll, and no select for pipes.
@@ -26,7 +25,7 @@ CAN_POLL = hasattr(select, "poll")
 
 
 def fill_standard_files() -> None:
-    """Open what is closed of 0, 1 and 2: a socket in that place would be taken for stdin."""
+    """Open /dev/null for each closed one of 0, 1, 2: a socket could get the number of stdin."""
     number = os.open(os.devnull, os.O_RDWR)
     while number <= 2:
         number = os.dup(number)
@@ -34,10 +33,10 @@ def fill_standard_files() -> None:
 
 
 class QuickStdout:
-    """Writes what stdout takes at once, by a description of its own: the shared one stays as is."""
+    """Writes to stdout without waiting, and without O_NONBLOCK on the shared file description."""
 
     def __init__(self, stdout: int) -> None:
-        """Raises OSError where there is no such way."""
+        """Raises OSError if stdout or the system does not support such writes."""
         self._stdout = stdout
         mode = os.fstat(stdout).st_mode
         self._is_socket = stat.S_ISSOCK(mode)
@@ -52,27 +51,27 @@ class QuickStdout:
             raise OSError(errno.ENOTSUP, "stdout is neither a pipe nor a socket")
 
     def write(self, data: Any) -> int:
-        """Return how many bytes it took; raises OSError."""
+        """Write and return the number of bytes accepted; raises OSError."""
         if self._is_socket:
             return int(self._file.send(data, DONT_WAIT))
-        count = self._file.write(data) or 0  # None: it would have to wait.
+        count = self._file.write(data) or 0  # None: the write would block.
         if count < len(data) and not self._is_enlarged:
             self._is_enlarged = True
             enlarge_pipe(self._stdout)
         return count
 
     def close(self) -> None:
-        """Let it go; nobody is inside write() any more."""
+        """Close the own description. The caller MUST ensure that no thread is in write()."""
         self._file.close()
 
 
 def enlarge_pipe(descriptor: int) -> None:
-    """Give it room, so that we need not take turns with its other end for each 64 KiB."""
-    import fcntl  # Not everywhere; and only bulk needs it.
+    """Enlarge a pipe: at 64 KiB, each refill would cost a switch to the peer process."""
+    import fcntl  # Not on Windows; and only bulk transfers need fcntl.
 
-    set_size = getattr(fcntl, "F_SETPIPE_SZ", 1031)  # Python 3.9 has no names for them.
+    set_size = getattr(fcntl, "F_SETPIPE_SZ", 1031)  # Python 3.9 lacks both names.
     get_size = getattr(fcntl, "F_GETPIPE_SZ", 1032)
-    with contextlib.suppress(OSError):  # This user has many such pipes.
+    with contextlib.suppress(OSError):  # The user's limit for pipe memory.
         if fcntl.fcntl(descriptor, get_size) < PIPE_BYTES:
             fcntl.fcntl(descriptor, set_size, PIPE_BYTES)
 
@@ -82,20 +81,20 @@ def _open_now(path: str, flags: int) -> int:
 
 
 def write_stdout(stdout: int, chunk: Any) -> None:
-    """Write all of it, with waits."""
+    """Write the whole chunk; blocks."""
     view = memoryview(chunk)
     while view:
         try:
             view = view[os.write(stdout, view) :]
-        except BlockingIOError:  # Somebody made the shared pipe non-blocking.
+        except BlockingIOError:  # Another process set O_NONBLOCK on the shared pipe.
             select.select([], [stdout], [])
 
 
 def close_stdout(stdout: int) -> None:
-    """Deliver the eof: every duplicate of stdout must go, or its reader waits on."""
+    """Deliver the eof: close every duplicate of stdout, or the reader gets no eof."""
     about = os.fstat(stdout)
     if stat.S_ISSOCK(about.st_mode):
-        # stdin may be the same socket, so closing would not be enough.
+        # stdin may be the same socket: close() alone would send no eof.
         with socket.socket(fileno=os.dup(stdout)) as sock, contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
     null = os.open(os.devnull, os.O_WRONLY)

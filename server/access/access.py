@@ -1,7 +1,7 @@
 """The credentials in force, and the targets that a proxy user may open.
 
-One thread looks at the file every second. After each change the relay checks every login again:
-a login is no licence for ever.
+One thread polls the file every second. After each change the relay checks every login again,
+since a change may revoke a login whose leg is still open.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from server.service_thread import ServiceThread
 
 _log = logging.getLogger(f"{ROOT_NAME}.access")
 
-# Seconds. A change is in force after two looks at most, see FileWatch.
+# Seconds between two polls. A change is in force after at most two polls, see FileWatch.
 _LOOK_S = 1.0
 
 
 class Access(ServiceThread):
-    """The credentials in force. `credentials` is replaced whole; reading it needs no lock."""
+    """The credentials in force. A reload replaces `credentials` whole; a read needs no lock."""
 
     def __init__(
         self, credentials: Credentials, watch: FileWatch | None, on_change: Callable[[], None]
     ) -> None:
         super().__init__("credentials")
         self.credentials = credentials
-        # None: no file to follow.
+        # None: the credentials come from no file.
         self._watch = watch
-        # Called in the thread: the relay has to check the login of each leg again.
+        # Called in this thread after each change. The callee MUST check the login of each leg.
         self._on_change = on_change
         self._stopped = threading.Event()
 
@@ -42,16 +42,16 @@ class Access(ServiceThread):
         self._stopped.set()
 
     def check_open(self, user: str, control: Opening) -> str:
-        """Return the rule that lets this user open or resume the target. Raises Refused."""
+        """Return the rule that permits this user to open or resume the target. Raises Refused."""
         client, host, port = control.client, control.host, control.port
         try:
             asked = canonical_host(host)
         except RuleError as exc:
             raise Refused("target_invalid", str(exc)) from exc
-        # Read once, so that both answers are of one file.
+        # Read once, so that both checks use the same version of the file.
         credentials = self.credentials
         rule = credentials.may_open(user, client, asked, port)
-        # Before the check of the client: the answer must not tell which clients exist.
+        # Before the check of the client: a refusal must not disclose which clients exist.
         if rule is None:
             raise Refused("denied", f"no rule lets {user} open {host}:{port} at {client}")
         if not credentials.has_client(client):
@@ -63,12 +63,12 @@ class Access(ServiceThread):
         is_due = False
         while not self._stopped.wait(_LOOK_S):
             try:
-                # At midnight the last day of an entry may be over.
+                # At midnight UTC an entry may expire without a change of the file.
                 is_due = self._look() or is_due or utc_today() != today
                 if is_due:
                     today = utc_today()
                     self._on_change()
-                    is_due = False  # After the call: an error in it makes the next look try again.
+                    is_due = False  # After the call: if on_change fails, the next poll retries.
             except Exception:
                 _log.exception("credentials were not looked at")
 

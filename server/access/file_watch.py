@@ -1,4 +1,4 @@
-"""Notices that the credentials file has changed. Has no thread: the caller polls."""
+"""Detects a change of the credentials file. Has no thread: the caller MUST poll."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ _Version = tuple[int, int, int, int, int] | None
 
 
 class FileWatch:
-    """One file, opened by its name at each poll: a replaced file or a changed link is noticed.
+    """One file, opened by name at each poll, so that poll() detects a replaced file or link.
 
-    A new version that cannot be loaded is an error only after the next poll: a file may be half
-    written, or missing for a moment. A version that cannot be read is tried at each poll, since
-    its content may revoke a login. Not thread-safe; one thread polls.
+    A new version that fails to load is an error only at the next poll, since a file may be half
+    written or briefly missing. Each poll tries an unreadable version again, since its content
+    may revoke a login. Not thread-safe: only one thread may call the methods.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._version: _Version = None
         self._digest = b""
-        # Only the last poll has read this version. A change within one tick of the file system's
-        # clock does not change the version, so the next poll reads again.
+        # Only the last poll has read this version. The next poll MUST read again: a change within
+        # one tick of the file system's clock leaves the version equal.
         self._is_fresh = True
-        # Number of polls in a row that could not read the version, or were interrupted.
+        # Number of successive polls that could not read the version, or were interrupted.
         self._vain_looks = 0
-        # The last error that was raised, and its version.
+        # The version and the message of the last raised error.
         self._failure: tuple[_Version, str] | None = None
 
     def load(self, *, warn: bool = True) -> Credentials:
-        """Read the file now, for the start; raises ConfigError. poll() returns later changes."""
+        """Read the file at the start; raises ConfigError. poll() returns later changes."""
         version = self._look()
         content = read_file(self._path, warn=warn)
         credentials = parse_credentials(self._path, content, warn=warn)
@@ -55,8 +55,8 @@ class FileWatch:
             return None
         # Before the read: a change during the read is another version at the next poll.
         self._version, self._is_fresh = version, not is_same
-        # Counts until the content is checked. Without a descriptor, or with a file server that is
-        # away, the content stays unknown, and each poll has to try again.
+        # Counts until the content is checked. The content stays unknown without a free descriptor
+        # or without the file server, so each poll MUST try again.
         self._vain_looks = self._vain_looks + 1 if is_same else 1
         try:
             content = read_file(self._path)

@@ -1,6 +1,6 @@
 """The one timer thread of the server: pings, silence and deadlines of all legs.
 
-The thread sets ping slots and aborts legs. It never writes, and never waits for a lock.
+The thread sets ping slots and aborts legs, never writes, and never waits for a lock.
 """
 
 from __future__ import annotations
@@ -19,49 +19,49 @@ from server.service_thread import ServiceThread
 
 _log = logging.getLogger(f"{ROOT_NAME}.timer")
 
-# Between two rounds at least: all legs that are due within it share a round. With many legs
-# that costs a third of a round for each, and no deadline here is more urgent.
+# Least seconds between two rounds: all legs due within this time share a round. With many legs
+# a shared round costs a third of single rounds. No deadline here needs a finer clock.
 _SHORTEST_WAIT_S = 0.05
-# Until a leg whose tick failed is ticked again.
+# Seconds from a failed tick to the leg's next tick.
 _AFTER_ERROR_S = 1.0
 
 
 class Timed(Protocol):
-    """A leg, as the timer sees it."""
+    """The part of a leg that the timer calls."""
 
     def tick(self, now: float) -> float:
-        """Act on what is due; return the time of the next tick, monotonic."""
+        """Do the due actions; return the monotonic time of the next tick. MUST NOT wait."""
 
 
 class Timer(ServiceThread):
-    """Calls tick() of each leg when it is due.
+    """Calls tick() of each leg at the time that the leg's last tick() returned.
 
-    A round costs as much as the legs that are due, however many legs there are.
+    The cost of a round grows with the legs that are due, not with all legs.
     """
 
     def __init__(self) -> None:
         super().__init__("timer:legs")
-        # Calls of other threads, in order. The timer's thread alone takes them.
+        # Calls of other threads, in order. Only the timer's thread removes calls.
         self._news: deque[tuple[Callable[[Timed], None], Timed]] = deque()
         self._woken = threading.Event()
         self._is_stopped = False
-        # The thread's own: dates by time, the number of each leg's date, and the legs by number.
-        # A date without a leg is outdated. So the heap keeps no leg that is over.
+        # Only the timer's thread uses these: a heap of (time, number), the number of each leg, and
+        # each leg by number. The heap holds numbers, so that no entry keeps an ended leg alive.
         self._queue: list[tuple[float, int]] = []
         self._dates: dict[Timed, int] = {}
         self._legs: dict[int, Timed] = {}
         self._numbers = itertools.count()
 
     def add(self, leg: Timed) -> None:
-        """Tick the leg from now on. Any thread, as all below."""
+        """Tick the leg from now on. Any thread may call this and the methods up to stop()."""
         self._tell(self._tick, leg)
 
     def look(self, leg: Timed) -> None:
-        """Ask the leg for its new deadline; nothing if it was not added, or was dropped."""
+        """Tick the leg now, since its deadline has changed; ignored for an unknown leg."""
         self._tell(self._look, leg)
 
     def drop(self, leg: Timed) -> None:
-        """Tick the leg no more: it is over."""
+        """Stop ticking the leg, which has ended."""
         self._tell(self._drop, leg)
 
     def stop(self) -> None:
@@ -72,7 +72,7 @@ class Timer(ServiceThread):
         self._news.append((what, leg))
         self._woken.set()
 
-    # The thread.
+    # All methods below run in the timer's thread.
 
     def _run(self) -> None:
         while not self._is_stopped:

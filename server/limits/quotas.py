@@ -1,6 +1,6 @@
-"""Limits of a proxy user: how many tunnels at once, and how many opens a second. No I/O.
+"""Limits of a proxy user: tunnels at once, and opens a second. No I/O.
 
-The limit by client is in channels.py, where a client's tunnels are counted.
+channels.py holds the limit by client, since channels.py counts a client's tunnels.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from http_network_relay.wire.errors import Refused
 from server.config import Config
 from server.limits.token_bucket import TokenBuckets
 
-# Seconds of the rate that may come at once, and one open at least. A tool that fans out comes in
-# one burst; only opens that never stop are cut down to the rate.
+# Seconds of the rate in one burst; a burst is at least one open. A tool that opens many tunnels
+# at once sends one burst; only a steady stream of opens is held to the rate.
 _BURST_S = 10.0
 
 
 class Counted(Protocol):
-    """A tunnel, as far as it is counted."""
+    """The part of a tunnel that the counts need."""
 
     @property
     def place(self) -> tuple[str, str]:
-        """Its client and id: what a user's `resume` has in common with the tunnel's older leg."""
+        """The client and the tunnel's id: equal for a `resume` and the tunnel's older leg."""
 
     @property
     def is_resume(self) -> bool:
-        """Whether it came by `resume`."""
+        """Whether the user sent `resume`, not `open`."""
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended: then it does not count any more, from that moment on."""
+        """Whether the tunnel has ended; an ended tunnel does not count, even before forget()."""
 
 
 class Limits:
-    """The counts of one process, by user. Any thread."""
+    """The counts of one process, by user. Any thread may call the methods."""
 
     def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = config.tunnels_per_user
         self._rate = config.opens_per_s
         size = max(1.0, self._rate * _BURST_S)
-        # By user and kind: open or resume.
+        # Key: the user and the kind, `open` or `resume`.
         self._opens: TokenBuckets[tuple[str, str]] = TokenBuckets(self._rate, size, clock=clock)
         # Guards _tunnels.
         self._lock = threading.Lock()
@@ -52,9 +52,8 @@ class Limits:
     def count_open(self, user: str, kind: str) -> None:
         """Count an `open` or `resume` against the rate. Raises Refused.
 
-        Each kind has a bucket of its own, so that new tunnels never take from those that come
-        back. All of a user's tunnels come back at once after a restart; those that find the
-        bucket empty try again by themselves, within seconds.
+        Each kind has a bucket of its own, so that opens never use up the rate of resumes. All
+        tunnels of a user resume at once after a restart. A refused resume is retried in seconds.
         """
         if self._rate and not self._opens.take((user, kind), 1):
             raise Refused(
@@ -64,10 +63,10 @@ class Limits:
             )
 
     def admit(self, user: str, tunnel: Counted) -> None:
-        """Count a tunnel until it is over. Raises Refused.
+        """Count a tunnel until its end. Raises Refused.
 
-        A `resume` does not count beside the tunnel's own older leg. An `open` always counts: its
-        id is the user's choice, and may be in use, here or at another client.
+        A `resume` and the tunnel's older leg count as one. An `open` always counts: the user
+        chooses the id, which may already be in use, at this client or at another.
         """
         if not self._most:
             return
@@ -85,7 +84,7 @@ class Limits:
             )
 
     def forget(self, user: str, tunnel: Counted) -> None:
-        """The tunnel is over, or was not opened after all. Again is harmless."""
+        """Stop counting a tunnel that has ended or was never opened. Idempotent."""
         with self._lock:
             tunnels = [each for each in self._tunnels.get(user, ()) if each is not tunnel]
             if tunnels:
@@ -95,8 +94,8 @@ class Limits:
 
 
 def _count(tunnels: list[Counted]) -> int:
-    """Return how many tunnels these are: a resume and its older leg are one."""
-    # Equal ids of two `open`s are two, until the client has refused one.
+    """Return the number of tunnels; a `resume` and the tunnel's older leg are one."""
+    # Two `open`s with equal ids count as two, until the client refuses one of the two.
     opens = [each.place for each in tunnels if not each.is_resume]
     resumed = {each.place for each in tunnels if each.is_resume}
     return len(opens) + len(resumed.difference(opens))
