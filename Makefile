@@ -52,7 +52,7 @@ setup-debian: ## install the Debian packages that the end-to-end tests use
 run: $(STAMP) ## start a server and a client named demo here, and print an ssh line (PORT=8000 SSH_PORT=22)
 	@exec $(BIN)/python deploy/demo.py --port $(PORT) --ssh-port $(SSH_PORT)
 
-test: $(STAMP) ## run every test but those of survival and soak: 3 minutes (COVERAGE=1)
+test: $(STAMP) ## run every test but those of survival and soak: 5 minutes (COVERAGE=1)
 	$(BIN)/python -m pytest $(TEST_PROCESSES) $(if $(COVERAGE),$(COVERAGE_ARGS)) $(ARGS)
 
 coverage: $(STAMP) ## run the unit and integration tests alone, and fail below the coverage floor
