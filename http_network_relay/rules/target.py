@@ -9,17 +9,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Union
 
 from http_network_relay.wire.constants import NAME_PATTERN
 from http_network_relay.wire.controls import matches
 
-Address = IPv4Address | IPv6Address
-Network = IPv4Network | IPv6Network
+Address = Union[IPv4Address, IPv6Address]
+Network = Union[IPv4Network, IPv6Network]
 # The hosts of a rule, see TargetRule, and its ports, both ends included.
-Hosts = Address | Network | str | None
+Hosts = Union[Address, Network, str, None]
 Ports = tuple[int, int]
 # A canonical host: an address, or a name in lower case without a dot at its end.
-Host = Address | str
+Host = Union[Address, str]
 
 _MAX_NAME_CHARS = 253  # RFC 1035, 2.3.4, without the root's dot and length
 _MAX_LABEL_CHARS = 63

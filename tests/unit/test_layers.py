@@ -351,6 +351,12 @@ def test_script_and_package_use_nothing_newer_at_run_time(path: Path) -> None:
             assert name != "zip" or "strict" not in keywords, ast.unparse(node)
             if name == "isinstance":
                 assert not isinstance(node.args[1], ast.BinOp), ast.unparse(node)
+    for node in tree.body:
+        # An alias such as `A = B | C` is evaluated at import.
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp):
+            names = [part.id for part in ast.walk(node.value) if isinstance(part, ast.Name)]
+            classes = [name for name in names if name[0].isupper() and not name.isupper()]
+            assert not (classes and isinstance(node.value.op, ast.BitOr)), names
     # Annotations may use new syntax only because they are not evaluated.
     assert any(
         isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body
