@@ -11,10 +11,10 @@ from itertools import islice, product
 from typing import Generic, TypeVar
 
 from http_network_relay.rules.target import (
+    ADDRESSES,
+    NETWORKS,
     AccessRule,
-    Address,
     Hosts,
-    Network,
     Ports,
     is_glob_match,
 )
@@ -91,20 +91,20 @@ def includes_hosts(what: Hosts, other: Hosts) -> bool:
     if isinstance(what, str) and isinstance(other, str):
         patterns, others = what.split("."), other.split(".")
         return len(patterns) == len(others) and all(map(includes_name, patterns, others))
-    if not isinstance(what, Network):
+    if not isinstance(what, NETWORKS):
         return False
-    if isinstance(other, Network):
+    if isinstance(other, NETWORKS):
         # As subnet_of() says, in a third of its time.
         return what.prefixlen <= other.prefixlen and other.network_address in what
-    return isinstance(other, Address) and other in what
+    return isinstance(other, ADDRESSES) and other in what
 
 
 def _is_wide(what: Hosts) -> bool:
-    return not isinstance(what, Address) and (not isinstance(what, str) or "*" in what)
+    return not isinstance(what, ADDRESSES) and (not isinstance(what, str) or "*" in what)
 
 
 def _size(what: Hosts) -> int:
     """Return less for wider hosts of one kind, and the least for `*`."""
-    if isinstance(what, Network):
+    if isinstance(what, NETWORKS):
         return what.prefixlen
     return len(what) if isinstance(what, str) else -1

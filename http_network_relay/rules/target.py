@@ -16,6 +16,9 @@ from http_network_relay.wire.controls import matches
 
 Address = Union[IPv4Address, IPv6Address]
 Network = Union[IPv4Network, IPv6Network]
+# For isinstance(), which takes no Union on Python 3.9.
+ADDRESSES = (IPv4Address, IPv6Address)
+NETWORKS = (IPv4Network, IPv6Network)
 # The hosts of a rule, see TargetRule, and its ports, both ends included.
 Hosts = Union[Address, Network, str, None]
 Ports = tuple[int, int]
@@ -190,7 +193,7 @@ class TargetRule:
         address = _fold(address)
         if not self.lowest_port <= port <= self.highest_port:
             return False
-        if isinstance(self.what, (IPv4Network, IPv6Network)):
+        if isinstance(self.what, NETWORKS):
             return address in self.what
         return self.what is None or self.what == address
 
