@@ -9,7 +9,7 @@ ARGS ?=
 COVERAGE ?=
 # Most tests wait most of the time. One process runs a whole file, since its tests share a server.
 # The order of the names puts the long files, those of tests/e2e, before the short ones.
-TEST_PROCESSES := -n 4 --dist loadfile --no-loadscope-reorder
+TEST_PROCESSES := -n 3 --dist loadfile --no-loadscope-reorder
 COVERAGE_ARGS := --cov --cov-report=term
 
 BIN := .venv/bin
