@@ -44,8 +44,3 @@ def load_package() -> Any:
 def load(name: str) -> Any:
     """Return the names of the `package` or of the `script`."""
     return {"package": load_package, "script": load_script}[name]()
-
-
-def home_of(name: str, thing: str) -> ModuleType:
-    """Return the module in which a class or function of that program runs."""
-    return sys.modules[getattr(load(name), thing).__module__]

@@ -18,7 +18,7 @@ _CODE_FOLDERS = ("server", "client", "http_network_relay", "tests", "benchmarks"
 _CITATION = re.compile(
     r'docs/(?P<name>[\w/-]+\.md)(?P<titles>(?:,\s(?:and\s)?"[^"\n]+")*)(?:,\srule\s(?P<rule>\d+))?'
 )
-# `rule 3 of the design`, and `(rule 7)` for short.
+# A rule of docs/architecture.md, "Rules", cited by its number alone.
 _RULE = re.compile(r"(?<![\w-])rule\s(\d+)(?![\w.]*\d)")
 _RULES = "## Rules"
 
